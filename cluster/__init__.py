@@ -1,0 +1,1 @@
+"""Where: node inventory, planner, Ray placement, controller, links."""

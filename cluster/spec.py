@@ -1,0 +1,48 @@
+"""What a deployment is asked to be: the input of the controller, free of file formats."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..fetcher.config import ReleaseHints
+from .plan import ComputeDtype
+
+SourceKind = Literal["magnet", "torrent", "folder"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSpec:
+    """Where the release comes from."""
+
+    kind: SourceKind
+    location: str
+    """A repaired magnet link, or the absolute path of a .torrent file or a release folder."""
+    peers: tuple[str, ...] = ()
+    """``HOST:PORT`` of peers to ask besides those the swarm names."""
+    timeout_s: float | None = None
+    """Give up when nothing arrives for this long; None waits for ever."""
+    given: ReleaseHints = field(default_factory=ReleaseHints)
+    """Facts the user gave; they win over the release's own files."""
+    known: ReleaseHints = field(default_factory=ReleaseHints)
+    """Facts the catalogue knows; they fill in what the files lack."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeploymentSpec:
+    """One model, served."""
+
+    name: str
+    source: SourceSpec
+    store: str
+    """Store folder on every node; ``{host}`` in it becomes the node's host label."""
+    model_name: str
+    """What clients pass as `model`."""
+    dtype: ComputeDtype | None = None
+    num_stages: int | None = None
+    max_context_tokens: int | None = None
+    """None: the model's own, shortened to what memory holds."""
+    max_concurrency: int = 8
+    host: str = "127.0.0.1"
+    port: int = 8080
+    """0 takes a free one."""
+    api_key_file: str | None = None
+    """Needed to listen on anything but loopback."""

@@ -1,0 +1,1 @@
+"""Bytes: magnet, metainfo, tensor index of a checkpoint, download, verify, store."""

@@ -1,0 +1,35 @@
+"""What a long-running part tells about itself while it works."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["metadata", "plan", "download", "verify", "load", "warm", "serving"]
+PHASES: tuple[Phase, ...] = ("metadata", "plan", "download", "verify", "load", "warm", "serving")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """One reading. Amounts are bytes, except in `warm` and `serving`, where they are unused."""
+
+    phase: Phase
+    done_bytes: int = 0
+    total_bytes: int = 0
+    rate_bytes_per_s: float = 0.0
+    message: str = ""
+    """A short clause for people: a file, a layer, a cause of waiting."""
+    node: str = ""
+    """Host label of the machine that reports; empty for the whole deployment."""
+    finished: bool = False
+    """The phase is over."""
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at the present rate, if there is one."""
+        if self.rate_bytes_per_s <= 0 or self.total_bytes <= self.done_bytes:
+            return None
+        return (self.total_bytes - self.done_bytes) / self.rate_bytes_per_s
+
+
+ProgressSink = Callable[[Progress], None]
+"""Called from the working thread; must return at once."""

@@ -1,0 +1,1 @@
+"""Tokens: model, stage, scheduler, sampler, tokenizer and chat, HTTP API."""

@@ -1,0 +1,1 @@
+"""The transformer, written once for Mixtral and the dense members of its family."""
