@@ -1,0 +1,311 @@
+"""Writes tiny random releases in every layout, and returns the transformers model they hold.
+
+The models are real ones of the family (Mixtral, Mistral with a window, Llama) with hidden size 64;
+the tokenizers are real ones with 512 pieces. Everything is a function of the seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from magnetar.fetcher.config import ReleaseHints
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Layout = Literal["mistral-pth", "mistral-safetensors", "huggingface", "huggingface-sharded"]
+Dtype = Literal["fp32", "bf16"]
+LAYOUTS: tuple[Layout, ...] = (
+    "mistral-pth",
+    "mistral-safetensors",
+    "huggingface",
+    "huggingface-sharded",
+)
+
+HIDDEN = 64
+INTERMEDIATE = 96
+NUM_HEADS = 4
+NUM_KV_HEADS = 2
+NUM_EXPERTS = 8
+MAX_CONTEXT_TOKENS = 512
+ROPE_THETA = 1e6
+HINTS = ReleaseHints(
+    rope_theta=ROPE_THETA, sliding_window="none", max_context_tokens=MAX_CONTEXT_TOKENS
+)
+"""What the params.json of the mistral layouts lack (a window they have is in the file, so give
+these as `known`: the file wins)."""
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+CORPUS = """\
+The lighthouse keeper counted the ships that passed before breakfast and wrote their names down.
+A small boat needs a steady hand, a patient crew and a wind that blows from behind the harbour.
+Nobody in the village could remember a winter with so much snow on the northern road.
+She opened the window, looked at the grey morning and decided to bake bread instead of walking.
+Magnetic fields of neutron stars are the strongest that astronomers have measured anywhere.
+Every packet that arrives late is sent again, and every byte is counted once and only once.
+Wherever the river bends there is a mill, and wherever there is a mill there are stories.
+The teacher asked how many apples were left: 12, 345 or 6789? Nobody knew the right answer!
+Questions about time are questions about clocks; questions about clocks are about springs.
+Our grandfather kept bees in seven wooden boxes painted yellow, green, orange and white.
+To build a bridge you measure twice, cut once, and listen to the people who cross the river.
+def add(first, second):
+    return first + second  # plain addition of two numbers
+They travelled through mountains, forests and meadows without meeting a single other traveller.
+What is written quickly is read slowly, and what is written slowly is read with pleasure.
+The capital of the province has three theatres, two railway stations and one excellent bakery.
+It rained on Monday, on Tuesday and on Wednesday; on Thursday the children played outside again.
+"""
+
+
+def write_release(
+    folder: Path,
+    *,
+    layout: Layout,
+    moe: bool = True,
+    dtype: Dtype = "fp32",
+    num_layers: int = 4,
+    sliding_window: int | None = None,
+    seed: int = 0,
+    vocab_size: int = 512,
+    tokenizer: bool = True,
+    tie_embeddings: bool = False,
+    tokenizer_model: Path | None = None,
+) -> PreTrainedModel:
+    """Write a random release into `folder` (made if needed) and return its model.
+
+    The model is in eval mode and in float32 with exactly the stored values. A dense release is
+    Mistral when it has a sliding window and Llama otherwise. `tokenizer_model` is a sentencepiece
+    file to use for the mistral layouts instead of the tiny one. `tie_embeddings` is for the
+    Hugging Face layouts only. `read_release` refuses a release without a tokenizer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = _random_model(
+        moe=moe,
+        num_layers=num_layers,
+        sliding_window=sliding_window,
+        seed=seed,
+        vocab_size=vocab_size,
+        tie_embeddings=tie_embeddings,
+        dtype=TORCH_DTYPES[dtype],
+    )
+    if layout in ("huggingface", "huggingface-sharded"):
+        # A copy, because converting the model and back would round its rotary frequencies.
+        stored = copy.deepcopy(model).to(TORCH_DTYPES[dtype])
+        shard = "200KB" if layout == "huggingface-sharded" else "5GB"
+        stored.save_pretrained(folder, max_shard_size=shard)
+        if tokenizer:
+            _write_huggingface_tokenizer(folder, vocab_size)
+        return model
+    tensors = {
+        name: tensor.to(TORCH_DTYPES[dtype]).contiguous()
+        for name, tensor in mistral_tensors(model).items()
+    }
+    if layout == "mistral-pth":
+        weights = folder / "consolidated.00.pth"
+        torch.save(tensors, weights)
+    else:
+        from safetensors.torch import save_file
+
+        weights = folder / "consolidated.safetensors"
+        save_file(tensors, weights)
+    (folder / "params.json").write_text(json.dumps(_params(model)) + "\n", encoding="utf-8")
+    hashed = [weights]
+    if tokenizer:
+        target = folder / "tokenizer.model"
+        raw = tokenizer_model.read_bytes() if tokenizer_model else sentencepiece_model(vocab_size)
+        target.write_bytes(raw)
+        hashed.append(target)
+    (folder / "RELEASE").write_text(_release_banner(hashed), encoding="utf-8")
+    return model
+
+
+def mistral_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's weights under the release's own names, q and k rows in interleaved order."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    tensors = {"tok_embeddings.weight": state["model.embed_tokens.weight"]}
+    for layer in range(model.config.num_hidden_layers):
+        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
+        attention = f"{theirs}.self_attn"
+        tensors[f"{ours}.attention.wq.weight"] = _interleave(
+            state[f"{attention}.q_proj.weight"], NUM_HEADS
+        )
+        tensors[f"{ours}.attention.wk.weight"] = _interleave(
+            state[f"{attention}.k_proj.weight"], NUM_KV_HEADS
+        )
+        tensors[f"{ours}.attention.wv.weight"] = state[f"{attention}.v_proj.weight"]
+        tensors[f"{ours}.attention.wo.weight"] = state[f"{attention}.o_proj.weight"]
+        tensors[f"{ours}.attention_norm.weight"] = state[f"{theirs}.input_layernorm.weight"]
+        tensors[f"{ours}.ffn_norm.weight"] = state[f"{theirs}.post_attention_layernorm.weight"]
+        if f"{theirs}.mlp.gate.weight" not in state:
+            tensors[f"{ours}.feed_forward.w1.weight"] = state[f"{theirs}.mlp.gate_proj.weight"]
+            tensors[f"{ours}.feed_forward.w2.weight"] = state[f"{theirs}.mlp.down_proj.weight"]
+            tensors[f"{ours}.feed_forward.w3.weight"] = state[f"{theirs}.mlp.up_proj.weight"]
+            continue
+        tensors[f"{ours}.feed_forward.gate.weight"] = state[f"{theirs}.mlp.gate.weight"]
+        gate_up = state[f"{theirs}.mlp.experts.gate_up_proj"]
+        down = state[f"{theirs}.mlp.experts.down_proj"]
+        for expert in range(NUM_EXPERTS):
+            name = f"{ours}.feed_forward.experts.{expert}"
+            # Cloned, so that every tensor has a storage of its own, as in the release.
+            tensors[f"{name}.w1.weight"] = gate_up[expert, :INTERMEDIATE].clone()
+            tensors[f"{name}.w2.weight"] = down[expert].clone()
+            tensors[f"{name}.w3.weight"] = gate_up[expert, INTERMEDIATE:].clone()
+    tensors["norm.weight"] = state["model.norm.weight"]
+    tensors["output.weight"] = state["lm_head.weight"]
+    return tensors
+
+
+@functools.cache
+def sentencepiece_model(vocab_size: int = 512) -> bytes:
+    """A small sentencepiece BPE model with the options of the release's tokenizer."""
+    import sentencepiece
+
+    raw = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.splitlines()),
+        model_writer=raw,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return raw.getvalue()
+
+
+@functools.cache
+def huggingface_tokenizer(vocab_size: int = 512) -> str:
+    """The text of a small tokenizer.json: byte-level BPE with the tokens of ChatML (ids 0-2)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
+    return str(tokenizer.to_str())
+
+
+CHATML_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def _write_huggingface_tokenizer(folder: Path, vocab_size: int) -> None:
+    (folder / "tokenizer.json").write_text(huggingface_tokenizer(vocab_size), encoding="utf-8")
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "chat_template": CHATML_TEMPLATE,
+        "model_max_length": MAX_CONTEXT_TOKENS,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
+
+
+def _random_model(
+    *,
+    moe: bool,
+    num_layers: int,
+    sliding_window: int | None,
+    seed: int,
+    vocab_size: int,
+    tie_embeddings: bool,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": NUM_KV_HEADS,
+        "vocab_size": vocab_size,
+        "initializer_range": 0.2,
+        "max_position_embeddings": MAX_CONTEXT_TOKENS,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": ROPE_THETA, "rope_type": "default"},
+        "tie_word_embeddings": tie_embeddings,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if moe:
+        options |= {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
+        options |= {"sliding_window": sliding_window}
+        config, kind = transformers.MixtralConfig(**options), transformers.MixtralForCausalLM
+    elif sliding_window is not None:
+        options |= {"head_dim": HIDDEN // NUM_HEADS, "sliding_window": sliding_window}
+        config, kind = transformers.MistralConfig(**options), transformers.MistralForCausalLM
+    else:
+        options |= {"head_dim": HIDDEN // NUM_HEADS}
+        config, kind = transformers.LlamaConfig(**options), transformers.LlamaForCausalLM
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = kind(config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):  # all ones would hide a norm that is left out
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            parameter.copy_(parameter.to(dtype))
+    return model
+
+
+def _interleave(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Rows from half-split rotary order (transformers) to pairs side by side (the release)."""
+    rows, columns = weight.shape
+    halves = weight.view(num_heads, 2, rows // num_heads // 2, columns)
+    return halves.transpose(1, 2).reshape(rows, columns)
+
+
+def _params(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields of the release's params.json, in its order: no theta and no context length."""
+    config = model.config
+    params: dict[str, Any] = {
+        "dim": HIDDEN,
+        "n_layers": config.num_hidden_layers,
+        "head_dim": HIDDEN // NUM_HEADS,
+        "hidden_dim": INTERMEDIATE,
+        "n_heads": NUM_HEADS,
+        "n_kv_heads": NUM_KV_HEADS,
+        "norm_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+    }
+    if getattr(config, "sliding_window", None) is not None:
+        params["sliding_window"] = config.sliding_window
+    if hasattr(config, "num_local_experts"):
+        params["moe"] = {"num_experts_per_tok": 2, "num_experts": NUM_EXPERTS}
+    return params
+
+
+def _release_banner(files: list[Path]) -> str:
+    """A RELEASE file: md5 rows between box-drawing characters, below a title."""
+    rows = [f"{hashlib.md5(file.read_bytes()).hexdigest()}  {file.name}" for file in files]
+    lines = ["", "tiny random release", "", ".. md5 ..", "", *rows, ""]
+    middle = [f"║{line.center(76)}║" for line in lines]
+    return "\n".join([f"╔{'═' * 76}╗", *middle, f"╚{'═' * 76}╝", ""])
