@@ -51,6 +51,8 @@ class Workload:
     """None: what the checkpoint holds."""
     num_stages: int | None = None
     """None: as few as fit."""
+    min_context_tokens: int | None = None
+    """Where memory is short the context may shrink down to this, with a note; None: never."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

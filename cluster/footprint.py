@@ -1,0 +1,86 @@
+"""What a model weighs: bytes of its layers, its two ends, its keys and values, and a stage's own.
+
+Every term is bytes at the compute dtype, from the true shapes of the tensor index.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ..fetcher.config import ModelConfig
+from ..fetcher.tensors import DTYPE_BYTES, TensorEntry, TensorIndex
+from .plan import ComputeDtype
+
+PROCESS_BYTES = 256 << 20
+"""A stage before its first weight: interpreter, torch, Ray worker (174 MB measured), and slack."""
+STEP_TOKENS = 512
+"""Tokens of one step that activations are sized for; at least the engine's token budget."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """Memory of one model at one dtype."""
+
+    layer_bytes: tuple[int, ...]
+    """Weights of each layer."""
+    embeddings_bytes: int
+    """On the first stage, besides its layers."""
+    output_bytes: int
+    """Final norm and output head, on the last stage; a tied head counts again."""
+    kv_bytes_per_token: int
+    """Keys and values of one token in one layer."""
+    activation_bytes: int
+    """The largest step's hidden states, expert intermediates and logits."""
+    largest_tensor_bytes: int
+    """Read buffer while loading, in the stored dtype."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """The whole model."""
+        return sum(self.layer_bytes) + self.embeddings_bytes + self.output_bytes
+
+    def workspace_bytes(self, context_tokens: int) -> int:
+        """What a stage needs whatever its layers: its process, buffers, one gathered sequence."""
+        return (
+            PROCESS_BYTES
+            + self.activation_bytes
+            + self.largest_tensor_bytes
+            + context_tokens * self.kv_bytes_per_token
+        )
+
+
+def stored_dtype(index: TensorIndex) -> ComputeDtype:
+    """The dtype that holds most of the checkpoint's bytes."""
+    held: Counter[ComputeDtype] = Counter()
+    for entry in index:
+        held[entry.dtype] += entry.num_bytes
+    return max(sorted(held), key=lambda dtype: held[dtype])
+
+
+def footprint(config: ModelConfig, index: TensorIndex, dtype: ComputeDtype) -> Footprint:
+    """Weigh a model as it will be held: every tensor of `index` converted to `dtype`."""
+    item_bytes = DTYPE_BYTES[dtype]
+
+    def held_bytes(entry: TensorEntry) -> int:
+        return entry.num_bytes // DTYPE_BYTES[entry.dtype] * item_bytes
+
+    layers = [0] * config.n_layers
+    embeddings = output = 0
+    for entry in index:
+        head, _, rest = entry.name.partition(".")
+        if head == "layers":
+            layers[int(rest.partition(".")[0])] += held_bytes(entry)
+        elif head == "tok_embeddings":
+            embeddings += held_bytes(entry)
+        else:
+            output += held_bytes(entry)
+    experts_per_token = max(config.num_experts_per_tok, 1)
+    return Footprint(
+        layer_bytes=tuple(layers),
+        embeddings_bytes=embeddings,
+        output_bytes=output,
+        kv_bytes_per_token=config.kv_values_per_token * item_bytes,
+        activation_bytes=STEP_TOKENS
+        * 4
+        * (8 * config.dim + 3 * experts_per_token * config.hidden_dim + config.vocab_size),
+        largest_tensor_bytes=max(entry.num_bytes for entry in index),
+    )

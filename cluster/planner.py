@@ -1,0 +1,288 @@
+"""Place a model on machines: a pure function from weights, machines and wishes to a plan.
+
+Whole layers, consecutive stages, every byte counted on the device that holds it. Stages are
+balanced by bytes, not by memory size: a large memory is not a fast one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..errors import InfeasiblePlanError, UsageError
+from ..fetcher.config import ModelConfig
+from ..fetcher.tensors import TensorIndex
+from ..settings import KV_BLOCK_TOKENS
+from .footprint import Footprint, footprint, stored_dtype
+from .partition import Seat, partition
+from .plan import (
+    ComputeDtype,
+    Device,
+    Inventory,
+    Node,
+    Plan,
+    StagePlan,
+    UnusedNode,
+    Workload,
+)
+
+MARGIN = 0.10
+"""Share of every device that stays free; Ray's memory monitor kills at 95 % used."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """A device that may get stages."""
+
+    node: Node
+    device: Device
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.device.memory_bytes * (1 - MARGIN))
+
+    @property
+    def device_name(self) -> str:
+        return "cpu" if self.device.kind == "cpu" else f"cuda:{self.device.index}"
+
+
+_Seating = tuple[tuple[_Place, int], ...]
+"""Places in pipeline order, each with its number of stages."""
+
+
+def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload: Workload) -> Plan:
+    """Place every layer of the model.
+
+    As few devices as fit (accelerators first), or the number of stages asked for, spread over as
+    many devices as there are; nodes that hold bytes of the release already come first, then those
+    with more memory. Where the keys and values of the wished context do not fit on all devices
+    together, the context shrinks down to ``workload.min_context_tokens`` and a note says so.
+
+    Raises:
+        UsageError: the wishes make no sense, e.g. more stages than layers.
+        InfeasiblePlanError: no placement fits; the message has the numbers per node.
+    """
+    _check(config, inventory, workload)
+    dtype = workload.dtype or stored_dtype(index)
+    weights = footprint(config, index, dtype)
+    found = _place(weights, inventory, workload)
+    notes: tuple[str, ...] = ()
+    if found is None and workload.min_context_tokens is not None:
+        shorter = _shorten(weights, inventory, workload, workload.min_context_tokens)
+        if shorter is not None:
+            notes = (
+                f"context shortened from {workload.max_context_tokens} to "
+                f"{shorter.max_context_tokens} tokens, so that the keys and values of "
+                f"{shorter.max_concurrency} sequences fit",
+            )
+            workload = shorter
+            found = _place(weights, inventory, workload)
+    if found is None:
+        raise InfeasiblePlanError(_why_not(weights, dtype, inventory, workload))
+    seating, ends = found
+    return Plan(
+        stages=_stages(weights, seating, ends, workload, dtype),
+        num_kv_blocks=_num_kv_blocks(workload),
+        max_context_tokens=workload.max_context_tokens,
+        max_concurrency=workload.max_concurrency,
+        unused=_unused(weights, inventory, seating),
+        notes=notes,
+    )
+
+
+def _check(config: ModelConfig, inventory: Inventory, workload: Workload) -> None:
+    if workload.num_stages is not None and not 1 <= workload.num_stages <= config.n_layers:
+        raise UsageError(
+            f"{workload.num_stages} stages for a model of {config.n_layers} layers; "
+            f"ask for 1 to {config.n_layers}"
+        )
+    if workload.max_context_tokens < 1 or workload.max_concurrency < 1:
+        raise UsageError(
+            f"a context of {workload.max_context_tokens} tokens for "
+            f"{workload.max_concurrency} sequences; both must be at least 1"
+        )
+    if not inventory.nodes:
+        raise InfeasiblePlanError("there is no node to place the model on; start one")
+
+
+def _num_kv_blocks(workload: Workload) -> int:
+    return workload.max_concurrency * -(-workload.max_context_tokens // KV_BLOCK_TOKENS)
+
+
+def _kv_bytes(weights: Footprint, workload: Workload) -> int:
+    """Of one layer."""
+    return _num_kv_blocks(workload) * KV_BLOCK_TOKENS * weights.kv_bytes_per_token
+
+
+def _layer_costs(weights: Footprint) -> list[int]:
+    """Bytes of each layer; the ends of the model go with the first and the last one."""
+    costs = list(weights.layer_bytes)
+    costs[0] += weights.embeddings_bytes
+    costs[-1] += weights.output_bytes
+    return costs
+
+
+def _place(
+    weights: Footprint, inventory: Inventory, workload: Workload
+) -> tuple[_Seating, tuple[int, ...]] | None:
+    """The first seating in order of preference that fits, with the end layer of every stage."""
+    costs = _layer_costs(weights)
+    needs = [cost + _kv_bytes(weights, workload) for cost in costs]
+    overhead = weights.workspace_bytes(workload.max_context_tokens)
+    for seating in _seatings(inventory, workload.num_stages, len(costs)):
+        seats = [
+            Seat(num_stages=count, capacity=place.usable_bytes - count * overhead)
+            for place, count in seating
+        ]
+        if sum(seat.capacity for seat in seats) < sum(needs):
+            continue
+        if ends := partition(costs, needs, seats):
+            return seating, ends
+    return None
+
+
+def _shorten(
+    weights: Footprint, inventory: Inventory, workload: Workload, floor: int
+) -> Workload | None:
+    """The wish with the longest context, in whole KV blocks, that can be placed."""
+    low, high = -(-floor // KV_BLOCK_TOKENS), workload.max_context_tokens // KV_BLOCK_TOKENS
+    longest: Workload | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        shorter = replace(workload, max_context_tokens=middle * KV_BLOCK_TOKENS)
+        if _place(weights, inventory, shorter) is None:
+            high = middle - 1
+        else:
+            longest, low = shorter, middle + 1
+    return longest
+
+
+def _seatings(inventory: Inventory, num_stages: int | None, num_layers: int) -> Iterator[_Seating]:
+    """Ways to seat the stages, best first."""
+    for places in _place_pools(inventory):
+        orders = _orders(places)
+        if num_stages is None:
+            for count in range(1, min(len(places), num_layers) + 1):
+                yield from (tuple((place, 1) for place in order[:count]) for order in orders)
+        else:
+            for count in range(min(len(places), num_stages), 0, -1):
+                yield from (_spread(order[:count], num_stages) for order in orders)
+
+
+def _place_pools(inventory: Inventory) -> Iterator[tuple[_Place, ...]]:
+    """Accelerators and the CPUs of nodes without one; then, if that differs, every device."""
+    every = tuple(_Place(node=node, device=dev) for node in inventory.nodes for dev in node.devices)
+    with_cuda = {place.node.host for place in every if place.device.kind == "cuda"}
+    fast = tuple(p for p in every if p.device.kind == "cuda" or p.node.host not in with_cuda)
+    yield fast
+    if fast != every:
+        yield every
+
+
+def _orders(places: tuple[_Place, ...]) -> tuple[tuple[_Place, ...], ...]:
+    """Bytes held first, then memory; then by memory alone, for when the former do not fit."""
+
+    def key(place: _Place) -> tuple[int, str, str]:
+        return (-place.usable_bytes, place.node.host, place.device_name)
+
+    by_memory = tuple(sorted(places, key=key))
+    by_held = tuple(sorted(by_memory, key=lambda place: -place.node.held_bytes))
+    return (by_held,) if by_held == by_memory else (by_held, by_memory)
+
+
+def _spread(places: tuple[_Place, ...], num_stages: int) -> _Seating:
+    """At least one stage each, the others in proportion to memory, always to the neediest."""
+    counts = [1] * len(places)
+    for _ in range(num_stages - len(places)):
+        room = [
+            place.usable_bytes / (count + 1) for place, count in zip(places, counts, strict=True)
+        ]
+        counts[room.index(max(room))] += 1
+    return tuple(zip(places, counts, strict=True))
+
+
+def _stages(
+    weights: Footprint,
+    seating: _Seating,
+    ends: tuple[int, ...],
+    workload: Workload,
+    dtype: ComputeDtype,
+) -> tuple[StagePlan, ...]:
+    costs = _layer_costs(weights)
+    kv_bytes = _kv_bytes(weights, workload)
+    overhead = weights.workspace_bytes(workload.max_context_tokens)
+    seats = [place for place, count in seating for _ in range(count)]
+    starts = (0, *ends[:-1])
+    taken: dict[tuple[str, str], int] = {}
+    stages_of_host: dict[str, int] = {}
+    for place, start, end in zip(seats, starts, ends, strict=True):
+        device = (place.node.host, place.device_name)
+        used = sum(costs[start:end]) + (end - start) * kv_bytes + overhead
+        taken[device] = taken.get(device, 0) + used
+        stages_of_host[place.node.host] = stages_of_host.get(place.node.host, 0) + 1
+    return tuple(
+        StagePlan(
+            index=number,
+            host=place.node.host,
+            device=place.device_name,
+            first_layer=start,
+            end_layer=end,
+            has_embeddings=number == 0,
+            has_output=number == len(ends) - 1,
+            dtype=dtype,
+            num_threads=max(1, place.node.num_cpus // stages_of_host[place.node.host]),
+            weights_bytes=sum(costs[start:end]),
+            kv_bytes=(end - start) * kv_bytes,
+            free_bytes=place.device.memory_bytes - taken[place.node.host, place.device_name],
+        )
+        for number, (place, start, end) in enumerate(zip(seats, starts, ends, strict=True))
+    )
+
+
+def _unused(weights: Footprint, inventory: Inventory, seating: _Seating) -> tuple[UnusedNode, ...]:
+    used = {place.node.host for place, _ in seating}
+    smallest = min(weights.layer_bytes)
+    reasons = []
+    for node in inventory.nodes:
+        if node.host in used:
+            continue
+        usable = max(
+            (_Place(node=node, device=dev).usable_bytes for dev in node.devices), default=0
+        )
+        reason = (
+            f"too small: {gigabytes(usable)} usable, a layer needs {gigabytes(smallest)}"
+            if usable < smallest
+            else f"not needed: {len(used)} other node{'s' * (len(used) > 1)} hold the whole model"
+        )
+        reasons.append(UnusedNode(host=node.host, reason=reason))
+    return tuple(reasons)
+
+
+def _why_not(
+    weights: Footprint, dtype: ComputeDtype, inventory: Inventory, workload: Workload
+) -> str:
+    context = workload.min_context_tokens or workload.max_context_tokens
+    least = replace(workload, max_context_tokens=min(context, workload.max_context_tokens))
+    kv_bytes = _kv_bytes(weights, least) * len(weights.layer_bytes)
+    overhead = weights.workspace_bytes(least.max_context_tokens) * (workload.num_stages or 1)
+    needed = weights.weights_bytes + kv_bytes + overhead
+    there = ", ".join(
+        f"{node.host} {gigabytes(int(device.memory_bytes * (1 - MARGIN)))} of "
+        f"{gigabytes(device.memory_bytes)} {device.kind}"
+        for node in inventory.nodes
+        for device in node.devices
+    )
+    stages = f" in {workload.num_stages} stages" if workload.num_stages else ""
+    smaller = " a smaller dtype," if dtype == "fp32" else ""
+    return (
+        f"the model does not fit{stages}: it needs at least {gigabytes(needed)} "
+        f"({gigabytes(weights.weights_bytes)} of {dtype} weights, {gigabytes(kv_bytes)} for the "
+        f"keys and values of {least.max_concurrency} sequences of {least.max_context_tokens} "
+        f"tokens, {gigabytes(overhead)} of workspace); usable ({MARGIN:.0%} stays free): {there}; "
+        f"add memory or nodes, or ask for{smaller} a shorter context or fewer sequences at once"
+    )
+
+
+def gigabytes(num_bytes: int) -> str:
+    """Decimal gigabytes for people; small amounts in megabytes."""
+    if abs(num_bytes) < 1_000_000_000:
+        return f"{num_bytes / 1e6:.0f} MB"
+    return f"{num_bytes / 1e9:.1f} GB"

@@ -1,0 +1,245 @@
+"""Placement: every byte counted, few stages, reasons and numbers where it cannot be."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from magnetar.cluster.footprint import footprint, stored_dtype
+from magnetar.cluster.plan import Device, Inventory, Node, Plan, Workload
+from magnetar.cluster.plan_view import plan_json, plan_table
+from magnetar.cluster.planner import MARGIN, plan
+from magnetar.errors import InfeasiblePlanError, UsageError
+from magnetar.fetcher.config import ModelConfig
+from magnetar.fetcher.tensors import StoredDtype, TensorEntry, TensorIndex
+from magnetar.settings import KV_BLOCK_TOKENS
+
+GB = 1_000_000_000
+
+
+def model(
+    *, n_layers: int = 32, dim: int = 4096, num_experts: int = 8, dtype: StoredDtype = "bf16"
+) -> tuple[ModelConfig, TensorIndex]:
+    """Mixtral 8x7B, or a smaller sister, as names and shapes."""
+    hidden, kv_dim, vocab = dim * 7 // 2, dim // 4, 32000
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (vocab, dim)}
+    for layer in range(n_layers):
+        at = f"layers.{layer}"
+        shapes |= {
+            f"{at}.attention.wq.weight": (dim, dim),
+            f"{at}.attention.wk.weight": (kv_dim, dim),
+            f"{at}.attention.wv.weight": (kv_dim, dim),
+            f"{at}.attention.wo.weight": (dim, dim),
+            f"{at}.feed_forward.gate.weight": (num_experts, dim),
+        }
+        for expert in range(num_experts):
+            for name, shape in {
+                "w1": (hidden, dim),
+                "w2": (dim, hidden),
+                "w3": (hidden, dim),
+            }.items():
+                shapes[f"{at}.feed_forward.experts.{expert}.{name}.weight"] = shape
+    shapes |= {"norm.weight": (dim,), "output.weight": (vocab, dim)}
+    entries = {
+        name: TensorEntry(name=name, source_name=name, file="w", offset=0, dtype=dtype, shape=shape)
+        for name, shape in shapes.items()
+    }
+    config = ModelConfig(
+        dim=dim,
+        n_layers=n_layers,
+        head_dim=128,
+        hidden_dim=hidden,
+        n_heads=dim // 128,
+        n_kv_heads=kv_dim // 128,
+        norm_eps=1e-5,
+        vocab_size=vocab,
+        rope_theta=1e6,
+        max_context_tokens=32768,
+        num_experts=num_experts,
+        num_experts_per_tok=2,
+    )
+    return config, TensorIndex(entries)
+
+
+MIXTRAL = model()
+SMALL = model(n_layers=6, dim=512, num_experts=2)
+
+
+def node(host: str, gigabytes: float, *, cpus: int = 8, held: int = 0) -> Node:
+    memory = Device(kind="cpu", memory_bytes=int(gigabytes * GB))
+    return Node(host=host, address="", num_cpus=cpus, devices=(memory,), held_bytes=held)
+
+
+def cluster(*nodes: Node) -> Inventory:
+    return Inventory(nodes=nodes)
+
+
+def asked(context: int = 4096, concurrency: int = 1, **more: int | str | None) -> Workload:
+    fields = {"max_context_tokens": context, "max_concurrency": concurrency, **more}
+    return Workload(**fields)  # type: ignore[arg-type]
+
+
+def layers(found: Plan) -> list[int]:
+    return [stage.end_layer - stage.first_layer for stage in found.stages]
+
+
+def test_mixtral_weighs_what_its_release_weighs() -> None:
+    assert footprint(*MIXTRAL, "bf16").weights_bytes == pytest.approx(93.4 * GB, rel=0.01)
+
+
+def test_a_machine_that_holds_everything_gets_one_stage() -> None:
+    found = plan(*MIXTRAL, cluster(node("a", 128)), asked())
+    (stage,) = found.stages
+    assert (stage.first_layer, stage.end_layer, stage.dtype) == (0, 32, "bf16")
+    assert stage.has_embeddings
+    assert stage.has_output
+    assert stage.num_threads == 8
+
+
+def test_four_stages_on_one_machine_share_its_memory_and_cores() -> None:
+    found = plan(*MIXTRAL, cluster(node("a", 128)), asked(num_stages=4))
+    assert layers(found) == [8, 8, 8, 8]
+    assert {stage.num_threads for stage in found.stages} == {2}
+    assert len({stage.free_bytes for stage in found.stages}) == 1
+
+
+def test_there_is_a_thread_for_every_stage_however_few_cores() -> None:
+    found = plan(*SMALL, cluster(node("a", 16, cpus=2)), asked(num_stages=4))
+    assert {stage.num_threads for stage in found.stages} == {1}
+
+
+def test_takes_as_few_nodes_as_fit_and_says_why_the_others_idle() -> None:
+    found = plan(*MIXTRAL, cluster(*(node(name, 64) for name in "abcd"), node("z", 1)), asked())
+    assert len(found.stages) == 2
+    reasons = {idle.host: idle.reason for idle in found.unused}
+    assert set(reasons) == {"c", "d", "z"}
+    assert "not needed" in reasons["c"]
+    assert "too small" in reasons["z"]
+
+
+def test_larger_nodes_come_first_and_smaller_ones_get_what_fits() -> None:
+    found = plan(*MIXTRAL, cluster(node("small", 30), node("large", 80)), asked())
+    assert [stage.host for stage in found.stages] == ["large", "small"]
+    assert layers(found)[0] > layers(found)[1]
+
+
+def test_a_node_that_holds_the_release_is_preferred_to_a_larger_one() -> None:
+    found = plan(*MIXTRAL, cluster(node("big", 200), node("held", 128, held=9)), asked())
+    assert [stage.host for stage in found.stages] == ["held"]
+
+
+def test_bytes_held_never_cost_another_stage() -> None:
+    found = plan(*MIXTRAL, cluster(node("big", 200), node("held", 60, held=9)), asked())
+    assert [stage.host for stage in found.stages] == ["big"]
+
+
+def test_an_accelerator_is_preferred_and_the_cpu_helps_when_it_is_too_small() -> None:
+    def machine(cuda_gb: int) -> Node:
+        cuda = Device(kind="cuda", memory_bytes=cuda_gb * GB)
+        return dataclasses.replace(
+            node("a", 100), devices=(Device(kind="cpu", memory_bytes=100 * GB), cuda)
+        )
+
+    fits = plan(*MIXTRAL, cluster(machine(141)), asked())
+    assert [stage.device for stage in fits.stages] == ["cuda:0"]
+    helped = plan(*MIXTRAL, cluster(machine(24)), asked(num_stages=2))
+    assert {stage.device for stage in helped.stages} == {"cuda:0", "cpu"}
+
+
+def test_the_context_shrinks_with_a_note_when_nobody_asked_for_it() -> None:
+    found = plan(*MIXTRAL, cluster(node("a", 128)), asked(32768, 8, min_context_tokens=256))
+    assert 256 <= found.max_context_tokens < 32768
+    assert str(found.max_context_tokens) in found.notes[0]
+    assert "shortened" in plan_table(found)
+
+
+def test_the_context_shrinks_as_little_as_it_must() -> None:
+    machine = cluster(node("a", 128))
+    found = plan(*MIXTRAL, machine, asked(32768, 8, min_context_tokens=256))
+    with pytest.raises(InfeasiblePlanError):
+        plan(*MIXTRAL, machine, asked(found.max_context_tokens + KV_BLOCK_TOKENS, 8))
+
+
+def test_a_context_that_was_asked_for_is_never_shortened() -> None:
+    with pytest.raises(InfeasiblePlanError, match="8 sequences of 32768 tokens"):
+        plan(*MIXTRAL, cluster(node("a", 128)), asked(32768, 8))
+
+
+def test_an_infeasible_plan_says_the_numbers_of_every_node() -> None:
+    with pytest.raises(InfeasiblePlanError) as caught:
+        plan(*MIXTRAL, cluster(node("alpha", 16), node("beta", 8)), asked())
+    said = str(caught.value)
+    for part in ("93.4 GB", "alpha 14.4 GB of 16.0 GB", "beta 7.2 GB of 8.0 GB", "add memory"):
+        assert part in said
+
+
+def test_float32_is_weighed_at_four_bytes() -> None:
+    half, full = (plan(*SMALL, cluster(node("a", 64)), asked(dtype=d)) for d in ("bf16", "fp32"))
+    assert full.stages[0].weights_bytes == 2 * half.stages[0].weights_bytes
+    assert full.stages[0].kv_bytes == 2 * half.stages[0].kv_bytes
+
+
+def test_the_checkpoint_decides_the_dtype_when_nobody_does() -> None:
+    assert stored_dtype(model(n_layers=1, dim=128, dtype="fp16")[1]) == "fp16"
+
+
+def test_more_stages_than_layers_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="40 stages for a model of 32 layers"):
+        plan(*MIXTRAL, cluster(node("a", 128)), asked(num_stages=40))
+
+
+def test_json_has_the_field_names_of_the_plan() -> None:
+    found = plan(*SMALL, cluster(node("a", 64)), asked())
+    loaded = json.loads(json.dumps(plan_json(found)))
+    assert loaded["stages"][0]["host"] == "a"
+    assert loaded["num_kv_blocks"] == found.num_kv_blocks
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    memories=st.lists(st.integers(300, 3000), min_size=1, max_size=5),
+    context=st.integers(1, 4096),
+    concurrency=st.integers(1, 8),
+    num_stages=st.none() | st.integers(1, 6),
+)
+def test_every_plan_covers_all_layers_within_every_memory(
+    memories: list[int], context: int, concurrency: int, num_stages: int | None
+) -> None:
+    nodes = [node(f"n{i}", megabytes / 1000) for i, megabytes in enumerate(memories)]
+    workload = asked(context, concurrency, num_stages=num_stages)
+    try:
+        found = plan(*SMALL, cluster(*nodes), workload)
+    except InfeasiblePlanError:
+        return
+    assert found == plan(*SMALL, cluster(*nodes), workload)
+    assert found.stages[0].first_layer == 0
+    assert found.stages[-1].end_layer == 6
+    for before, after in zip(found.stages, found.stages[1:], strict=False):
+        assert before.end_layer == after.first_layer
+    assert sum(s.weights_bytes for s in found.stages) == footprint(*SMALL, "bf16").weights_bytes
+    assert num_stages in (None, len(found.stages))
+    for stage in found.stages:
+        memory = next(n for n in nodes if n.host == stage.host).devices[0].memory_bytes
+        assert stage.end_layer > stage.first_layer
+        assert stage.free_bytes >= int(memory * MARGIN) - 1
+    assert found.num_kv_blocks * KV_BLOCK_TOKENS >= context * concurrency
+    assert {s.host for s in found.stages} | {u.host for u in found.unused} == {
+        n.host for n in nodes
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(memories=st.lists(st.integers(300, 2000), min_size=2, max_size=4), data=st.data())
+def test_more_memory_never_makes_a_plan_infeasible(
+    memories: list[int], data: st.DataObject
+) -> None:
+    nodes = [node(f"n{i}", megabytes / 1000) for i, megabytes in enumerate(memories)]
+    try:
+        before = plan(*SMALL, cluster(*nodes), asked(1024, 4))
+    except InfeasiblePlanError:
+        return
+    grown = data.draw(st.integers(0, len(nodes) - 1))
+    nodes[grown] = node(f"n{grown}", 100)
+    after = plan(*SMALL, cluster(*nodes), asked(1024, 4))
+    assert len(after.stages) <= len(before.stages)
