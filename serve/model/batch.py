@@ -1,0 +1,133 @@
+"""One step laid out as tensors: built once per step, shared by all layers of a stage.
+
+Shapes: T tokens of the step, Q tokens of one row, L keys that the row sees, B blocks of the row,
+P rotary pairs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...fetcher.config import ModelConfig
+from ...settings import KV_BLOCK_TOKENS
+from ..step import StepRow
+from .rope import rotations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """One row of a step: which tokens ask, and which keys they see.
+
+    The keys lie in the slots ``first_slot .. first_slot + num_keys`` of the cache when
+    `block_ids_B` is None, else in the same range of those blocks put one after the other.
+    """
+
+    start: int
+    end: int
+    """The row's tokens are ``start .. end`` of the step."""
+    block_ids_B: torch.Tensor | None
+    first_slot: int
+    num_keys: int
+    mask_QL: torch.Tensor | None = None
+    """Added to the scores; None where every token sees every key, or `is_causal` says it all."""
+    is_causal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """All rows of a step."""
+
+    slots_T: torch.Tensor
+    """Where each token's key and value go: block id times block size plus offset."""
+    rotations_T1P: torch.Tensor
+    spans: tuple[Span, ...]
+
+
+def lay_out(
+    rows: Sequence[StepRow],
+    tables: Mapping[int, Sequence[int]],
+    *,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Batch:
+    """The tensors of a step whose block tables already hold the rows' new blocks.
+
+    Raises:
+        ValueError: a row has no tokens, or reaches past the end of its block table.
+    """
+    positions: list[int] = []
+    slots: list[int] = []
+    spans: list[Span] = []
+    for row in rows:
+        table = tables.get(row.request_id, ())
+        end_position = row.position + len(row.token_ids)
+        if not row.token_ids or end_position > len(table) * KV_BLOCK_TOKENS:
+            raise ValueError(
+                f"request {row.request_id}: tokens {row.position}..{end_position} do not fit a "
+                f"table of {len(table)} KV blocks; the engine must send the blocks with the row"
+            )
+        start = len(positions)
+        for position in range(row.position, end_position):
+            positions.append(position)
+            block, offset = divmod(position, KV_BLOCK_TOKENS)
+            slots.append(table[block] * KV_BLOCK_TOKENS + offset)
+        spans.append(_span(row, table, start, config.sliding_window, dtype, device))
+    positions_T = torch.tensor(positions, device=device)
+    return Batch(
+        slots_T=torch.tensor(slots, device=device),
+        rotations_T1P=rotations(positions_T, head_dim=config.head_dim, theta=config.rope_theta),
+        spans=tuple(spans),
+    )
+
+
+def _span(
+    row: StepRow,
+    table: Sequence[int],
+    start: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Span:
+    """The row's keys: every block from the first that its first token can still see."""
+    num_tokens = len(row.token_ids)
+    end_position = row.position + num_tokens
+    first_position = 0 if window is None else max(0, row.position - window + 1)
+    first_block = first_position // KV_BLOCK_TOKENS
+    block_ids = table[first_block : -(-end_position // KV_BLOCK_TOKENS)]
+    offset = first_position - first_block * KV_BLOCK_TOKENS
+    # Blocks that lie side by side are read in place: at 512 keys a gather cost half as much as
+    # the attention itself.
+    side_by_side = list(block_ids) == list(range(block_ids[0], block_ids[0] + len(block_ids)))
+    is_causal = num_tokens > 1 and row.position == 0 and (window is None or num_tokens <= window)
+    mask_QL = None
+    if num_tokens > 1 and not is_causal:
+        mask_QL = _mask(row.position, end_position, first_position, window, dtype, device)
+    return Span(
+        start=start,
+        end=start + num_tokens,
+        block_ids_B=None if side_by_side else torch.tensor(block_ids, device=device),
+        first_slot=offset + (block_ids[0] * KV_BLOCK_TOKENS if side_by_side else 0),
+        num_keys=end_position - first_position,
+        mask_QL=mask_QL,
+        is_causal=is_causal,
+    )
+
+
+def _mask(
+    position: int,
+    end_position: int,
+    first_position: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """0 where a token sees a key, -inf elsewhere. A window counts the token itself."""
+    queries_Q1 = torch.arange(position, end_position, device=device).unsqueeze(1)
+    keys_L = torch.arange(first_position, end_position, device=device)
+    hidden_QL = keys_L > queries_Q1
+    if window is not None:
+        hidden_QL |= keys_L <= queries_Q1 - window
+    mask_QL = torch.zeros(hidden_QL.shape, dtype=dtype, device=device)
+    return mask_QL.masked_fill_(hidden_QL, float("-inf"))

@@ -1,0 +1,86 @@
+"""Consecutive layers of the model, with the embeddings before and the output head after them.
+
+Attributes are named as in the checkpoint, and layers are keyed by their id in the whole model.
+
+Shapes: T tokens of the step, S tokens whose successor is sampled, C model width, V vocabulary.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from ...fetcher.config import ModelConfig
+from .attention import Attention
+from .batch import Batch
+from .feed_forward import FeedForward
+from .kv_cache import KVCache
+from .moe import MoeLayer
+from .norm import rms_norm
+
+
+class TransformerLayer:
+    """Attention and feed-forward network, each on the normalised input and added to it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        attention: Attention,
+        feed_forward: FeedForward | MoeLayer,
+        attention_norm: torch.Tensor,
+        ffn_norm: torch.Tensor,
+    ) -> None:
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.attention_norm = attention_norm
+        self.ffn_norm = ffn_norm
+        self.norm_eps = config.norm_eps
+
+    def forward(self, x_TC: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """[T, C]; writes the step's keys and values into the cache."""
+        normed_TC = rms_norm(x_TC, self.attention_norm, self.norm_eps)
+        x_TC = x_TC + self.attention.forward(normed_TC, batch, cache)
+        return x_TC + self.feed_forward.forward(rms_norm(x_TC, self.ffn_norm, self.norm_eps))
+
+
+class Transformer:
+    """The part of a model that one stage holds."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        layers: Mapping[int, TransformerLayer],
+        tok_embeddings: torch.Tensor | None,
+        norm: torch.Tensor | None,
+        output: torch.Tensor | None,
+    ) -> None:
+        self.config = config
+        self.layers = layers
+        """By global id, in order."""
+        self.tok_embeddings = tok_embeddings
+        """[V, C] on the first stage, else None."""
+        self.norm = norm
+        """[C] on the last stage, else None."""
+        self.output = output
+        """[V, C] on the last stage, else None."""
+
+    def embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, C] of token ids; first stage only."""
+        assert self.tok_embeddings is not None
+        return F.embedding(tokens_T, self.tok_embeddings)
+
+    def forward(
+        self, hidden_TC: torch.Tensor, batch: Batch, caches: Mapping[int, KVCache]
+    ) -> torch.Tensor:
+        """Hidden states [T, C] after this part's layers; writes their caches."""
+        for layer_id, layer in self.layers.items():
+            hidden_TC = layer.forward(hidden_TC, batch, caches[layer_id])
+        return hidden_TC
+
+    def logits(self, hidden_SC: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V] in the compute dtype; last stage only."""
+        assert self.norm is not None
+        assert self.output is not None
+        return F.linear(rms_norm(hidden_SC, self.norm, self.config.norm_eps), self.output)
