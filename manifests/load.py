@@ -1,0 +1,149 @@
+"""A manifest file becomes a `Deployment`, or one error that lists everything wrong with it."""
+
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ..errors import ManifestError, NotFoundError
+from .environment import expand
+from .schema import Deployment
+from .suggest import did_you_mean
+from .yaml_loader import MAX_BYTES, Document, Mark, Path, Problem, load_yaml
+
+MAX_REPORTED = 20
+_WIDTH = 100
+
+
+def load_deployment(file: FilePath, *, environment: Mapping[str, str]) -> Deployment:
+    """Reads a manifest; relative paths in it are left as they are.
+
+    Raises:
+        NotFoundError: there is no such file.
+        ManifestError: everything that is wrong, as ``file:line:column: path: message`` each with
+            its source line and a caret.
+    """
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no manifest {file}: check the path") from error
+    except OSError as error:
+        raise ManifestError(f"{file}: cannot be read ({error.strerror})") from error
+    return parse_deployment(raw, name=str(file), environment=environment)
+
+
+def parse_deployment(raw: bytes, *, name: str, environment: Mapping[str, str]) -> Deployment:
+    """The same from bytes; ``name`` stands before every error.
+
+    Raises:
+        ManifestError: as of `load_deployment`.
+    """
+    document = load_yaml(raw, substitute=lambda text: expand(text, environment))
+    if document.problems and not document.values:
+        raise ManifestError(_report(document, document.problems, name))
+    problems = list(document.problems)
+    try:
+        deployment = Deployment.model_validate(document.value)
+    except ValidationError as error:
+        # A value that could not be read is complained about once.
+        told = {each.path for each in problems if each.mark == document.values.get(each.path)}
+        for details in error.errors(include_url=False):
+            if details["type"] == "extra_forbidden" or details["loc"] not in told:
+                problems.append(_problem_of(details, document))
+    if problems:
+        raise ManifestError(_report(document, problems, name))
+    return deployment
+
+
+def _problem_of(details: ErrorDetails, document: Document) -> Problem:
+    path: Path = details["loc"]
+    kind, value = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        key, known = str(path[-1]), _known_keys(path[:-1])
+        hint = did_you_mean(key, known) or f"; known here: {', '.join(known)}"
+        return Problem(document.keys[path], f"unknown key {key!r}{hint}", path)
+    if kind == "missing":
+        return Problem(_mark_of(path[:-1], document), "is missing", path)
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = f"should be a mapping of keys to values, not {_shown(value)}"
+    elif kind == "literal_error":
+        expected = details["ctx"]["expected"]
+        message = f"{_shown(value)} is not {expected}" + (
+            did_you_mean(
+                value, [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
+            )
+            if isinstance(value, str)
+            else ""
+        )
+    elif kind == "string_pattern_mismatch":
+        message = f"{_shown(value)} should be a DNS label: a-z, 0-9 and - inside, at most 63"
+    elif kind == "value":
+        message = details["msg"]
+    else:
+        message = f"{details['msg'][0].lower()}{details['msg'][1:]}, not {_shown(value)}"
+        message = message.removeprefix("input ")
+    return Problem(_mark_of(path, document), message, path)
+
+
+def _mark_of(path: Path, document: Document) -> Mark:
+    """Where a value stands, or what holds it; a mapping stands at its key."""
+    while path and path not in document.values:
+        path = path[:-1]
+    value: object = document.value
+    for part in path:
+        value = value[part]  # type: ignore[index]
+    if isinstance(value, dict) and path in document.keys:
+        return document.keys[path]
+    return document.values.get(path, Mark(0, 0))
+
+
+def _known_keys(path: Path) -> list[str]:
+    model: type[BaseModel] = Deployment
+    for part in path:
+        fields = {field.alias: field.annotation for field in model.model_fields.values()}
+        part_type = fields[str(part)]
+        assert isinstance(part_type, type)
+        assert issubclass(part_type, BaseModel)
+        model = part_type
+    return [str(field.alias) for field in model.model_fields.values()]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _report(document: Document, problems: list[Problem], name: str) -> str:
+    problems = sorted(problems, key=lambda problem: (problem.mark.line, problem.mark.column))
+    lines = []
+    for problem in problems[:MAX_REPORTED]:
+        line, column = problem.mark.line, problem.mark.column
+        place = ".".join(map(str, problem.path))
+        lines.append(
+            f"{name}:{line + 1}:{column + 1}: {f'{place}: ' if place else ''}{problem.message}"
+        )
+        lines += _excerpt(document.line(line), column)
+    if more := len(problems) - MAX_REPORTED:
+        lines += [f"and {more} more"] if more > 0 else []
+    return "\n".join(lines)
+
+
+def _excerpt(line: str, column: int) -> list[str]:
+    """The source line, cut around the column where it is long, and a caret under the column."""
+    start = max(0, column - _WIDTH // 2) if len(line) > _WIDTH else 0
+    shown = "".join(
+        character if character.isprintable() else " " for character in line[start : start + _WIDTH]
+    )
+    if not shown.strip():
+        return []
+    return [f"    {shown.rstrip()}", f"    {' ' * (column - start)}^"]

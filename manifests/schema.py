@@ -1,0 +1,213 @@
+"""The shape of a manifest: what a deployment may be asked to be, field by field.
+
+Keys are camelCase in YAML. Values are strict: a number is not a string, and nothing is converted.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from ..cluster.plan import ComputeDtype
+from ..cluster.spec import DeploymentSpec
+from ..errors import MagnetarError
+from ..settings import DEFAULT_HOST, DEFAULT_PORT, default_store
+from .facts import Facts, Part
+from .source import check_address, release_name, resolve_source
+
+NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+SOURCES = ("magnet", "catalogue", "torrent", "folder")
+
+
+def _checked(check: Callable[[str], object]) -> AfterValidator:
+    """A validator that keeps the text and turns what ``check`` raises into its message."""
+
+    def validate(text: str) -> str:
+        try:
+            check(text)
+        except (ValueError, MagnetarError) as error:
+            raise PydanticCustomError("value", "{reason}", {"reason": str(error)}) from error
+        return text
+
+    return AfterValidator(validate)
+
+
+def _check_magnet(text: str) -> None:
+    from ..fetcher.magnet import parse_magnet
+
+    parse_magnet(text)
+
+
+def _check_catalogue_name(text: str) -> None:
+    from .catalogue import find_release
+
+    find_release(text)
+
+
+Address = Annotated[str, _checked(check_address)]
+
+
+class Source(Facts):
+    """Where the release comes from, and facts that win over its own files and the catalogue."""
+
+    magnet: Annotated[str, _checked(_check_magnet)] | None = Field(
+        default=None, description="A magnet link; mangled ones are repaired."
+    )
+    catalogue: Annotated[str, _checked(_check_catalogue_name)] | None = Field(
+        default=None, description="Name of a known release, such as mixtral-8x7b."
+    )
+    torrent: str | None = Field(
+        default=None, min_length=1, description="A .torrent file, relative to the manifest."
+    )
+    folder: str | None = Field(
+        default=None, min_length=1, description="A release folder, relative to the manifest."
+    )
+    peers: list[Address] = Field(
+        default_factory=list, description="HOST:PORT of peers to ask besides those of the swarm."
+    )
+    timeout_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Give up when nothing arrives for this long; without it, wait for ever.",
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one_source(self) -> "Source":
+        given = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise PydanticCustomError(
+                "value",
+                "should have exactly one of {sources}; it has {given}",
+                {"sources": ", ".join(SOURCES), "given": " and ".join(given) or "none of them"},
+            )
+        return self
+
+
+class Model(Part):
+    """What is computed."""
+
+    name: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=128,
+        description="What clients pass as `model`; the release's name by default.",
+    )
+    dtype: ComputeDtype | None = Field(
+        default=None,
+        description="Number format of the weights in memory; the checkpoint's by default.",
+    )
+    max_context_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Longest text to serve; the model's own, cut to fit, by default.",
+    )
+
+
+class Placement(Part):
+    """Where it runs."""
+
+    stages: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Parts that the layers are split into; as few as fit.",
+    )
+    ray_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="An existing Ray cluster; one is started by default.",
+    )
+    store: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder for releases on every node, `{host}` for the node's label; relative "
+        "to the manifest.",
+    )
+
+
+class Serve(Part):
+    """How it is reached."""
+
+    host: str = Field(default=DEFAULT_HOST, min_length=1, description="Address to listen on.")
+    port: int = Field(default=DEFAULT_PORT, ge=0, le=65535, description="Port; 0 takes a free one.")
+    max_concurrency: int = Field(
+        default=8, ge=1, le=4096, description="Requests worked on at a time."
+    )
+    api_key_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File with the key that clients must send, relative to the manifest; needed "
+        "to listen on anything but loopback.",
+    )
+
+
+class Metadata(Part):
+    """What it is called."""
+
+    name: str = Field(
+        pattern=NAME_PATTERN, description="Name of the deployment: a DNS label (a-z, 0-9, -)."
+    )
+
+
+class Spec(Part):
+    """What is wanted."""
+
+    source: Source = Field(description="Where the release comes from.")
+    model: Model = Field(default_factory=Model, description="What is computed.")
+    placement: Placement = Field(default_factory=Placement, description="Where it runs.")
+    serve: Serve = Field(default_factory=Serve, description="How it is reached.")
+
+    @field_validator("model", "placement", "serve", mode="before")
+    @classmethod
+    def _key_without_entries(cls, value: object) -> object:
+        # `serve:` with every entry commented out asks for the defaults.
+        return {} if value is None else value
+
+
+class Deployment(Part):
+    """One model, served: a whole manifest."""
+
+    api_version: Literal["magnetar/v1"] = Field(description="Version of this format.")
+    kind: Literal["Deployment"] = Field(description="What the manifest describes.")
+    metadata: Metadata = Field(description="What it is called.")
+    spec: Spec = Field(description="What is wanted.")
+
+    def to_spec(
+        self, *, base: Path, on_note: Callable[[str], None] | None = None
+    ) -> DeploymentSpec:
+        """The same for the controller; ``base`` is the folder that relative paths start from.
+
+        Raises:
+            NotFoundError: a .torrent file or release folder that is not there.
+        """
+        source, model = self.spec.source, self.spec.model
+        placement, serve = self.spec.placement, self.spec.serve
+        kind = next(name for name in SOURCES if getattr(source, name) is not None)
+        location: str = getattr(source, kind)
+        resolved = resolve_source(
+            location if kind in ("magnet", "catalogue") else _path(base, location),
+            peers=tuple(source.peers),
+            timeout_s=source.timeout_seconds,
+            given=source.hints(),
+            on_note=on_note,
+        )
+        return DeploymentSpec(
+            name=self.metadata.name,
+            source=resolved,
+            store=_path(base, placement.store) if placement.store else str(default_store()),
+            model_name=model.name or release_name(resolved),
+            dtype=model.dtype,
+            num_stages=placement.stages,
+            max_context_tokens=model.max_context_tokens,
+            max_concurrency=serve.max_concurrency,
+            host=serve.host,
+            port=serve.port,
+            api_key_file=_path(base, serve.api_key_file) if serve.api_key_file else None,
+        )
+
+
+def _path(base: Path, text: str) -> str:
+    return str((base / Path(text).expanduser()).absolute())
