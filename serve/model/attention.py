@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from ...fetcher.config import ModelConfig
 from .batch import Batch, Span
 from .kv_cache import KVCache
+from .linear import Linear
 from .rope import rotate
 
 
 class Attention:
-    """`wq`, `wk` and `wv` of the checkpoint lie one above the other, for one GEMM instead of three.
+    """`wq`, `wk` and `wv` lie one above the other, for one product instead of three.
 
     Query heads ``g * R .. (g + 1) * R`` share KV head ``g``.
     """
 
-    def __init__(self, config: ModelConfig, *, wqkv: torch.Tensor, wo: torch.Tensor) -> None:
+    def __init__(self, config: ModelConfig, *, wqkv: Linear, wo: Linear) -> None:
         self.wqkv = wqkv
-        """[(N + G + G) * D, C]"""
+        """C -> (N + G + G) * D"""
         self.wo = wo
-        """[C, N * D]"""
+        """N * D -> C"""
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
         self.head_dim = config.head_dim
@@ -31,7 +32,7 @@ class Attention:
     def forward(self, x_TC: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Attention output [T, C]; writes the step's keys and values into the cache."""
         n_rotated = self.n_heads + self.n_kv_heads
-        qkv_THD = F.linear(x_TC, self.wqkv).view(len(x_TC), -1, self.head_dim)
+        qkv_THD = self.wqkv(x_TC).view(len(x_TC), -1, self.head_dim)
         # Queries and keys are neighbours, so they turn in one call.
         qk_THD = rotate(qkv_THD[:, :n_rotated], batch.rotations_T1P)
         q_TND = qk_THD[:, : self.n_heads]
@@ -41,7 +42,7 @@ class Attention:
             for span in batch.spans
         ]
         out_TX = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return F.linear(out_TX, self.wo)
+        return self.wo(out_TX)
 
     def _attend(
         self, q_QND: torch.Tensor, k_LGD: torch.Tensor, v_LGD: torch.Tensor, span: Span

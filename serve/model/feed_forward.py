@@ -1,10 +1,12 @@
-"""The gated feed-forward network, dense.
+"""The gated feed-forward network: the dense layer, and what every expert of a sparse one is.
 
 Shapes: T tokens, C model width, I hidden width (`hidden_dim`), F = 2 * I.
 """
 
 import torch
 import torch.nn.functional as F
+
+from .linear import Linear
 
 
 def gated(h_TF: torch.Tensor) -> torch.Tensor:
@@ -13,20 +15,17 @@ def gated(h_TF: torch.Tensor) -> torch.Tensor:
     return F.silu(gate_TI).mul_(up_TI)
 
 
-def swiglu(x_TC: torch.Tensor, w13_FC: torch.Tensor, w2_CI: torch.Tensor) -> torch.Tensor:
-    """``w2(silu(w1 x) * w3 x)`` [T, C]."""
-    return F.linear(gated(F.linear(x_TC, w13_FC)), w2_CI)
-
-
 class FeedForward:
-    """The dense network: `w1` above `w3` in one matrix, for one GEMM instead of two."""
+    """``w2(silu(w1 x) * w3 x)``, with `w1` above `w3` for one product instead of two."""
 
-    def __init__(self, *, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    __slots__ = ("w2", "w13")
+
+    def __init__(self, *, w13: Linear, w2: Linear) -> None:
         self.w13 = w13
-        """[2 * I, C]"""
+        """C -> 2 * I"""
         self.w2 = w2
-        """[C, I]"""
+        """I -> C"""
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
         """[T, C]"""
-        return swiglu(x_TC, self.w13, self.w2)
+        return self.w2(gated(self.w13(x_TC)))

@@ -1,11 +1,12 @@
 """From the tensors of a release to the layers of one stage.
 
-Every weight is read once and cast straight into its final place, so that beside the finished
-weights at most one tensor is in memory. Each stage reads only its own tensors, and accounts for
-all of them: what is missing, has another shape, or belongs to no part of the model is an error.
+Every weight is read once, cast straight into its matrix, and packed as soon as that is whole, so
+that beside the finished weights at most one matrix is in memory. Each stage reads only its own
+tensors, and accounts for all of them: what is missing, has another shape, or belongs to no part
+of the model is an error.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -14,7 +15,8 @@ from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorSource
 from .attention import Attention
 from .feed_forward import FeedForward
-from .moe import MoeLayer
+from .linear import LINEAR_KERNELS, Linear, default_linear_kernel, plain_linear
+from .moe import Experts, GroupedExperts, LoopExperts, MoeLayer, default_experts_kind
 from .transformer import Transformer, TransformerLayer
 
 COMPUTE_DTYPES: Mapping[str, torch.dtype] = {
@@ -22,6 +24,10 @@ COMPUTE_DTYPES: Mapping[str, torch.dtype] = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
+
+
+_Part = tuple[str, tuple[int, int]]
+"""Name and shape of a matrix."""
 
 
 def load_transformer(
@@ -54,18 +60,18 @@ def load_transformer(
     tok_embeddings = norm = output = None
     vocab_shape = (config.vocab_size, config.dim)
     if has_embeddings:
-        tok_embeddings = loader.read("tok_embeddings.weight", vocab_shape)
+        tok_embeddings = loader.tensor("tok_embeddings.weight", vocab_shape)
         told(loader.loaded_bytes)
     layers = {}
     for layer_id in range(first_layer, end_layer):
         layers[layer_id] = loader.layer(layer_id)
         told(loader.loaded_bytes)
     if has_output:
-        norm = loader.read("norm.weight", (config.dim,))
-        if tok_embeddings is not None and _is_tied(source):
-            output = tok_embeddings
+        norm = loader.tensor("norm.weight", (config.dim,))
+        if tok_embeddings is not None and loader.keeps_weights and _is_tied(source):
+            output = plain_linear(tok_embeddings)
         else:
-            output = loader.read("output.weight", vocab_shape)
+            output = loader.linear(("output.weight", vocab_shape))
         told(loader.loaded_bytes)
     transformer = Transformer(
         config, layers=layers, tok_embeddings=tok_embeddings, norm=norm, output=output
@@ -74,7 +80,7 @@ def load_transformer(
 
 
 class _Loader:
-    """Reads, checks, casts and stacks."""
+    """Reads, checks, casts, stacks and packs."""
 
     def __init__(
         self, config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: torch.device
@@ -84,22 +90,27 @@ class _Loader:
         self.dtype = dtype
         self.device = device
         self.loaded_bytes = 0
+        name = default_linear_kernel(dtype=dtype, device=device)
+        self.keeps_weights = name == "plain"
+        """Whether a product uses the weight itself, not a copy of it."""
+        self._linear_kernel = LINEAR_KERNELS[name]
+        self._experts_kind = default_experts_kind(dtype=dtype, device=device)
 
-    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """One tensor as a weight of its own."""
-        # A freshly allocated tensor of the right dtype and device is taken as it is.
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """One tensor as it is, but for dtype and device."""
+        # A freshly allocated tensor that has both already is taken without a copy.
         weight = self._stored(name, shape).to(self.device, self.dtype)
         self._check_range(name, weight)
         self.loaded_bytes += weight.nbytes
         return weight
 
-    def stack(self, parts: Iterable[tuple[str, tuple[int, int]]]) -> torch.Tensor:
-        """Matrices of equal width, one above the other, in one weight."""
-        parts = list(parts)
-        num_rows = sum(shape[0] for _, shape in parts)
-        weight = self._empty(num_rows, parts[0][1][1])
-        self._fill(weight, parts)
-        return weight
+    def linear(self, *parts: _Part) -> Linear:
+        """Matrices of equal width, one above the other, as one matrix to multiply with."""
+        if len(parts) == 1:
+            return self._linear_kernel(self.tensor(*parts[0]))
+        weight = self._empty(sum(shape[0] for _, shape in parts), parts[0][1][1])
+        self._fill(weight, *parts)
+        return self._linear_kernel(weight)
 
     def layer(self, layer_id: int) -> TransformerLayer:
         """One whole layer."""
@@ -109,52 +120,61 @@ class _Loader:
         kv_shape = (config.n_kv_heads * head_dim, dim)
         attention = Attention(
             config,
-            wqkv=self.stack(
-                (f"{prefix}.attention.{part}.weight", shape)
-                for part, shape in (("wq", q_shape), ("wk", kv_shape), ("wv", kv_shape))
+            wqkv=self.linear(
+                (f"{prefix}.attention.wq.weight", q_shape),
+                (f"{prefix}.attention.wk.weight", kv_shape),
+                (f"{prefix}.attention.wv.weight", kv_shape),
             ),
-            wo=self.read(f"{prefix}.attention.wo.weight", (q_shape[1], q_shape[0])),
+            wo=self.linear((f"{prefix}.attention.wo.weight", (q_shape[1], q_shape[0]))),
         )
-        feed_forward = (
-            self._moe_layer(f"{prefix}.feed_forward")
-            if config.is_moe
-            else self._feed_forward(f"{prefix}.feed_forward")
-        )
+        feed_forward: FeedForward | MoeLayer
+        if config.is_moe:
+            gate_shape = (config.num_experts, dim)
+            feed_forward = MoeLayer(
+                config,
+                gate=self.linear((f"{prefix}.feed_forward.gate.weight", gate_shape)),
+                experts=self._experts(f"{prefix}.feed_forward.experts"),
+            )
+        else:
+            feed_forward = self._feed_forward(f"{prefix}.feed_forward")
         return TransformerLayer(
             config,
             attention=attention,
             feed_forward=feed_forward,
-            attention_norm=self.read(f"{prefix}.attention_norm.weight", (dim,)),
-            ffn_norm=self.read(f"{prefix}.ffn_norm.weight", (dim,)),
+            attention_norm=self.tensor(f"{prefix}.attention_norm.weight", (dim,)),
+            ffn_norm=self.tensor(f"{prefix}.ffn_norm.weight", (dim,)),
         )
 
     def _feed_forward(self, prefix: str) -> FeedForward:
-        dim, hidden_dim = self.config.dim, self.config.hidden_dim
-        return FeedForward(
-            w13=self.stack((f"{prefix}.{part}.weight", (hidden_dim, dim)) for part in ("w1", "w3")),
-            w2=self.read(f"{prefix}.w2.weight", (dim, hidden_dim)),
-        )
+        """A dense layer or one expert."""
+        w13, w2 = self._parts(prefix)
+        return FeedForward(w13=self.linear(*w13), w2=self.linear(w2))
 
-    def _moe_layer(self, prefix: str) -> MoeLayer:
+    def _experts(self, prefix: str) -> Experts:
         config = self.config
-        dim, hidden_dim, num_experts = config.dim, config.hidden_dim, config.num_experts
-        w13 = self._empty(num_experts, 2 * hidden_dim, dim)
-        w2 = self._empty(num_experts, dim, hidden_dim)
-        for expert in range(num_experts):
-            name = f"{prefix}.experts.{expert}"
-            self._fill(
-                w13[expert], [(f"{name}.{part}.weight", (hidden_dim, dim)) for part in ("w1", "w3")]
-            )
-            self._fill(w2[expert], [(f"{name}.w2.weight", (dim, hidden_dim))])
-        gate = self.read(f"{prefix}.gate.weight", (num_experts, dim))
-        return MoeLayer(config, gate=gate, w13=w13, w2=w2)
+        names = [f"{prefix}.{expert}" for expert in range(config.num_experts)]
+        if self._experts_kind == "loop":
+            return LoopExperts([self._feed_forward(name) for name in names])
+        stacked_w13 = self._empty(config.num_experts, 2 * config.hidden_dim, config.dim)
+        stacked_w2 = self._empty(config.num_experts, config.dim, config.hidden_dim)
+        for expert, name in enumerate(names):
+            w13, w2 = self._parts(name)
+            self._fill(stacked_w13[expert], *w13)
+            self._fill(stacked_w2[expert], w2)
+        return GroupedExperts(w13=stacked_w13, w2=stacked_w2)
+
+    def _parts(self, prefix: str) -> tuple[list[_Part], _Part]:
+        """What lies in `w13`, and `w2`, of one gated network."""
+        dim, hidden_dim = self.config.dim, self.config.hidden_dim
+        w13 = [(f"{prefix}.{part}.weight", (hidden_dim, dim)) for part in ("w1", "w3")]
+        return w13, (f"{prefix}.w2.weight", (dim, hidden_dim))
 
     def _empty(self, *shape: int) -> torch.Tensor:
         weight = torch.empty(shape, dtype=self.dtype, device=self.device)
         self.loaded_bytes += weight.nbytes
         return weight
 
-    def _fill(self, weight: torch.Tensor, parts: list[tuple[str, tuple[int, int]]]) -> None:
+    def _fill(self, weight: torch.Tensor, *parts: _Part) -> None:
         row = 0
         for name, shape in parts:
             target = weight[row : row + shape[0]]

@@ -15,6 +15,7 @@ from .attention import Attention
 from .batch import Batch
 from .feed_forward import FeedForward
 from .kv_cache import KVCache
+from .linear import Linear
 from .moe import MoeLayer
 from .norm import rms_norm
 
@@ -54,7 +55,7 @@ class Transformer:
         layers: Mapping[int, TransformerLayer],
         tok_embeddings: torch.Tensor | None,
         norm: torch.Tensor | None,
-        output: torch.Tensor | None,
+        output: Linear | None,
     ) -> None:
         self.config = config
         self.layers = layers
@@ -64,7 +65,7 @@ class Transformer:
         self.norm = norm
         """[C] on the last stage, else None."""
         self.output = output
-        """[V, C] on the last stage, else None."""
+        """C -> V on the last stage, else None."""
 
     def embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, C] of token ids; first stage only."""
@@ -83,4 +84,4 @@ class Transformer:
         """Logits [S, V] in the compute dtype; last stage only."""
         assert self.norm is not None
         assert self.output is not None
-        return F.linear(rms_norm(hidden_SC, self.norm, self.config.norm_eps), self.output)
+        return self.output(rms_norm(hidden_SC, self.norm, self.config.norm_eps))
