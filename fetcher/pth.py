@@ -19,8 +19,9 @@ from itertools import pairwise
 from typing import Final, cast
 
 from ..errors import CheckpointError
+from .pickle_machine import PickledTensor
 from .stored_tensor import StoredTensor, some
-from .tensor_pickle import MAX_PICKLE_BYTES, PickledTensor, read_tensor_pickle
+from .tensor_pickle import MAX_PICKLE_BYTES, read_tensor_pickle
 from .tensors import DTYPE_BYTES, RangeReader, StoredDtype
 
 MAX_DIRECTORY_BYTES: Final = 32 << 20
