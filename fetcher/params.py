@@ -26,6 +26,7 @@ _HARMLESS_FALSE: Final = frozenset({"use_biases", "bias", "qkv_bias"})
 _DEFAULT_THETA: Final = {"llama": 1e4, "mistral": 1e4, "mixtral": 1e6}
 """What transformers computes with when a config.json of that type does not say."""
 _MISTRAL_DEFAULT_WINDOW: Final = 4096
+_MISTRAL_DEFAULT_KV_HEADS: Final = 8
 
 _ROPE_FIELDS: Final = frozenset({"rope_type", "type", "rope_theta"})
 _HUGGINGFACE_MATHS: Final[Mapping[str, tuple[object, ...]]] = {
@@ -145,7 +146,7 @@ def read_config(raw: bytes, *, given: ReleaseHints, known: ReleaseHints) -> Mode
             head_dim=fields.optional_count("head_dim") or _even_share(dim, n_heads),
             hidden_dim=fields.count("intermediate_size"),
             n_heads=n_heads,
-            n_kv_heads=fields.optional_count("num_key_value_heads") or n_heads,
+            n_kv_heads=_config_kv_heads(fields, model_type) or n_heads,
             norm_eps=fields.number("rms_norm_eps"),
             vocab_size=fields.count("vocab_size"),
             rope_theta=_DEFAULT_THETA[model_type] if theta is None else theta,
@@ -182,6 +183,13 @@ def _config_window(fields: "_Fields", model_type: str) -> int | Literal["none"]:
     if model_type == "mistral" and "sliding_window" not in fields.found:
         return _MISTRAL_DEFAULT_WINDOW
     return fields.optional_count("sliding_window") or "none"
+
+
+def _config_kv_heads(fields: "_Fields", model_type: str) -> int | None:
+    """The KV heads, as transformers understands it; None: one for every head."""
+    if model_type != "llama" and "num_key_value_heads" not in fields.found:
+        return _MISTRAL_DEFAULT_KV_HEADS
+    return fields.optional_count("num_key_value_heads")
 
 
 def _config_theta(fields: "_Fields") -> float | None:
