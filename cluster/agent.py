@@ -1,0 +1,124 @@
+"""What works for a deployment on one node: measures it and brings the release there."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from ..fetcher.config import ReleaseHints
+from ..fetcher.fetch import Fetch
+from ..fetcher.progress import Progress
+from ..fetcher.release import facts_to_json
+from ..fetcher.store import Store
+from .inventory import probe_node
+from .plan import Node
+from .progress_board import ProgressBoard
+from .spec import SourceSpec
+
+T = TypeVar("T")
+
+
+class NodeAgent:
+    """Runs as a threaded Ray actor, one for each node and deployment.
+
+    Methods block until their work is done; `progress` and `stop` answer meanwhile. Everything
+    that touches the fetch runs in one thread of its own. Errors are `MagnetarError`s.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        address: str,
+        store: str,
+        memory_limit_bytes: int | None = None,
+    ) -> None:
+        self._host = host
+        self._address = address
+        self._store = Path(store.replace("{host}", host)).expanduser()
+        self._memory_limit_bytes = memory_limit_bytes
+        self._board = ProgressBoard()
+        self._stop = threading.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
+        self._fetch: Fetch | None = None
+
+    def inventory(self, info_hash: str | None) -> Node:
+        """This machine, with the bytes that its store holds of the release."""
+        node = probe_node(
+            self._host,
+            self._address,
+            self._store,
+            memory_limit_bytes=self._memory_limit_bytes,
+        )
+        held = (
+            release.num_bytes
+            for release in Store(self._store).releases()
+            if release.info_hash == info_hash
+        )
+        return replace(node, held_bytes=next(held, 0))
+
+    def metadata(self, source: SourceSpec) -> str | None:
+        """Learn what the release consists of; its info-hash, None for a plain folder."""
+
+        def work() -> str | None:
+            if self._fetch is None:
+                self._fetch = Fetch(
+                    kind=source.kind,
+                    location=source.location,
+                    store=self._store,
+                    peers=source.peers,
+                    timeout_s=source.timeout_s,
+                    on_progress=self._publish,
+                    stop=self._stop,
+                    node=self._host,
+                )
+                self._fetch.metadata()
+            return self._fetch.info_hash
+
+        return self._run(work)
+
+    def facts(self, given: ReleaseHints, known: ReleaseHints) -> str:
+        """The release's facts as JSON, from the heads and tails of its files. After `metadata`."""
+        return self._run(lambda: facts_to_json(self._started().facts(given=given, known=known)))
+
+    def check_disk(self) -> None:
+        """Raise DiskSpaceError where the rest of the release does not fit. After `metadata`."""
+        self._run(lambda: self._started().check_disk())
+
+    def download(self) -> str:
+        """Bring all wanted files; the release folder on this node. After `metadata`."""
+        return self._run(lambda: str(self._started().download()))
+
+    def verify(self) -> None:
+        """Check the release's own checksums. After `download`."""
+        self._run(lambda: self._started().verify())
+
+    def close(self) -> None:
+        """End the fetch and keep what resumes it; fine if there is none."""
+
+        def work() -> None:
+            fetch, self._fetch = self._fetch, None
+            if fetch is not None:
+                fetch.close()
+
+        self._run(work)
+
+    def stop(self) -> None:
+        """Make the method that is running raise InterruptedByUserError, and all later ones."""
+        self._stop.set()
+
+    def progress(self, cursor: int) -> tuple[tuple[Progress, ...], int]:
+        """What is new since `cursor`, and the next cursor."""
+        return self._board.since(cursor)
+
+    def _publish(self, progress: Progress) -> None:
+        self._board.publish(replace(progress, node=self._host))
+
+    def _run(self, work: Callable[[], T]) -> T:
+        return self._thread.submit(work).result()
+
+    def _started(self) -> Fetch:
+        assert self._fetch is not None, "metadata comes first"
+        return self._fetch

@@ -1,0 +1,120 @@
+"""The agents of a deployment: one on every node, asked together."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ..fetcher.progress import ProgressSink
+from ..fetcher.release import ReleaseFacts, facts_from_json
+from .agent import NodeAgent
+from .plan import Inventory
+from .ray_calls import call, gather
+from .ray_runtime import RayNode
+from .spec import SourceSpec
+
+START_TIMEOUT_S: Final = 120.0
+CLOSE_TIMEOUT_S: Final = 20.0
+_METHODS_AT_ONCE: Final = 4
+
+
+class AgentGroup:
+    """Starts the agents in its constructor; `stop` ends them."""
+
+    def __init__(
+        self,
+        *,
+        deployment: str,
+        store: str,
+        nodes: Sequence[RayNode],
+        home: str,
+        detached: bool,
+        on_progress: ProgressSink,
+        stop: threading.Event,
+    ) -> None:
+        import ray
+
+        self._home = home
+        self._on_progress = on_progress
+        self._stop = stop
+        self._cursors = {node.host: 0 for node in nodes}
+        actor = ray.remote(NodeAgent)
+        self._agents: dict[str, Any] = {
+            node.host: actor.options(
+                name=f"{deployment}/agent/{node.host}",
+                lifetime="detached" if detached else None,
+                num_cpus=0,
+                max_concurrency=_METHODS_AT_ONCE,
+                label_selector=node.selector,
+            ).remote(
+                host=node.host,
+                address=node.address,
+                store=store,
+                memory_limit_bytes=node.memory_bytes,
+            )
+            for node in nodes
+        }
+
+    def read_facts(self, source: SourceSpec) -> tuple[ReleaseFacts, str | None]:
+        """What the release is and its info-hash, learnt by the agent of the home node."""
+        lead = self._agents[self._home]
+        info_hash = self._all({self._home: lead.metadata.remote(source)})[self._home]
+        facts = self._all({self._home: lead.facts.remote(source.given, source.known)})
+        return facts_from_json(facts[self._home]), info_hash
+
+    def inventory(self, info_hash: str | None) -> Inventory:
+        """Every node as its agent measured it, by host."""
+        refs = {host: agent.inventory.remote(info_hash) for host, agent in self._agents.items()}
+        found = self._all(refs, timeout_s=START_TIMEOUT_S)
+        return Inventory(nodes=tuple(found[host] for host in sorted(found)))
+
+    def metadata(self, hosts: Sequence[str], source: SourceSpec) -> None:
+        """Let the agents of `hosts` learn what the release consists of."""
+        self._all({host: self._agents[host].metadata.remote(source) for host in hosts})
+
+    def check_disks(self, hosts: Sequence[str]) -> None:
+        """Raise DiskSpaceError where the release does not fit, before any of it is downloaded."""
+        self._all({host: self._agents[host].check_disk.remote() for host in hosts})
+
+    def download(self, hosts: Sequence[str]) -> dict[str, str]:
+        """Bring the release to all of `hosts`; the release folder on each."""
+        return self._all({host: self._agents[host].download.remote() for host in hosts})
+
+    def verify(self, hosts: Sequence[str]) -> None:
+        """Check the release's own checksums on all of `hosts`."""
+        self._all({host: self._agents[host].verify.remote() for host in hosts})
+
+    def close_fetches(self) -> None:
+        """End all fetches and keep what resumes them."""
+        self._all({host: agent.close.remote() for host, agent in self._agents.items()})
+
+    def stop(self) -> None:
+        """End all work, keep what resumes it, end the agents; errors of dying ones are ignored."""
+        import ray
+
+        for agent in self._agents.values():
+            agent.stop.remote()
+        closed = [agent.close.remote() for agent in self._agents.values()]
+        if closed:
+            ray.wait(closed, num_returns=len(closed), timeout=CLOSE_TIMEOUT_S)
+        for agent in self._agents.values():
+            ray.kill(agent)
+        self._agents = {}
+
+    def _all(self, refs: dict[str, Any], *, timeout_s: float | None = None) -> dict[str, Any]:
+        results = gather(
+            list(refs.values()),
+            who=f"the agent on {', '.join(refs)}",
+            stop=self._stop,
+            timeout_s=timeout_s,
+            meanwhile=lambda: self._relay(refs),
+        )
+        self._relay(refs)
+        return dict(zip(refs, results, strict=True))
+
+    def _relay(self, hosts: dict[str, Any]) -> None:
+        for host in hosts:
+            who = f"the agent on {host}"
+            news, cursor = call(self._agents[host].progress.remote(self._cursors[host]), who=who)
+            self._cursors[host] = cursor
+            for progress in news:
+                self._on_progress(progress)

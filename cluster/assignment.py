@@ -1,0 +1,121 @@
+"""What the actors of a pipeline are told at their start, and what they must be able to do.
+
+The classes themselves belong to a higher room and are handed in, so that this one needs no model.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .plan import StagePlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkSetup:
+    """Common to all ends of the links of one incarnation of a pipeline."""
+
+    deployment: str
+    epoch: int
+    secret: bytes
+    """Key of the handshake; known to the actors alone."""
+    listen_host: str
+    """Address of this actor's node on which its upstream neighbour reaches it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageAssignment:
+    """One stage: what it holds and where it finds it."""
+
+    links: LinkSetup
+    stage: StagePlan
+    num_kv_blocks: int
+    folder: str
+    """The verified release on this node."""
+    facts_json: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayAssignment:
+    """The engine and the API."""
+
+    links: LinkSetup
+    folder: str
+    facts_json: str
+    num_stages: int
+    num_kv_blocks: int
+    max_context_tokens: int
+    max_concurrency: int
+    model_name: str
+
+
+class StageRole(Protocol):
+    """An actor that holds one stage. Calls come in this order; `loaded_bytes`, `stop` any time."""
+
+    def __init__(self, assignment: StageAssignment) -> None: ...
+
+    def listen(self) -> str:
+        """Open the upstream link; its ``HOST:PORT``."""
+        ...
+
+    def load(self) -> int:
+        """Read the weights; their bytes in memory. Blocks."""
+        ...
+
+    def loaded_bytes(self) -> int:
+        """How far `load` is."""
+        ...
+
+    def connect(self, downstream: str) -> None:
+        """Dial the next in the ring and accept the one before; blocks until both stand."""
+        ...
+
+    def run(self) -> None:
+        """Return after `stop`; raise what ended the stage otherwise. Blocks all its life."""
+        ...
+
+    def stop(self) -> None:
+        """End the work and the links."""
+        ...
+
+
+class GatewayRole(Protocol):
+    """An actor with the engine and the API. Calls come in this order; `stop` any time."""
+
+    def __init__(self, host: str, port: int, api_key: str | None) -> None:
+        """Bind the port before anything else is done, so that a taken one is found out early."""
+        ...
+
+    def bind(self) -> int:
+        """The port; raises PortInUseError or UsageError where it cannot be had."""
+        ...
+
+    def listen(self, assignment: GatewayAssignment) -> str:
+        """Open the link on which the last stage answers; its ``HOST:PORT``."""
+        ...
+
+    def connect(self, downstream: str) -> None:
+        """Dial stage 0, accept the last one, start the engine; blocks until both stand."""
+        ...
+
+    def warm(self) -> float:
+        """Seconds that one token took through every stage."""
+        ...
+
+    def serve(self) -> str:
+        """Answer requests from now on; the URL."""
+        ...
+
+    def run(self) -> None:
+        """As `StageRole.run`."""
+        ...
+
+    def stop(self) -> None:
+        """Let running requests end for a moment, then end everything."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineRoles:
+    """The classes that play the two roles; importable by name on every node."""
+
+    stage: type[Any]
+    gateway: type[Any]

@@ -1,0 +1,255 @@
+"""One deployment, from its spec to serving and to its end: a Ray actor with a thread of its own."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import Final
+
+from ..errors import InterruptedByUserError, MagnetarError
+from ..fetcher.progress import Phase, Progress
+from ..fetcher.release import ReleaseFacts, facts_to_json
+from .agent_group import AgentGroup
+from .assignment import PipelineRoles
+from .journal import controller_journal
+from .pipeline_group import PipelineGroup
+from .plan import Plan
+from .planner import plan as place_model
+from .progress_board import ProgressBoard
+from .ray_runtime import RayNode
+from .spec import DeploymentSpec
+from .status import ConditionType, DeploymentStatus, Failure, Report, with_condition
+from .workload import workload_of
+
+WATCH_S: Final = 0.5
+_CONDITION_OF: Final[dict[Phase, ConditionType]] = {
+    "metadata": "SourceVerified",
+    "plan": "PipelinePlaced",
+    "download": "SourceVerified",
+    "verify": "SourceVerified",
+    "load": "WeightsReady",
+    "warm": "StagesReady",
+    "serving": "EndpointReady",
+}
+"""What a failure in a phase keeps from becoming true."""
+
+
+class Controller:
+    """Works from its creation on; `poll` tells how far it is, `stop` ends everything it started.
+
+    A failure before serving ends everything too. A stage lost while serving does not: requests
+    get errors and `Ready` is false with the reason, until somebody stops the deployment.
+    """
+
+    def __init__(
+        self,
+        spec: DeploymentSpec,
+        roles: PipelineRoles,
+        *,
+        nodes: Sequence[RayNode],
+        home: str,
+        detached: bool,
+        api_key: str | None,
+    ) -> None:
+        self._spec = spec
+        self._nodes = tuple(nodes)
+        self._home = home
+        self._api_key = api_key
+        self._journal = controller_journal(spec.name)
+        last = self._journal.read() or {}
+        epoch = int(last.get("epoch", 0)) + 1
+        self._lock = threading.Lock()
+        self._status = DeploymentStatus(name=spec.name, model_name=spec.model_name, epoch=epoch)
+        self._board = ProgressBoard()
+        self._finished_phases: set[Phase] = set()
+        self._stop = threading.Event()
+        self._agents = AgentGroup(
+            deployment=spec.name,
+            store=spec.store,
+            nodes=self._nodes,
+            home=home,
+            detached=detached,
+            on_progress=self._publish,
+            stop=self._stop,
+        )
+        self._pipeline = PipelineGroup(
+            deployment=spec.name,
+            epoch=epoch,
+            roles=roles,
+            nodes=self._nodes,
+            detached=detached,
+            stop=self._stop,
+        )
+        self._thread = threading.Thread(target=self._run, name="controller")
+        self._thread.start()
+
+    def poll(self, cursor: int) -> Report:
+        """The status now, and the progress since `cursor`."""
+        with self._lock:
+            progress, newer = self._board.since(cursor)
+            return Report(status=self._status, progress=progress, cursor=newer)
+
+    def stop(self) -> None:
+        """Begin to end everything; `poll` says when that is done."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        try:
+            self._deploy()
+            self._watch()
+        except Exception as error:  # crosses to the driver, which raises it again
+            self._fail(error)
+        finally:
+            self._end()
+
+    def _deploy(self) -> None:
+        facts, plan = self._find_place()
+        folders = self._fetch(plan)
+        facts_json = facts_to_json(facts)
+        gateway = self._gateway_host(plan)
+
+        self._enter("load")
+        self._pipeline.brief_gateway(
+            plan,
+            folder=folders[gateway],
+            facts_json=facts_json,
+            model_name=self._spec.model_name,
+        )
+        self._pipeline.place(plan, folders=folders, facts_json=facts_json)
+        hosts = list(dict.fromkeys(stage.host for stage in plan.stages))
+        self._hold("PipelinePlaced", "Placed", f"{len(plan.stages)} stages on {', '.join(hosts)}")
+        self._pipeline.load(plan, self._publish)
+        self._hold("WeightsReady", "Loaded")
+
+        self._enter("warm")
+        self._pipeline.connect()
+        seconds = self._pipeline.warm()
+        self._leave("warm", f"one token through every stage took {seconds * 1000:.0f} ms")
+        self._hold("StagesReady", "TokenWentThrough")
+
+        self._enter("serving")
+        url = self._pipeline.serve()
+        note = self._endpoint_note(gateway)
+        self._change(url=url, endpoint_note=note)
+        self._hold("EndpointReady", "Listening", f"{url} {note}".strip())
+        self._leave("serving", url)
+
+    def _find_place(self) -> tuple[ReleaseFacts, Plan]:
+        """Metadata and plan; takes the port as soon as its node is known."""
+        spec = self._spec
+        listen = (spec.host, spec.port)
+        if len(self._nodes) == 1:
+            self._pipeline.bind_gateway(self._home, listen=listen, api_key=self._api_key)
+        self._enter("metadata")
+        facts, info_hash = self._agents.read_facts(spec.source)
+        self._change(chat_format=facts.chat_format)
+        self._leave("metadata")
+
+        self._enter("plan")
+        inventory = self._agents.inventory(info_hash)
+        workload = workload_of(spec, facts.config)
+        plan = place_model(facts.config, facts.index, inventory, workload)
+        self._change(plan=plan)
+        gateway = self._gateway_host(plan)
+        self._pipeline.bind_gateway(gateway, listen=listen, api_key=self._api_key)
+        hosts = dict.fromkeys(stage.host for stage in plan.stages)
+        placed = f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)} on {', '.join(hosts)}"
+        self._leave("plan", "; ".join((placed, *plan.notes)))
+        return facts, plan
+
+    def _fetch(self, plan: Plan) -> dict[str, str]:
+        """Download and verify on every node of the plan; the release folder on each."""
+        hosts = list(dict.fromkeys(stage.host for stage in plan.stages))
+        self._enter("download")
+        self._agents.metadata(hosts, self._spec.source)
+        self._agents.check_disks(hosts)
+        folders = self._agents.download(hosts)
+        self._leave("download")
+        self._enter("verify")
+        self._agents.verify(hosts)
+        self._agents.close_fetches()
+        self._leave("verify")
+        self._hold("SourceVerified", "Verified")
+        return folders
+
+    def _gateway_host(self, plan: Plan) -> str:
+        """The home node if it has the tokenizer (it holds a stage), else that of stage 0."""
+        hosts = [stage.host for stage in plan.stages]
+        return self._home if self._home in hosts else hosts[0]
+
+    def _endpoint_note(self, gateway: str) -> str:
+        if gateway == self._home:
+            return ""
+        address = next(node.address for node in self._nodes if node.host == gateway)
+        return f"on node {gateway} ({address}); a loopback address answers only there"
+
+    def _watch(self) -> None:
+        """Until `stop`: notice what dies."""
+        lost: MagnetarError | None = None
+        while not self._stop.wait(WATCH_S if lost else 0):
+            if lost is None and (lost := self._pipeline.lost(WATCH_S)) is not None:
+                with self._lock:
+                    self._status = replace(self._status, failure=Failure.of(lost))
+                self._hold("StagesReady", "StageLost", str(lost), status=False)
+        raise InterruptedByUserError("the deployment was stopped")
+
+    def _fail(self, error: Exception) -> None:
+        stopped = isinstance(error, InterruptedByUserError) or self._stop.is_set()
+        if stopped and not isinstance(error, InterruptedByUserError):
+            error = InterruptedByUserError("the deployment was stopped")
+        reason = "Stopped" if stopped else type(error).__name__
+        condition = "EndpointReady" if stopped else _CONDITION_OF[self._status.phase]
+        with self._lock:
+            failure = self._status.failure or Failure.of(error)
+            self._status = replace(self._status, failure=failure, url=None)
+        self._hold(condition, reason, str(error), status=False)
+
+    def _end(self) -> None:
+        try:
+            self._pipeline.stop()
+            self._agents.stop()
+        except Exception as error:  # the end is reached all the same; the first failure counts
+            with self._lock:
+                failure = self._status.failure or Failure.of(error)
+                self._status = replace(self._status, failure=failure)
+        finally:
+            self._change(finished=True)
+
+    def _enter(self, phase: Phase) -> None:
+        self._change(phase=phase)
+        self._publish(Progress(phase=phase))
+
+    def _leave(self, phase: Phase, message: str = "") -> None:
+        if phase not in self._finished_phases:
+            self._publish(Progress(phase=phase, message=message, finished=True))
+
+    def _publish(self, progress: Progress) -> None:
+        if len(self._nodes) == 1:
+            progress = replace(progress, node="")
+        if progress.finished and not progress.node:
+            self._finished_phases.add(progress.phase)
+        self._board.publish(progress)
+
+    def _hold(
+        self, kind: ConditionType, reason: str, message: str = "", *, status: bool = True
+    ) -> None:
+        conditions = with_condition(
+            self._status.conditions,
+            kind,
+            status=status,
+            reason=reason,
+            message=message,
+            now=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self._change(conditions=conditions)
+
+    def _change(self, **fields: object) -> None:
+        """Replace fields of the status and write it down."""
+        with self._lock:
+            self._status = replace(self._status, **fields)  # type: ignore[arg-type]
+            record = {
+                "epoch": self._status.epoch,
+                "spec": asdict(self._spec),
+                "status": self._status.to_json(),
+            }
+        self._journal.write(record)

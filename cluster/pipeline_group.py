@@ -1,0 +1,240 @@
+"""The actors of a pipeline: stages in a placement group, a gateway, and the ring between them."""
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from ..errors import InterruptedByUserError, MagnetarError, PreflightError, StageLostError
+from ..fetcher.progress import Progress, ProgressSink
+from .assignment import GatewayAssignment, LinkSetup, PipelineRoles, StageAssignment
+from .plan import Plan, StagePlan
+from .ray_calls import call, first_ended, gather
+from .ray_runtime import RayNode
+
+PLACE_TIMEOUT_S: Final = 60.0
+CONNECT_TIMEOUT_S: Final = 120.0
+WARM_TIMEOUT_S: Final = 300.0
+STOP_TIMEOUT_S: Final = 15.0
+_METHODS_AT_ONCE: Final = 4
+
+
+class PipelineGroup:
+    """One incarnation of a pipeline; every actor's name carries its epoch."""
+
+    def __init__(
+        self,
+        *,
+        deployment: str,
+        epoch: int,
+        roles: PipelineRoles,
+        nodes: Iterable[RayNode],
+        detached: bool,
+        stop: threading.Event,
+    ) -> None:
+        self._deployment = deployment
+        self._epoch = epoch
+        self._prefix = f"{deployment}/g{epoch}"
+        self._roles = roles
+        self._nodes: Mapping[str, RayNode] = {node.host: node for node in nodes}
+        self._lifetime = "detached" if detached else None
+        self._stop = stop
+        self._secret = secrets.token_bytes(32)
+        self._gateway: Any = None
+        self._gateway_host = ""
+        self._answers_to = ""
+        self._stages: list[Any] = []
+        self._group: Any = None
+        self._running: list[Any] = []
+
+    def bind_gateway(self, host: str, *, listen: tuple[str, int], api_key: str | None) -> None:
+        """Start the gateway on the node `host` and take its port; once."""
+        if self._gateway is not None:
+            return
+        import ray
+
+        self._gateway_host = host
+        self._gateway = (
+            ray.remote(self._roles.gateway)
+            .options(
+                name=f"{self._prefix}/gateway",
+                lifetime=self._lifetime,
+                num_cpus=0,
+                max_concurrency=_METHODS_AT_ONCE,
+                label_selector=self._nodes[host].selector,
+            )
+            .remote(*listen, api_key)
+        )
+        gather([self._gateway.bind.remote()], who="the gateway", stop=self._stop)
+
+    def brief_gateway(self, plan: Plan, *, folder: str, facts_json: str, model_name: str) -> None:
+        """Tell the gateway what it will serve; it reads the tokenizer and opens its link.
+
+        Raises:
+            TokenizerError: the tokenizer does not fit the model.
+        """
+        assignment = GatewayAssignment(
+            links=self._links(plan, self._gateway_host),
+            folder=folder,
+            facts_json=facts_json,
+            num_stages=len(plan.stages),
+            num_kv_blocks=plan.num_kv_blocks,
+            max_context_tokens=plan.max_context_tokens,
+            max_concurrency=plan.max_concurrency,
+            model_name=model_name,
+        )
+        (self._answers_to,) = gather(
+            [self._gateway.listen.remote(assignment)], who="the gateway", stop=self._stop
+        )
+
+    def place(self, plan: Plan, *, folders: Mapping[str, str], facts_json: str) -> None:
+        """Reserve the memory of all stages and start their actors.
+
+        Raises:
+            PreflightError: somebody else has reserved the memory in the meantime.
+        """
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self._group = placement_group(
+            # A card's memory is not Ray's to count; the bundle then only pins the node.
+            [{"memory": _reserved_bytes(stage)} for stage in plan.stages],
+            strategy="PACK",
+            name=self._prefix,
+            lifetime=self._lifetime,
+            bundle_label_selector=[self._nodes[stage.host].selector for stage in plan.stages],
+        )
+        self._wait_placed(plan)
+        actor = ray.remote(self._roles.stage)
+        for stage in plan.stages:
+            assignment = StageAssignment(
+                links=self._links(plan, stage.host),
+                stage=stage,
+                num_kv_blocks=plan.num_kv_blocks,
+                folder=folders[stage.host],
+                facts_json=facts_json,
+            )
+            self._stages.append(
+                actor.options(
+                    name=f"{self._prefix}/s{stage.index}",
+                    lifetime=self._lifetime,
+                    num_cpus=0,
+                    max_concurrency=_METHODS_AT_ONCE,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        self._group, placement_group_bundle_index=stage.index
+                    ),
+                ).remote(assignment)
+            )
+
+    def load(self, plan: Plan, on_progress: ProgressSink) -> None:
+        """Let all stages read their weights at once."""
+        total = sum(stage.weights_bytes for stage in plan.stages)
+        began = time.monotonic()
+
+        def tell(*, finished: bool = False) -> None:
+            refs = [stage.loaded_bytes.remote() for stage in self._stages]
+            done = total if finished else min(total, sum(gather(refs, who="a stage")))
+            seconds = time.monotonic() - began
+            on_progress(
+                Progress(
+                    phase="load",
+                    done_bytes=done,
+                    total_bytes=total,
+                    rate_bytes_per_s=done / seconds if seconds else 0.0,
+                    message=f"{len(self._stages)} stages" if len(self._stages) > 1 else "1 stage",
+                    finished=finished,
+                )
+            )
+
+        refs = [stage.load.remote() for stage in self._stages]
+        gather(refs, who="a stage", stop=self._stop, meanwhile=tell)
+        tell(finished=True)
+
+    def connect(self) -> None:
+        """Close the ring: gateway -> stage 0 -> ... -> last stage -> gateway."""
+        addresses = self._together([stage.listen.remote() for stage in self._stages])
+        ring = [self._gateway, *self._stages]
+        self._together(
+            [
+                actor.connect.remote(address)
+                for actor, address in zip(ring, [*addresses, self._answers_to], strict=True)
+            ]
+        )
+        self._running = [actor.run.remote() for actor in ring]
+
+    def warm(self) -> float:
+        """Send one token through every stage; the seconds it took."""
+        (seconds,) = gather(
+            [self._gateway.warm.remote()],
+            who="the gateway",
+            stop=self._stop,
+            timeout_s=WARM_TIMEOUT_S,
+        )
+        return float(seconds)
+
+    def serve(self) -> str:
+        """Open the API; its URL on the gateway's node."""
+        return str(call(self._gateway.serve.remote(), who="the gateway"))
+
+    def lost(self, timeout_s: float) -> MagnetarError | None:
+        """Wait up to `timeout_s` for an actor to end by itself; what ended it."""
+        ended = first_ended(self._running, timeout_s=timeout_s)
+        if ended is None:
+            return None
+        who = "the gateway" if ended == 0 else f"stage {ended - 1}"
+        try:
+            call(self._running[ended], who=who)
+        except MagnetarError as error:
+            return error
+        return StageLostError(f"{who} ended by itself")
+
+    def stop(self) -> None:
+        """End the API, the stages and the reservation; dying actors are not waited for long."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        for actors in ([self._gateway] if self._gateway else [], self._stages):
+            stopping = [actor.stop.remote() for actor in actors]
+            if stopping:
+                ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
+            for actor in actors:
+                ray.kill(actor)
+        if self._group is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                remove_placement_group(self._group)
+        self._gateway, self._stages, self._group, self._running = None, [], None, []
+
+    def _together(self, refs: list[Any]) -> list[Any]:
+        return gather(refs, who="the pipeline", stop=self._stop, timeout_s=CONNECT_TIMEOUT_S)
+
+    def _links(self, plan: Plan, host: str) -> LinkSetup:
+        """Loopback where everything is on one node, else the node's own address."""
+        alone = {stage.host for stage in plan.stages} == {self._gateway_host}
+        return LinkSetup(
+            deployment=self._deployment,
+            epoch=self._epoch,
+            secret=self._secret,
+            listen_host="127.0.0.1" if alone else self._nodes[host].address,
+        )
+
+    def _wait_placed(self, plan: Plan) -> None:
+        deadline = time.monotonic() + PLACE_TIMEOUT_S
+        while not self._group.wait(1):
+            if self._stop.is_set():
+                raise InterruptedByUserError("stopped")
+            if time.monotonic() > deadline:
+                wanted = ", ".join(
+                    f"{_reserved_bytes(stage) / 1e9:.1f} GB on {stage.host}"
+                    for stage in plan.stages
+                )
+                raise PreflightError(
+                    f"Ray does not grant the memory that the plan found free ({wanted}); another "
+                    "deployment has reserved it: take that down, or use other nodes"
+                )
+
+
+def _reserved_bytes(stage: StagePlan) -> int:
+    return max(1, stage.weights_bytes + stage.kv_bytes) if stage.device == "cpu" else 1

@@ -1,0 +1,85 @@
+"""A Ray that outlives the command that wanted it: ``python -m magnetar.cluster.ray_head FILE``.
+
+A process of its own session. It writes its address into FILE and stays until SIGTERM.
+"""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from ..errors import InterruptedByUserError, MagnetarError, TimedOutError
+from .journal import FileJournal
+from .process_mark import ProcessMark
+from .ray_runtime import local_ray, prepare_environment
+
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 20.0
+
+
+def start_head(address_file: Path, *, log: Path, stop: threading.Event) -> tuple[ProcessMark, str]:
+    """Start the process, wait until its Ray answers; its mark and its address.
+
+    Raises:
+        MagnetarError: it ended at once; the message has the end of `log`.
+        TimedOutError: it did not come up.
+        InterruptedByUserError: `stop` was set; the process is ended.
+    """
+    prepare_environment()
+    journal = FileJournal(address_file)
+    journal.forget()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "magnetar.cluster.ray_head", str(address_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    mark = ProcessMark.of(process.pid)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while (record := journal.read()) is None:
+        if process.poll() is not None:
+            tail = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise MagnetarError(f"Ray did not start ({' '.join(tail)}); see {log}")
+        if stop.wait(0.1):
+            stop_head(mark)
+            raise InterruptedByUserError("stopped before Ray was up; nothing is left running")
+        if time.monotonic() > deadline:
+            stop_head(mark)
+            raise TimedOutError(f"Ray was not up after {START_TIMEOUT_S:.0f} s; see {log}")
+    journal.forget()
+    return mark, str(record["address"])
+
+
+def stop_head(mark: ProcessMark) -> bool:
+    """End the process and with it its Ray; False if it had ended before."""
+    process = mark.process()
+    if process is None:
+        return False
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except psutil.TimeoutExpired:
+        process.kill()
+        process.wait(STOP_TIMEOUT_S)
+    return True
+
+
+def main(address_file: str) -> None:
+    """Run until SIGTERM."""
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with local_ray() as address:
+        FileJournal(Path(address_file)).write({"address": address})
+        ended.wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,164 @@
+"""The controller with real actors and a fake pipeline: phases, failures, faults, the end."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from magnetar.cluster.assignment import PipelineRoles
+from magnetar.cluster.controller import Controller
+from magnetar.cluster.journal import controller_journal
+from magnetar.cluster.ray_calls import call
+from magnetar.cluster.ray_runtime import NAMESPACE, home_node, local_ray, ray_nodes
+from magnetar.cluster.spec import DeploymentSpec, SourceSpec
+from magnetar.cluster.status import DeploymentStatus, Report
+from magnetar.errors import NotFoundError, PortInUseError, StageLostError
+from magnetar.fetcher.progress import PHASES
+from magnetar.tests.fake_roles import FakeGateway, FakeStage
+from magnetar.tests.releases import write_release
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    with local_ray():
+        import ray
+
+        yield ray
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release")
+    write_release(folder, layout="huggingface")
+    return folder
+
+
+@pytest.fixture
+def spec(release: Path, tmp_path: Path) -> DeploymentSpec:
+    return DeploymentSpec(
+        name=tmp_path.name[:40],
+        source=SourceSpec(kind="folder", location=str(release)),
+        store=str(tmp_path / "{host}"),
+        model_name="tiny",
+        num_stages=2,
+        max_concurrency=1,
+        port=3,
+    )
+
+
+@contextmanager
+def controlled(ray: Any, spec: DeploymentSpec) -> Iterator[Any]:
+    nodes = ray_nodes()
+    controller = (
+        ray.remote(Controller)
+        .options(name=f"{spec.name}/controller", num_cpus=0, max_concurrency=4)
+        .remote(
+            spec,
+            PipelineRoles(stage=FakeStage, gateway=FakeGateway),
+            nodes=nodes,
+            home=home_node(nodes).host,
+            detached=False,
+            api_key=None,
+        )
+    )
+    try:
+        yield controller
+    finally:
+        controller.stop.remote()
+        status_when(controller, lambda status: status.finished)
+        ray.kill(controller)
+
+
+def poll(controller: Any, cursor: int = 0) -> Report:
+    report = call(controller.poll.remote(cursor), who="the controller")
+    assert isinstance(report, Report)
+    return report
+
+
+def status_when(controller: Any, reached: Callable[[DeploymentStatus], bool]) -> DeploymentStatus:
+    deadline = time.monotonic() + 60
+    while not reached(status := poll(controller).status):
+        assert time.monotonic() < deadline, status
+        threading.Event().wait(0.05)
+    return status
+
+
+def actor_names(ray: Any, spec: DeploymentSpec) -> set[str]:
+    names = {row["name"] for row in ray.util.list_named_actors(all_namespaces=True)}
+    return {name.removeprefix(spec.name) for name in names if name.startswith(spec.name)}
+
+
+def test_serves_after_every_phase_and_leaves_nothing_behind(ray: Any, spec: DeploymentSpec) -> None:
+    with controlled(ray, spec) as controller:
+        status = status_when(controller, lambda status: status.ready or status.finished)
+        assert status.failure is None
+        assert status.url is not None
+        assert status.plan is not None
+        assert {condition.status for condition in status.conditions} == {True}
+        finished = {p.phase for p in poll(controller).progress if p.finished and not p.node}
+        assert finished == set(PHASES)
+        host = status.plan.stages[0].host
+        assert actor_names(ray, spec) == {
+            "/controller",
+            f"/agent/{host}",
+            "/g1/gateway",
+            "/g1/s0",
+            "/g1/s1",
+        }
+        first, second = (
+            ray.get(ray.get_actor(f"{spec.name}/g1/s{i}", namespace=NAMESPACE).facts.remote())
+            for i in (0, 1)
+        )
+        assert (first[1], second[1]) == ("127.0.0.1:1", "127.0.0.1:9")
+        assert first[0].stage.end_layer == second[0].stage.first_layer
+        record = controller_journal(spec.name).read()
+        assert record is not None
+        assert record["status"]["ready"] is True
+
+        controller.stop.remote()
+        status_when(controller, lambda status: status.finished)
+        deadline = time.monotonic() + 20
+        while actor_names(ray, spec) != {"/controller"}:
+            assert time.monotonic() < deadline, actor_names(ray, spec)
+            threading.Event().wait(0.05)
+
+
+def test_a_stage_that_dies_makes_it_unready_with_the_reason(ray: Any, spec: DeploymentSpec) -> None:
+    with controlled(ray, spec) as controller:
+        status_when(controller, lambda status: status.ready)
+        ray.get_actor(f"{spec.name}/g1/s1", namespace=NAMESPACE).crash.remote()
+        status = status_when(controller, lambda status: not status.ready)
+        ready = next(condition for condition in status.conditions if condition.type == "Ready")
+        assert ready.reason == "StageLost"
+        assert status.failure is not None
+        assert isinstance(status.failure.to_error(), StageLostError)
+        assert "stage 1 died" in status.failure.message
+
+
+def test_a_taken_port_ends_it_with_its_own_error(ray: Any, spec: DeploymentSpec) -> None:
+    with controlled(ray, replace(spec, port=1)) as controller:
+        status = status_when(controller, lambda status: status.finished)
+        assert status.failure is not None
+        assert isinstance(status.failure.to_error(), PortInUseError)
+        assert status.failure.message == "port 1 is in use"
+
+
+def test_a_pipeline_that_does_not_get_warm_ends_it(ray: Any, spec: DeploymentSpec) -> None:
+    with controlled(ray, replace(spec, port=2)) as controller:
+        status = status_when(controller, lambda status: status.finished)
+        assert status.failure is not None
+        assert status.failure.message == "stage 0 does not answer"
+
+
+def test_an_error_of_an_agent_keeps_its_class(ray: Any, spec: DeploymentSpec) -> None:
+    source = SourceSpec(kind="folder", location="/nowhere")
+    with controlled(ray, replace(spec, source=source)) as controller:
+        status = status_when(controller, lambda status: status.finished)
+        assert status.failure is not None
+        assert isinstance(status.failure.to_error(), NotFoundError)

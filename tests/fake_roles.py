@@ -1,0 +1,74 @@
+"""A stage and a gateway without a model, for tests of the controller that start real actors."""
+
+import os
+import socket
+import threading
+
+from magnetar.cluster.assignment import GatewayAssignment, StageAssignment
+from magnetar.errors import PortInUseError, StageLostError
+
+
+class FakeStage:
+    """Loads at once; `crash` ends its process as a fault would."""
+
+    def __init__(self, assignment: StageAssignment) -> None:
+        self._assignment = assignment
+        self._stop = threading.Event()
+
+    def load(self) -> int:
+        return self._assignment.stage.weights_bytes
+
+    def loaded_bytes(self) -> int:
+        return self._assignment.stage.weights_bytes
+
+    def listen(self) -> str:
+        return f"{self._assignment.links.listen_host}:{self._assignment.stage.index}"
+
+    def connect(self, downstream: str) -> None:
+        self._downstream = downstream
+
+    def run(self) -> None:
+        self._stop.wait()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def crash(self) -> None:
+        os._exit(1)
+
+    def facts(self) -> tuple[StageAssignment, str]:
+        """What it was told, for assertions."""
+        return self._assignment, self._downstream
+
+
+class FakeGateway:
+    """Takes the port and answers nothing; port 1 is always taken, port 2 never gets warm."""
+
+    def __init__(self, host: str, port: int, api_key: str | None) -> None:
+        self._wish = (host, port)
+        self._stop = threading.Event()
+
+    def bind(self) -> int:
+        if self._wish[1] == 1:
+            raise PortInUseError("port 1 is in use")
+        return self._wish[1]
+
+    def listen(self, assignment: GatewayAssignment) -> str:
+        return f"{assignment.links.listen_host}:9"
+
+    def connect(self, downstream: str) -> None:
+        self._downstream = downstream
+
+    def warm(self) -> float:
+        if self._wish[1] == 2:
+            raise StageLostError("stage 0 does not answer")
+        return 0.001
+
+    def serve(self) -> str:
+        return f"http://{self._wish[0]}:{self._wish[1]}/on/{socket.gethostname()}"
+
+    def run(self) -> None:
+        self._stop.wait()
+
+    def stop(self) -> None:
+        self._stop.set()
