@@ -72,24 +72,23 @@ class Stage:
         if dtype not in COMPUTE_DTYPES:
             raise UsageError(f"no dtype {dtype!r}; choose one of {', '.join(COMPUTE_DTYPES)}")
         torch_dtype, torch_device = COMPUTE_DTYPES[dtype], torch.device(device)
-        with torch.inference_mode():
-            transformer, loaded_bytes = load_transformer(
-                config,
-                source,
-                first_layer=first_layer,
-                end_layer=end_layer,
-                has_embeddings=has_embeddings,
-                has_output=has_output,
-                dtype=torch_dtype,
-                device=torch_device,
-                on_layer=on_layer,
+        transformer, loaded_bytes = load_transformer(
+            config,
+            source,
+            first_layer=first_layer,
+            end_layer=end_layer,
+            has_embeddings=has_embeddings,
+            has_output=has_output,
+            dtype=torch_dtype,
+            device=torch_device,
+            on_layer=on_layer,
+        )
+        caches = {
+            layer_id: KVCache(
+                config, num_blocks=num_kv_blocks, dtype=torch_dtype, device=torch_device
             )
-            caches = {
-                layer_id: KVCache(
-                    config, num_blocks=num_kv_blocks, dtype=torch_dtype, device=torch_device
-                )
-                for layer_id in transformer.layers
-            }
+            for layer_id in transformer.layers
+        }
         return cls(
             transformer,
             caches=caches,
@@ -110,19 +109,21 @@ class Stage:
                 blocks: a defect of the engine, not of the request.
             MagnetarError: logits that are not finite.
         """
-        with torch.inference_mode():
-            computed = self.forward(plan, hidden_TD)
-            if self._transformer.output is None:
-                return computed.cpu()
-            samples = sample(computed, [row for row in plan.rows if row.sampling is not None])
-            return StepResult(step_id=plan.step_id, samples=samples)
+        computed = self.forward(plan, hidden_TD)
+        if self._transformer.output is None:
+            return computed.cpu()
+        samples = sample(computed, [row for row in plan.rows if row.sampling is not None])
+        return StepResult(step_id=plan.step_id, samples=samples)
 
-    @torch.inference_mode()
     def forward(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor:
         """`step` without sampling: hidden states [T, D], or logits [S, V] on the last stage.
 
         Both stay on the stage's device, in its dtype.
         """
+        with torch.inference_mode():
+            return self._forward(plan, hidden_TD)
+
+    def _forward(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor:
         self._update_tables(plan)
         transformer = self._transformer
         if (hidden_TD is None) != (transformer.tok_embeddings is not None):
@@ -148,7 +149,7 @@ class Stage:
             hidden_TD = transformer.forward(hidden_TD, batch, self._caches)
             for row, span in zip(plan.rows, batch.spans, strict=True):
                 if row.sampling is not None:
-                    ends.append(span.end - 1)
+                    ends.append(span.start + span.num_tokens - 1)
         if transformer.output is None:
             return hidden_TD
         ends_S = torch.tensor(ends, dtype=torch.int64, device=self._device)

@@ -22,6 +22,8 @@ _STORED: Mapping[torch.dtype, StoredDtype] = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
 }
+torch.set_num_threads(1)  # the tests share their machine
+
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -53,6 +55,33 @@ class MemorySource:
         """A copy of the tensor."""
         self.names_read.append(name)
         return self._tensors[name].clone()
+
+
+def random_tensors(config: ModelConfig, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Canonical tensors of a model of this shape, in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    dim, hidden_dim = config.dim, config.hidden_dim
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (config.vocab_size, dim)}
+    for layer in range(config.n_layers):
+        prefix = f"layers.{layer}"
+        shapes[f"{prefix}.attention.wq"] = (q_dim, dim)
+        shapes[f"{prefix}.attention.wk"] = (kv_dim, dim)
+        shapes[f"{prefix}.attention.wv"] = (kv_dim, dim)
+        shapes[f"{prefix}.attention.wo"] = (dim, q_dim)
+        shapes[f"{prefix}.attention_norm"] = shapes[f"{prefix}.ffn_norm"] = (dim,)
+        experts = [f"{prefix}.feed_forward"]
+        if config.is_moe:
+            shapes[f"{prefix}.feed_forward.gate"] = (config.num_experts, dim)
+            experts = [f"{experts[0]}.experts.{e}" for e in range(config.num_experts)]
+        for expert in experts:
+            shapes[f"{expert}.w1"] = shapes[f"{expert}.w3"] = (hidden_dim, dim)
+            shapes[f"{expert}.w2"] = (dim, hidden_dim)
+    shapes |= {"norm": (dim,), "output": (config.vocab_size, dim)}
+    return {
+        f"{name}.weight": torch.randn(shape, generator=generator) * 0.2 + (len(shape) == 1)
+        for name, shape in shapes.items()
+    }
 
 
 def config_of(model: PreTrainedModel) -> ModelConfig:

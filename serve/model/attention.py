@@ -31,14 +31,15 @@ class Attention:
 
     def forward(self, x_TC: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Attention output [T, C]; writes the step's keys and values into the cache."""
-        n_rotated = self.n_heads + self.n_kv_heads
+        n_heads, n_kv_heads = self.n_heads, self.n_kv_heads
         qkv_THD = self.wqkv(x_TC).view(len(x_TC), -1, self.head_dim)
         # Queries and keys are neighbours, so they turn in one call.
-        qk_THD = rotate(qkv_THD[:, :n_rotated], batch.rotations_T1P)
-        q_TND = qk_THD[:, : self.n_heads]
-        cache.store(qk_THD[:, self.n_heads :], qkv_THD[:, n_rotated:], batch.slots_T)
+        qk_THD = rotate(qkv_THD.narrow(1, 0, n_heads + n_kv_heads), batch.rotations_T1P)
+        q_TND, k_TGD = qk_THD.narrow(1, 0, n_heads), qk_THD.narrow(1, n_heads, n_kv_heads)
+        v_TGD = qkv_THD.narrow(1, n_heads + n_kv_heads, n_kv_heads)
+        cache.store(k_TGD, v_TGD, batch.slots_T)
         outputs = [
-            self._attend(q_TND[span.start : span.end], *cache.read(span), span)
+            self._attend(q_TND.narrow(0, span.start, span.num_tokens), *cache.read(span), span)
             for span in batch.spans
         ]
         out_TX = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -24,8 +24,8 @@ class Span:
     """
 
     start: int
-    end: int
-    """The row's tokens are ``start .. end`` of the step."""
+    """The row's first token in the step."""
+    num_tokens: int
     block_ids_B: torch.Tensor | None
     first_slot: int
     num_keys: int
@@ -106,7 +106,7 @@ def _span(
         mask_QL = _mask(row.position, end_position, first_position, window, dtype, device)
     return Span(
         start=start,
-        end=start + num_tokens,
+        num_tokens=num_tokens,
         block_ids_B=None if side_by_side else torch.tensor(block_ids, device=device),
         first_slot=offset + (block_ids[0] * KV_BLOCK_TOKENS if side_by_side else 0),
         num_keys=end_position - first_position,

@@ -157,10 +157,10 @@ class _Loader:
             return LoopExperts([self._feed_forward(name) for name in names])
         stacked_w13 = self._empty(config.num_experts, 2 * config.hidden_dim, config.dim)
         stacked_w2 = self._empty(config.num_experts, config.dim, config.hidden_dim)
-        for expert, name in enumerate(names):
+        for name, w13_FC, w2_CI in zip(names, stacked_w13, stacked_w2, strict=True):
             w13, w2 = self._parts(name)
-            self._fill(stacked_w13[expert], *w13)
-            self._fill(stacked_w2[expert], w2)
+            self._fill(w13_FC, *w13)
+            self._fill(w2_CI, w2)
         return GroupedExperts(w13=stacked_w13, w2=stacked_w2)
 
     def _parts(self, prefix: str) -> tuple[list[_Part], _Part]:
@@ -177,7 +177,7 @@ class _Loader:
     def _fill(self, weight: torch.Tensor, *parts: _Part) -> None:
         row = 0
         for name, shape in parts:
-            target = weight[row : row + shape[0]]
+            target = weight.narrow(0, row, shape[0])
             target.copy_(self._stored(name, shape))
             self._check_range(name, target)
             row += shape[0]
