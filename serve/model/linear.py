@@ -49,7 +49,7 @@ def default_linear_kernel(*, dtype: torch.dtype, device: torch.device) -> str:
     `packed` stands on operators that torch does not promise to keep, so it must first agree with
     `plain` on a small matrix; if it does not, a warning says so.
     """
-    if device.type != "cpu" or dtype is torch.float16 or not torch._C.has_mkldnn:
+    if device.type != "cpu" or dtype is torch.float16:
         return "plain"
     generator = torch.Generator().manual_seed(0)
     weight_NK = torch.randn(48, 80, generator=generator).to(dtype)
