@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ _PTH: Final = "consolidated.00.pth"
 _SAFETENSORS: Final = "consolidated.safetensors"
 _SHARD_INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
+_SHARD: Final = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 _log = logging.getLogger(__name__)
 
 
@@ -90,7 +92,8 @@ def detect_layout(files: Mapping[str, int]) -> Layout:
         for name in names
         if name.startswith("consolidated.") and name.endswith((".pth", ".pt", ".safetensors"))
     )
-    huggingface = bool(names & {_SINGLE, _SHARD_INDEX}) and "config.json" in names
+    shards = bool(names & {_SINGLE, _SHARD_INDEX}) or any(map(_SHARD.fullmatch, names))
+    huggingface = shards and "config.json" in names
     if huggingface and consolidated:
         # Mistral's later repositories hold both forms of the same weights; config.json says more.
         _log.warning(
@@ -110,6 +113,10 @@ def detect_layout(files: Mapping[str, int]) -> Layout:
         if "params.json" not in names:
             raise ReleaseError(f"The release holds {consolidated[0]} but no params.json.")
         return "mistral-pth" if consolidated == [_PTH] else "mistral-safetensors"
+    if shards:
+        raise ReleaseError(
+            "The release holds safetensors but no config.json, which describes the model."
+        )
     raise ReleaseError(_no_layout(names))
 
 
@@ -128,8 +135,6 @@ def _no_layout(names: set[str]) -> str:
             f"The release holds {some(bins)}; pickled shards are not read. Take the safetensors "
             f"of the same model: {readable}."
         )
-    if names & {_SINGLE, _SHARD_INDEX}:
-        return "The release holds safetensors but no config.json, which describes the model."
     return f"The release holds {some(sorted(names)) or 'no files'}; needed: {readable}."
 
 
@@ -141,51 +146,66 @@ def _small_file(reader: RangeReader, file: str, *, limit: int = MAX_JSON_BYTES) 
 
 
 def _read_shards(reader: RangeReader) -> list[StoredTensor]:
-    """The tensors of all shards; the index and the shards must say the same."""
+    """The tensors of all shards; their names, their index and they themselves must agree."""
     files = reader.files()
-    if _SHARD_INDEX not in files:
-        return list(read_safetensors(reader, _SINGLE))
+    numbers = {name: match[1] for name in sorted(files) if (match := _SHARD.fullmatch(name))}
+    shards = list(numbers)
+    weight_map = _weight_map(reader) if _SHARD_INDEX in files else None
     if _SINGLE in files:
+        if shards or weight_map:
+            raise ReleaseError(
+                f"The release holds {_SINGLE} and also {some([*shards, _SHARD_INDEX])}; which of "
+                "them counts is not said: remove one."
+            )
+        return list(read_safetensors(reader, _SINGLE))
+    complete = {
+        f"model-{number:05d}-of-{count}.safetensors"
+        for count in set(numbers.values())
+        for number in range(1, int(count) + 1)
+    }
+    named = sorted(set(weight_map.values()) if weight_map else complete)
+    if missing := [shard for shard in named if shard not in files]:
         raise ReleaseError(
-            f"The release holds both {_SINGLE} and {_SHARD_INDEX}; which of them counts is not "
-            "said: remove one."
+            f"{len(missing)} of {len(named)} shards are missing ({some(missing)}); take the whole "
+            "release."
         )
+    if odd := [shard for shard in named if "/" in shard or not shard.endswith(".safetensors")]:
+        raise ReleaseError(f"{_SHARD_INDEX} names {some(odd)}, which is no safetensors file.")
+    if surplus := sorted(set(shards) - set(named)):
+        raise ReleaseError(
+            f"{len(surplus)} shards are not in {_SHARD_INDEX} ({some(surplus)}); the folder may "
+            "hold two releases."
+        )
+    stored = [tensor for shard in named for tensor in read_safetensors(reader, shard)]
+    if weight_map:
+        _check_weight_map(weight_map, stored)
+    return stored
+
+
+def _weight_map(reader: RangeReader) -> dict[str, str]:
     raw = _small_file(reader, _SHARD_INDEX, limit=MAX_SHARD_INDEX_BYTES)
     weight_map = parse_json_object(raw, what=_SHARD_INDEX, error=ReleaseError).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
     ):
         raise ReleaseError(f"{_SHARD_INDEX} has no weight_map from tensors to shards.")
-    shards = sorted(set(weight_map.values()))
-    if missing := [shard for shard in shards if shard not in files]:
-        raise ReleaseError(
-            f"{len(missing)} of {len(shards)} shards are missing ({some(missing)}); take the "
-            "whole release."
-        )
-    if odd := [shard for shard in shards if "/" in shard or not shard.endswith(".safetensors")]:
-        raise ReleaseError(f"{_SHARD_INDEX} names {some(odd)}, which is no safetensors file.")
-    surplus = [
-        name
-        for name in files
-        if name.startswith("model-") and name.endswith(".safetensors") and name not in shards
-    ]
-    if surplus:
-        raise ReleaseError(
-            f"{len(surplus)} shards are not in {_SHARD_INDEX} ({some(sorted(surplus))}); the "
-            "folder may hold two releases."
-        )
-    stored = [tensor for shard in shards for tensor in read_safetensors(reader, shard)]
-    held = {tensor.name: tensor.file for tensor in stored}
-    if elsewhere := [name for name, shard in weight_map.items() if held.get(name) != shard]:
+    return weight_map
+
+
+def _check_weight_map(weight_map: Mapping[str, str], stored: Sequence[StoredTensor]) -> None:
+    held = {(tensor.name, tensor.file) for tensor in stored}
+    if elsewhere := sorted(name for name, _ in weight_map.items() - held):
         raise ReleaseError(
             f"{len(elsewhere)} tensors are not in the shard that {_SHARD_INDEX} names "
             f"({some(elsewhere)}); take the whole release anew."
         )
-    if unlisted := [tensor.name for tensor in stored if tensor.name not in weight_map]:
+    if unlisted := sorted(name for name, _ in held - weight_map.items()):
         raise ReleaseError(
-            f"{len(unlisted)} tensors of the shards are not in {_SHARD_INDEX} ({some(unlisted)})."
+            f"{len(unlisted)} tensors of the shards are not in {_SHARD_INDEX} ({some(unlisted)}); "
+            "take the whole release anew."
         )
-    return stored
 
 
 def _tokenizer_file(files: Mapping[str, int], layout: Layout) -> str:
