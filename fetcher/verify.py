@@ -6,6 +6,7 @@ the files, so they find damage and wrong uploads, and prove nothing about the or
 """
 
 import hashlib
+import logging
 import re
 import threading
 import time
@@ -14,10 +15,13 @@ from pathlib import Path
 
 from ..errors import InterruptedByUserError, ReleaseError, VerifyError
 from .progress import Progress, ProgressSink
+from .store import Record, RecordFile, fingerprints
 
 CHUNK_BYTES = 4 << 20
 MAX_BANNER_BYTES = 1 << 20
 REPORT_S = 0.2
+
+logger = logging.getLogger(__name__)
 
 _MD5 = re.compile(r"(?<![0-9A-Za-z])[0-9a-f]{32}(?![0-9A-Za-z])", re.IGNORECASE)
 _FILE_NAME = re.compile(r"(?<!\S)[\w.-]+\.[\w.-]+(?!\S)")
@@ -126,3 +130,45 @@ class Md5Check:
                 node=self._node,
             )
         )
+
+
+def check_release_sums(
+    *,
+    base: Path,
+    root: str,
+    record_file: RecordFile,
+    on_progress: ProgressSink,
+    stop: threading.Event,
+    node: str = "",
+) -> int:
+    """Checks the RELEASE rows of files that were not checked as they are now.
+
+    The release is at ``base/root``; the record names files relative to `base`. Each file that
+    passes is recorded at once, so that an interrupted check goes on with the next one. Returns the
+    bytes that were read.
+
+    Raises:
+        VerifyError: a file has another md5. InterruptedByUserError: `stop` was set.
+    """
+    folder = base / root
+    record = record_file.read()
+    sums = read_release_sums(folder)
+    now = fingerprints(base, [root + name for name in sums])
+    due = {}
+    for name, digest in sums.items():
+        path = root + name
+        if path not in now:
+            logger.warning("RELEASE names %s, which is not in %s", name, folder)
+        elif record.md5.get(path) != digest or record.files.get(path) != now[path]:
+            due[name] = digest
+    check = Md5Check(folder=folder, sums=due, on_progress=on_progress, stop=stop, node=node)
+    for name in due:
+        digest = check.check(name)
+        path = root + name
+        record = Record(
+            complete=record.complete,
+            files={**record.files, path: now[path]},
+            md5={**record.md5, path: digest},
+        )
+        record_file.write(record)
+    return check.done_bytes
