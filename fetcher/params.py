@@ -22,7 +22,14 @@ _PARAMS_FIELDS: Final = frozenset(
         *("max_position_embeddings", "max_seq_len", "tied_embeddings", "max_batch_size"),
     }
 )
-_HARMLESS_FALSE: Final = frozenset({"use_biases", "bias", "qkv_bias"})
+_HARMLESS: Final[Mapping[str, object]] = {
+    "model_type": "transformer",
+    "causal": True,
+    "use_biases": False,
+    "bias": False,
+    "qkv_bias": False,
+}
+"""Fields that say what is so anyway, with the value that says it."""
 _DEFAULT_THETA: Final = {"llama": 1e4, "mistral": 1e4, "mixtral": 1e6}
 """What transformers computes with when a config.json of that type does not say."""
 _MISTRAL_DEFAULT_WINDOW: Final = 4096
@@ -57,7 +64,7 @@ def read_params(raw: bytes, *, given: ReleaseHints, known: ReleaseHints) -> Mode
         for name, value in found.items()
         if name not in _PARAMS_FIELDS
         and value is not None
-        and not (name in _HARMLESS_FALSE and value is False)
+        and not (name in _HARMLESS and value == _HARMLESS[name])
     ]
     if strangers:
         raise ReleaseError(

@@ -155,7 +155,8 @@ def _check_view(file: str, name: str, tensor: PickledTensor, member: ZipMember) 
 
 def _check_overlaps(file: str, tensors: list[StoredTensor]) -> None:
     """Tensors may share all their bytes (tied weights) but not a part of them."""
-    for before, after in pairwise(sorted(tensors, key=lambda tensor: tensor.offset)):
+    held = sorted((one for one in tensors if one.num_bytes), key=lambda one: one.offset)
+    for before, after in pairwise(held):
         same = (before.offset, before.shape, before.dtype) == (
             after.offset,
             after.shape,

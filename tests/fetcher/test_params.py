@@ -156,7 +156,14 @@ def test_refuses_params_that_describe_another_kind_of_model(
 
 
 def test_accepts_fields_that_change_nothing() -> None:
-    found = params(NOTHING, MIXTRAL_FACTS, lora=None, use_biases=False, max_batch_size=4)
+    found = params(
+        NOTHING,
+        MIXTRAL_FACTS,
+        lora=None,
+        use_biases=False,
+        model_type="transformer",
+        max_batch_size=4,
+    )
 
     assert found == MIXTRAL
 

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import magnetar
 import pytest
 import torch
 from hypothesis import given, settings
@@ -177,6 +178,17 @@ def test_escapes_what_a_hostile_name_would_do_to_a_terminal() -> None:
         read_tensor_pickle(b"\x80\x02cos\x1b[2J\nsystem\n.")
 
     assert "\x1b" not in str(refused.value)
+
+
+def test_nothing_in_the_package_unpickles_with_torch_or_pickle() -> None:
+    root = Path(magnetar.__file__).parent
+    rooms = ("", "fetcher", "cluster", "serve", "serve/model", "manifests")
+    sources = [path for room in rooms for path in (root / room).glob("*.py")]
+
+    assert len(sources) > 20
+    for path in sources:
+        for call in (r"\btorch\.load\(", r"\bc?[pP]ickle\.(load|loads|Unpickler)\("):
+            assert not re.search(call, path.read_text(encoding="utf-8")), path
 
 
 VALID = pickled_by_torch(SMALL)
