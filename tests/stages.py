@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from magnetar.fetcher.config import ModelConfig
-from magnetar.fetcher.tensors import StoredDtype, TensorEntry, TensorIndex
+from magnetar.fetcher.tensors import StoredDtype, TensorEntry, TensorIndex, TensorSource
 from magnetar.serve.stage import Stage
 from magnetar.serve.step import Sample, SamplingParams, StepPlan, StepResult, StepRow
 from magnetar.settings import KV_BLOCK_TOKENS
@@ -117,7 +117,7 @@ class Pipeline:
     def __init__(
         self,
         config: ModelConfig,
-        source: MemorySource,
+        source: TensorSource,
         *,
         bounds: Sequence[int] | None = None,
         dtype: str = "fp32",

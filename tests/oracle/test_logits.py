@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from magnetar.fetcher.config import ModelConfig
-from magnetar.tests.releases import write_release
+from magnetar.fetcher.config import ModelConfig, ReleaseHints
+from magnetar.fetcher.release import FolderReader, read_release
+from magnetar.fetcher.source import FileTensorSource
+from magnetar.tests.releases import HINTS, LAYOUTS, Dtype, Layout, write_release
 from magnetar.tests.stages import MemorySource, Pipeline, config_of, source_of
 
 if TYPE_CHECKING:
@@ -57,6 +59,22 @@ def test_logits_after_every_prefix_agree(name: str) -> None:
     lengths = (1, 2, 15, 16, 17, 24, 25, 33, NUM_TOKENS)
     rows = [pipeline.row(length, prompt[:length]) for length in lengths]
     assert_logits(pipeline.logits(*rows), logits[[length - 1 for length in lengths]])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_layout_of_a_release_gives_the_logits_of_its_model(
+    tmp_path: Path, layout: Layout, dtype: Dtype
+) -> None:
+    model = write_release(tmp_path, layout=layout, dtype=dtype)
+    facts = read_release(FolderReader(tmp_path), given=ReleaseHints(), known=HINTS)
+    source = FileTensorSource(tmp_path, facts.index)
+    prompt = oracle("mixtral")[2]
+    with torch.no_grad():
+        theirs = model(torch.tensor([prompt])).logits[0, -1]
+    # Two stages, each of which reads its own tensors from the files.
+    pipeline = Pipeline(facts.config, source, bounds=(0, 2, 4))
+    assert_logits(pipeline.logits(pipeline.row(0, prompt))[0], theirs)
 
 
 @pytest.mark.parametrize("name", MODELS)

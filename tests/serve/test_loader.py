@@ -72,6 +72,18 @@ def test_counts_the_bytes_of_the_weights_in_the_compute_dtype(dtype: str, num_by
     assert heard[-1] == stage.loaded_bytes
 
 
+def test_tied_embeddings_are_read_and_held_once_where_products_use_the_weight_itself() -> None:
+    tensors = random_tensors(CONFIG)
+    tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    source = MemorySource(tensors)
+    stage = load(source, dtype="fp16")
+    assert "output.weight" not in source.names_read
+    distinct = sum(t.numel() for name, t in tensors.items() if name != "output.weight")
+    assert stage.loaded_bytes == 2 * distinct
+    assert load(source, layers=(2, 3), dtype="fp16").loaded_bytes > 0
+    assert "output.weight" in source.names_read
+
+
 def test_a_missing_tensor_is_named() -> None:
     tensors = random_tensors(CONFIG)
     del tensors["layers.1.feed_forward.experts.2.w3.weight"]
