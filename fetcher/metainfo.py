@@ -260,8 +260,8 @@ def _v2_files(info: dict[bytes, Bencoded], name: str, piece_length: int) -> list
         raise ReleaseError("the torrent lists no files")
     offset = 0
     found = list(_leaves(tree, [name]))
-    if len(found) == 1 and found[0][0] == [name, name]:
-        found = [([name], found[0][1])]  # BEP 52: a single file stands alone under its own name.
+    if len(found) == 1 and len(found[0][0]) == 2:
+        found = [(found[0][0][1:], found[0][1])]  # A single file stands alone (BEP 52).
     for parts, entry in found:
         length = _length(entry)
         _attributes(entry)
