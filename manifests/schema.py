@@ -15,7 +15,7 @@ from ..cluster.spec import DeploymentSpec
 from ..errors import MagnetarError
 from ..settings import DEFAULT_HOST, DEFAULT_PORT, default_store
 from .facts import Facts, Part
-from .source import check_address, release_name, resolve_source
+from .source import release_name, resolve_source
 
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 SOURCES = ("magnet", "catalogue", "torrent", "folder")
@@ -40,13 +40,19 @@ def _check_magnet(text: str) -> None:
     parse_magnet(text)
 
 
+def _check_peer(text: str) -> None:
+    from ..fetcher.magnet import split_peer
+
+    split_peer(text)
+
+
 def _check_catalogue_name(text: str) -> None:
     from .catalogue import find_release
 
     find_release(text)
 
 
-Address = Annotated[str, _checked(check_address)]
+Address = Annotated[str, _checked(_check_peer)]
 
 
 class Source(Facts):

@@ -11,19 +11,6 @@ from .catalogue import find_release, known_hints, releases
 from .suggest import did_you_mean
 
 _INFO_HASH = re.compile(r"[0-9a-fA-F]{40}")
-_ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+):(?P<port>[0-9]{1,5})")
-
-
-def check_address(text: str) -> str:
-    """``text`` if it is ``HOST:PORT``, an IPv6 host in brackets.
-
-    Raises:
-        ValueError: it is not; the message is fit for users.
-    """
-    match = _ADDRESS.fullmatch(text)
-    if match is None or not 0 < int(match["port"]) < 65536:
-        raise ValueError(f"{text[:80]!r} is no HOST:PORT, such as 192.168.1.20:6881")
-    return text
 
 
 def resolve_source(

@@ -1,0 +1,242 @@
+"""The body of each command: arguments in, parts called in order, data out."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .cluster.spec import DeploymentSpec, SourceSpec
+from .console import Console
+from .demo import demo
+from .errors import InterruptedByUserError, NotFoundError, UsageError
+from .fetcher.config import ReleaseHints
+from .serving import serving
+from .settings import default_store
+
+if TYPE_CHECKING:
+    from .fetcher.fetch import Fetch
+    from .fetcher.seed import SeedInfo
+
+Command = Callable[[argparse.Namespace, Console, threading.Event], None]
+
+
+def up(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+    """Fetches, verifies and serves; stays until it is told to stop, unless detached."""
+    spec, ray_address = wanted(args, console)
+    with serving(spec, console, stop, ray_address=ray_address, detach=args.detach) as endpoint:
+        if args.detach:
+            console.note(f"{spec.name} goes on by itself; stop it with: magnetar down {spec.name}")
+            return
+        endpoint.wait()
+    if stop.is_set():
+        raise InterruptedByUserError("stopped; what was downloaded and verified is kept")
+
+
+def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+    """Prints where a model would run; fetches no more than what describes it."""
+    from .cluster.inventory import host_label, probe_node
+    from .cluster.plan import Inventory, Workload
+    from .cluster.plan_view import plan_json, plan_table
+    from .cluster.planner import plan as place
+
+    spec, _ = wanted(args, console)
+    with fetching(spec.source, Path(spec.store), console, stop) as fetch:
+        fetch.metadata()
+        facts = fetch.facts(given=spec.source.given, known=spec.source.known)
+    node = probe_node(host_label(), "127.0.0.1", Path(spec.store))
+    placed = place(
+        facts.config,
+        facts.index,
+        Inventory(nodes=(node,)),
+        Workload(
+            max_context_tokens=spec.max_context_tokens or facts.config.max_context_tokens,
+            max_concurrency=spec.max_concurrency,
+            dtype=spec.dtype,
+            num_stages=spec.num_stages,
+        ),
+    )
+    console.data(_json(plan_json(placed)) if args.output == "json" else plan_table(placed))
+
+
+def fetch(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+    """Downloads and verifies a release into the store."""
+    source, store = _source(args, console), _store(args)
+    with fetching(source, store, console, stop) as fetch:
+        fetch.metadata()
+        fetch.check_disk()
+        folder = fetch.download()
+        fetch.verify()
+    console.data(str(folder))
+
+
+def verify(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+    """Checks the bytes of a release; bad pieces of a torrent are fetched again."""
+    fetch(args, console, stop)
+
+
+def seed(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+    """Shares a release folder until it is told to stop."""
+    folder = Path(args.folder).expanduser()
+    if not folder.is_dir():
+        raise NotFoundError(f"there is no folder {args.folder!r}: check the path")
+    from .fetcher.seed import seed as share
+
+    def ready(info: "SeedInfo") -> None:
+        told = {"magnet": info.magnet, "info_hash": info.info_hash, "address": info.address}
+        console.data(_json(told) if args.output == "json" else info.magnet)
+        console.note(f"peers reach this seed at {info.address}")
+
+    if args.stop_on_eof:
+        threading.Thread(target=_stop_on_eof, args=(stop,), name="stdin", daemon=True).start()
+    share(folder, listen=args.listen, on_ready=ready, stop=stop)
+
+
+def inspect(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+    """Prints the facts and the tensors of a release, from its heads and tails alone."""
+    from .fetcher.release_view import release_json, release_table
+
+    source = _source(args, console)
+    with fetching(source, _store(args), console, stop) as fetch:
+        fetch.metadata()
+        facts = fetch.facts(given=source.given, known=source.known)
+    console.data(_json(release_json(facts)) if args.output == "json" else release_table(facts))
+
+
+def status(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+    """Prints what is deployed."""
+    raise UsageError("status")
+
+
+def down(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+    """Stops a deployment; what it downloaded is kept."""
+    raise UsageError("down")
+
+
+COMMANDS: Mapping[str, Command] = {
+    "up": up,
+    "demo": demo,
+    "plan": plan,
+    "fetch": fetch,
+    "verify": verify,
+    "seed": seed,
+    "inspect": inspect,
+    "status": status,
+    "down": down,
+}
+
+
+def wanted(args: argparse.Namespace, console: Console) -> tuple[DeploymentSpec, str | None]:
+    """The deployment that a manifest or SOURCE asks for, and the Ray cluster to use.
+
+    Options of the command line win over the manifest.
+    """
+    from .manifests.load import load_deployment
+    from .manifests.source import deployment_name, release_name
+
+    if (args.file is None) == (args.source is None):
+        raise UsageError("give either SOURCE or -f FILE")
+    ray_address: str | None = args.ray_address
+    if args.file is not None:
+        file = Path(args.file).expanduser()
+        deployment = load_deployment(file, environment=os.environ)
+        spec = deployment.to_spec(base=file.absolute().parent, on_note=console.note)
+        ray_address = ray_address or deployment.spec.placement.ray_address
+    else:
+        source = _source(args, console)
+        model_name = release_name(source)
+        spec = DeploymentSpec(
+            name=deployment_name(model_name),
+            source=source,
+            store=str(_store(args)),
+            model_name=model_name,
+        )
+    return with_options(spec, args), ray_address
+
+
+def with_options(spec: DeploymentSpec, args: argparse.Namespace) -> DeploymentSpec:
+    """``spec`` with what was given on the command line in place of its own."""
+    from .manifests.source import deployment_name
+
+    options = vars(args)
+    source = replace(
+        spec.source,
+        peers=tuple(dict.fromkeys((*spec.source.peers, *(options.get("peer") or ())))),
+        timeout_s=options.get("timeout") or spec.source.timeout_s,
+        given=_given(args, spec.source.given),
+    )
+    changes = {
+        "store": options.get("store") and str(_store(args)),
+        "dtype": options.get("dtype"),
+        "num_stages": options.get("stages"),
+        "max_context_tokens": options.get("max_context"),
+        "max_concurrency": options.get("max_concurrency"),
+        "host": options.get("host"),
+        "port": options.get("port"),
+        "api_key_file": options.get("api_key_file") and str(Path(args.api_key_file).absolute()),
+        "model_name": options.get("name"),
+        "name": options.get("name") and deployment_name(args.name),
+    }
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(spec, source=source, **given)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def fetching(
+    source: SourceSpec, store: Path, console: Console, stop: threading.Event
+) -> "Iterator[Fetch]":
+    """A `Fetch` of the source, closed at the end."""
+    from .fetcher.fetch import Fetch
+
+    fetch = Fetch(
+        kind=source.kind,
+        location=source.location,
+        store=store,
+        peers=source.peers,
+        timeout_s=source.timeout_s,
+        on_progress=console.progress,
+        stop=stop,
+    )
+    with contextlib.closing(fetch):
+        yield fetch
+
+
+def _source(args: argparse.Namespace, console: Console) -> SourceSpec:
+    from .manifests.source import resolve_source
+
+    return resolve_source(
+        args.source,
+        peers=tuple(args.peer or ()),
+        timeout_s=args.timeout,
+        given=_given(args, ReleaseHints()),
+        on_note=console.note,
+    )
+
+
+def _given(args: argparse.Namespace, before: ReleaseHints) -> ReleaseHints:
+    options = vars(args)
+    return ReleaseHints(
+        rope_theta=options.get("rope_theta") or before.rope_theta,
+        sliding_window=options.get("sliding_window") or before.sliding_window,
+        max_context_tokens=options.get("max_context") or before.max_context_tokens,
+        chat_format=options.get("chat_format") or before.chat_format,
+    )
+
+
+def _store(args: argparse.Namespace) -> Path:
+    return Path(args.store).expanduser().absolute() if args.store else default_store()
+
+
+def _stop_on_eof(stop: threading.Event) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    stop.set()
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2) if sys.stdout.isatty() else json.dumps(value)

@@ -1,0 +1,139 @@
+"""The command line as a user meets it: real processes, their streams and exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import magnetar
+import pytest
+
+VERBS = ("up", "demo", "plan", "fetch", "verify", "seed", "inspect", "status", "down")
+Run = subprocess.CompletedProcess[str]
+
+
+def run(*arguments: str, cwd: Path | None = None, **environment: str) -> Run:
+    return subprocess.run(
+        [sys.executable, "-m", "magnetar.cli", *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_names_every_verb_and_the_exit_codes() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(f"    {verb} " in done.stdout for verb in VERBS)
+    assert "130 interrupted" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str) -> None:
+    done = run(verb, "--help")
+    assert done.returncode == 0
+    assert "--progress" in done.stdout
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"magnetar {magnetar.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "required: COMMAND"),
+        (["fech", "x"], "did you mean 'fetch'?"),
+        (["up"], "give either SOURCE or -f FILE"),
+        (["up", "x", "-f", "y"], "give either SOURCE or -f FILE"),
+        (["up", "x", "--stages", "0"], "no whole number above 0"),
+        (["up", "x", "--port", "65536"], "no port between 0 and 65535"),
+        (["up", "x", "--peer", "nowhere"], "HOST:PORT"),
+        (["up", "x", "--dtype", "fp33"], "did you mean 'fp32'?"),
+        (["up", "x", "--timeout", "nan"], "no number above 0"),
+        (["up", "x", "--sliding-window", "-1"], "no whole number above 0"),
+        (["fetch"], "required: SOURCE"),
+        (["fetch", "magnet:?dn=nothing"], "magnet"),
+        (["fetch", "magnet:?xt=urn:btih:xyz"], "magnet"),
+        (["up", "magnet:?xt=urn:btih:xyz"], "magnet"),
+        (["fetch", __file__], "is no .torrent file"),
+    ],
+)
+def test_what_makes_no_sense_is_usage(arguments: list[str], complaint: str) -> None:
+    done = run(*arguments, "--progress", "plain") if arguments else run()
+    assert done.returncode == 2, done.stderr
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fetch", "./no/such/folder"],
+        ["inspect", "./no-such.torrent"],
+        ["up", "no-such-name"],
+        ["plan", "-f", "no-such.yaml"],
+        ["seed", "./no/such/folder"],
+    ],
+)
+def test_what_is_not_there_is_not_found(arguments: list[str], tmp_path: Path) -> None:
+    done = run(*arguments, "--progress", "plain", cwd=tmp_path)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.startswith("magnetar: there is no ") or "not in the catalogue" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_misspelt_catalogue_name_is_guessed() -> None:
+    assert "did you mean 'mixtral-8x7b'?" in run("inspect", "mixtral-8x7").stderr
+
+
+def test_bad_manifest_is_usage_with_positions(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(
+        "apiVersion: magnetar/v1\nkind: Deployment\nmetadata: {name: X}\n"
+        "spec:\n  source: {folder: a}\n  serv: {}\n"
+    )
+    done = run("plan", "-f", "x.yaml", "--progress", "plain", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "magnetar: x.yaml:3:18: metadata.name: 'X' should be a DNS label: "
+        "a-z, 0-9 and - inside, at most 63",
+        "    metadata: {name: X}",
+        "                     ^",
+        "x.yaml:6:3: spec.serv: unknown key 'serv'; did you mean 'serve'?",
+        "      serv: {}",
+        "      ^",
+    ]
+
+
+def test_off_a_terminal_errors_are_json_objects_on_stderr(tmp_path: Path) -> None:
+    done = run("fetch", "./nothing", cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    told = json.loads(line)
+    assert told["event"] == "error"
+    assert told["exit_code"] == done.returncode == 4
+    assert "nothing" in told["message"]
+    assert done.stdout == ""
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
+    for arguments in (["--debug", "fetch", "./nothing"], ["fetch", "./nothing", "--debug"]):
+        assert "Traceback" in run(*arguments, cwd=tmp_path).stderr
+
+
+def test_output_into_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "magnetar.cli", "status"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(write)
+    assert "Traceback" not in done.stderr

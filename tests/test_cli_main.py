@@ -1,0 +1,85 @@
+"""The error boundary: whatever a command raises becomes one line and an exit code."""
+
+import argparse
+import os
+import shlex
+import signal
+import threading
+
+import pytest
+from magnetar import cli, commands, errors
+from magnetar.console import Console
+
+
+def ends_with(error: BaseException | None) -> commands.Command:
+    def body(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+        if error is not None:
+            raise error
+
+    return body
+
+
+def all_errors(root: type[errors.MagnetarError]) -> list[type[errors.MagnetarError]]:
+    return [root, *(below for child in root.__subclasses__() for below in all_errors(child))]
+
+
+@pytest.mark.parametrize("kind", all_errors(errors.MagnetarError))
+def test_every_error_ends_with_its_exit_code(
+    kind: type[errors.MagnetarError],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(commands, "COMMANDS", {"down": ends_with(kind("what to do"))})
+    assert cli.main(["down", "x", "--progress", "plain"]) == kind.exit_code
+    assert capsys.readouterr().err == "magnetar: what to do\n"
+
+
+def test_error_tree_in_the_docstring_is_the_real_one() -> None:
+    for kind in all_errors(errors.MagnetarError):
+        drawn = [
+            line for line in str(errors.__doc__).splitlines() if f" {kind.__name__} " in f" {line}"
+        ]
+        assert len(drawn) == 1
+        assert str(kind.exit_code) in drawn[0].split()
+
+
+def test_success_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "COMMANDS", {"down": ends_with(None)})
+    assert cli.main(["down", "x"]) == 0
+
+
+def test_unexpected_error_is_one_line_without_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "COMMANDS", {"down": ends_with(ZeroDivisionError("odd"))})
+    assert cli.main(["down", "x", "--progress", "plain"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "ZeroDivisionError: odd; --debug shows where" in said
+
+
+def test_interruption_says_how_to_resume(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = errors.InterruptedByUserError("stopped at 40 %")
+    monkeypatch.setattr(commands, "COMMANDS", {"fetch": ends_with(error)})
+    arguments = ["fetch", "magnet:?xt=a&dn=b c", "--progress", "plain"]
+    assert cli.main(arguments) == 130
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "magnetar: stopped at 40 %"
+    assert second.endswith(shlex.join(["magnetar", *arguments]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_sets_the_event_and_leaves_the_handlers_as_they_were(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+        os.kill(os.getpid(), number)
+        assert stop.wait(10)
+        raise errors.InterruptedByUserError
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(commands, "COMMANDS", {"seed": body})
+    assert cli.main(["seed", "x"]) == 130
+    assert signal.getsignal(number) is before

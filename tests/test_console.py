@@ -1,0 +1,221 @@
+"""Progress is one line per phase for people, one JSON object a line for programs."""
+
+import io
+import json
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from magnetar.console import BarView, Console, JsonView, PlainView
+from magnetar.fetcher.progress import Progress
+from magnetar.phases import PhaseState, format_bytes, format_duration
+from rich.console import Console as RichConsole
+
+
+class FakeClock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def download(done: int, *, node: str = "", rate: float = 0.0, message: str = "") -> Progress:
+    return Progress(
+        phase="download",
+        done_bytes=done,
+        total_bytes=1000,
+        rate_bytes_per_s=rate,
+        node=node,
+        message=message,
+        finished=done == 1000,
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (93_405_585_408, "93.4 GB"),
+        (281_241_268_224, "281 GB"),
+        (5e15, "5000 TB"),
+    ],
+)
+def test_bytes_have_three_digits(num_bytes: float, text: str) -> None:
+    assert format_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1:00"),
+        (3661, "1:01:01"),
+    ],
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+@given(st.floats(min_value=0, max_value=1e18))
+def test_amounts_stay_short(amount: float) -> None:
+    assert len(format_bytes(amount)) <= 10
+    assert len(format_duration(min(amount, 1e8))) <= 12
+
+
+def test_phase_sums_its_nodes_and_ends_when_all_have() -> None:
+    phase = PhaseState("download", 0.0)
+    phase.observe(download(100, node="a", rate=10.0, message="3 peers"), 1.0)
+    assert phase.message == "3 peers"
+    phase.observe(download(1000, node="b", rate=99.0), 2.0)
+    assert phase.ended is None
+    assert phase.total().done_bytes == 1100
+    assert phase.total().total_bytes == 2000
+    assert phase.total().rate_bytes_per_s == 10.0
+    phase.observe(download(200, node="a", message="no peers"), 3.0)
+    assert phase.message == "a: no peers"
+    phase.observe(download(1000, node="a"), 4.0)
+    assert phase.ended == 4.0
+    assert phase.elapsed_s(9.0) == 4.0
+
+
+def test_phase_of_the_deployment_ends_with_its_own_reading_only() -> None:
+    phase = PhaseState("download", 0.0)
+    phase.observe(Progress(phase="download"), 0.0)
+    phase.observe(download(1000, node="a"), 1.0)
+    assert phase.ended is None
+    assert phase.total().done_bytes == 1000
+    phase.observe(Progress(phase="download", finished=True), 2.0)
+    assert phase.ended == 2.0
+
+
+def test_json_is_one_object_a_line_at_most_once_a_second_and_node() -> None:
+    stream, clock = io.StringIO(), FakeClock()
+    view = JsonView(stream, clock)
+    for done in range(0, 1001, 100):
+        view.progress(download(done, rate=250.0))
+        view.progress(download(done, node="b"))
+        clock.now += 0.25
+    told = [json.loads(line) for line in stream.getvalue().splitlines()]
+    own = [line for line in told if line["node"] == ""]
+    assert [line["done_bytes"] for line in own] == [0, 400, 800, 1000]
+    assert [line["finished"] for line in own] == [False, False, False, True]
+    assert own[1]["eta_s"] == 2.4
+    assert own[1]["elapsed_s"] == 1.0
+    assert {line["event"] for line in told} == {"progress"}
+
+
+def test_plain_says_begin_now_and_then_and_end() -> None:
+    stream, clock = io.StringIO(), FakeClock()
+    view = PlainView(stream, clock)
+    for done in range(0, 1001, 100):
+        view.progress(download(done, rate=250.0))
+        clock.now += 2.5
+    assert stream.getvalue().splitlines() == [
+        "download: 0 B of 1.00 kB, 250 B/s, 4.0 s left",
+        "download: 400 B of 1.00 kB, 250 B/s, 2.4 s left",
+        "download: 800 B of 1.00 kB, 250 B/s, 0.8 s left",
+        "download: 1.00 kB, done in 25 s",
+    ]
+
+
+def test_bar_draws_one_line_per_phase_and_not_again_after_a_pause() -> None:
+    stream, clock = Terminal(), FakeClock()
+    view = BarView(RichConsole(file=stream, force_terminal=True, width=100), clock)
+    view.progress(Progress(phase="metadata", finished=True, message="4 files"))
+    view.progress(download(500, rate=250.0, message="12 peers"))
+    clock.now += 2.0
+    view.pause()
+    drawn = stream.getvalue()
+    for part in ("metadata", "4 files", "500 B of 1.00 kB", "250 B/s", "2.0 s left", "12 peers"):
+        assert part in drawn
+    view.progress(download(1000))
+    view.pause()
+    assert "metadata" not in stream.getvalue()[len(drawn) :]
+    assert "4.00" not in stream.getvalue()
+
+
+def test_bar_survives_many_threads_that_speak_at_once() -> None:
+    view = BarView(RichConsole(file=Terminal(), force_terminal=True, width=100))
+
+    def speak(node: str) -> None:
+        for done in range(0, 1001, 50):
+            view.progress(download(done, node=node))
+            view.note(f"{node} {done}", "note")
+        view.pause()
+
+    threads = [threading.Thread(target=speak, args=(f"n{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    view.pause()
+
+
+def test_data_goes_out_and_everything_else_to_err() -> None:
+    for mode in ("plain", "json", "none", "bar", "auto"):
+        out, err = io.StringIO(), io.StringIO()
+        with Console(mode, out=out, err=err) as console:  # type: ignore[arg-type]
+            console.note("a note")
+            console.progress(download(10))
+            console.data("the data")
+            console.error("why", exit_code=3)
+        assert out.getvalue() == "the data\n"
+        assert "a note" in err.getvalue()
+        assert "why" in err.getvalue()
+
+
+def test_auto_is_json_off_a_terminal_and_a_bar_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    off, on = io.StringIO(), Terminal()
+    for stream in (off, on):
+        with Console("auto", err=stream) as console:
+            console.progress(download(10))
+    assert json.loads(off.getvalue())["phase"] == "download"
+    assert "\x1b[" in on.getvalue()
+
+
+def test_no_color_leaves_colours_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    drawn = {}
+    for value in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", value)
+        stream = Terminal()
+        with Console("auto", err=stream) as console:
+            console.progress(Progress(phase="metadata", finished=True))
+        drawn[value] = stream.getvalue()
+    assert "\x1b[32m" in drawn[""]
+    assert "\x1b[32m" not in drawn["1"]
+
+
+def test_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    with Console("auto", err=stream) as console:
+        console.progress(download(10))
+    assert stream.getvalue() == "download: 10 B of 1.00 kB\n"
+
+
+def test_magnet_on_a_terminal_is_not_read_as_markup() -> None:
+    stream = Terminal()
+    view = BarView(RichConsole(file=stream, force_terminal=True, width=200))
+    view.note("x.pe=[::1]:80 [bold]", "note")
+    assert "[::1]:80 [bold]" in stream.getvalue()
