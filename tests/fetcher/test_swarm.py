@@ -1,0 +1,190 @@
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from magnetar.errors import DownloadError, InterruptedByUserError, TimedOutError
+from magnetar.fetcher.contacts import Contacts
+from magnetar.fetcher.progress import Progress
+from magnetar.fetcher.session import (
+    Checked,
+    MetadataArrived,
+    PeerLost,
+    PeerView,
+    StorageFailed,
+    TorrentJob,
+    TorrentStatus,
+    TrackerFailed,
+)
+from magnetar.fetcher.swarm import RESUME_S, STALL_S, Swarm
+from magnetar.tests.torrent_session import FakeTorrentSession
+
+JOB = TorrentJob(info_hash="a" * 40, save_path=Path("unused"))
+PEER = ("127.0.0.1", 6881)
+MOVING = TorrentStatus(state="active", have=(False, False), wanted_bytes=100)
+
+
+class Scene:
+    """A swarm over a fake session whose reading `play` changes as time passes."""
+
+    def __init__(self, *, timeout_s: float | None = None) -> None:
+        self.session = FakeTorrentSession()
+        self.stop = threading.Event()
+        self.told: list[Progress] = []
+        self.resume_data: list[bytes] = []
+        self.swarm = Swarm(
+            session=self.session,
+            contacts=Contacts(
+                trackers=("udp://tracker.example:1",), peers=("127.0.0.1:6881",), dht=False
+            ),
+            named_peers=(PEER,),
+            timeout_s=timeout_s,
+            on_progress=self.told.append,
+            on_resume_data=self.resume_data.append,
+            stop=self.stop,
+            node="n1",
+            clock=self.session.clock,
+        )
+
+    def play(self, step: Callable[[FakeTorrentSession], None]) -> None:
+        self.session.script = step
+
+    def fetch(self) -> TorrentStatus:
+        return self.swarm.fetch([4, 0], phase="download", doing="tiny")
+
+    def messages(self) -> str:
+        return "\n".join(progress.message for progress in self.told)
+
+
+def test_returns_once_the_wanted_pieces_are_there() -> None:
+    scene = Scene()
+
+    def arrive(session: FakeTorrentSession) -> None:
+        session.reading = replace(MOVING, have=(session.now_s > 3, False))
+
+    scene.play(arrive)
+    assert scene.fetch().have == (True, False)
+    assert 3 < scene.session.now_s < 4
+    assert {progress.message for progress in scene.told} == {"tiny"}
+    assert {progress.node for progress in scene.told} == {"n1"}
+
+
+@pytest.mark.parametrize(
+    ("reading", "peers", "cause"),
+    [
+        (MOVING, [], "no peers"),
+        (replace(MOVING, is_paused=True), [], "paused"),
+        (
+            MOVING,
+            [PeerView(has_needed=False, chokes_us=True)] * 2,
+            "2 peers connected, none has the pieces we need",
+        ),
+        (MOVING, [PeerView(has_needed=True, chokes_us=True)], "none lets us download yet"),
+        (MOVING, [PeerView(has_needed=True, chokes_us=False)], "1 peer connected, nothing arrives"),
+    ],
+)
+def test_says_why_nothing_arrives(
+    reading: TorrentStatus, peers: list[PeerView], cause: str
+) -> None:
+    scene = Scene(timeout_s=STALL_S + 3)
+    scene.session.reading = reading
+    scene.session.connected_peers = peers
+    with pytest.raises(TimedOutError, match=cause):
+        scene.fetch()
+    early = [p for p in scene.told if p.message == "tiny"]
+    assert early
+    assert cause in scene.told[-1].message
+    assert "nothing for" in scene.told[-1].message
+
+
+def test_a_timeout_counts_from_the_last_byte() -> None:
+    scene = Scene(timeout_s=10)
+
+    def arrive(session: FakeTorrentSession) -> None:
+        session.reading = replace(MOVING, downloaded_bytes=min(int(session.now_s), 30))
+
+    scene.play(arrive)
+    with pytest.raises(TimedOutError, match="within 10 s"):
+        scene.fetch()
+    assert 39 < scene.session.now_s < 42
+
+
+def test_no_metadata_names_trackers_peers_and_the_last_error() -> None:
+    scene = Scene(timeout_s=2)
+    scene.session.reading = TorrentStatus(state="metadata")
+    scene.session.events += [
+        TrackerFailed("udp://tracker.example:1", "Host not found"),
+        PeerLost(PEER, "Connection refused"),
+    ]
+    with pytest.raises(TimedOutError) as caught:
+        scene.swarm.fetch_metadata(JOB)
+    message = str(caught.value)
+    for part in (
+        "metadata",
+        "2 s",
+        "udp://tracker.example:1 (host not found)",
+        "peer 127.0.0.1:6881",
+        "0 peers seen",
+        "last error: peer 127.0.0.1:6881: connection refused",
+        "--peer",
+    ):
+        assert part in message
+    assert "no peers" in scene.messages()
+
+
+def test_metadata_is_returned_and_the_torrent_removed() -> None:
+    scene = Scene(timeout_s=2)
+    scene.session.events.append(MetadataArrived(b"info"))
+    assert scene.swarm.fetch_metadata(JOB) == b"info"
+    assert [job.metainfo for job in scene.session.jobs] == [None]
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        (StorageFailed("/store/weights.bin", "No space left", True), "disk is full at weights"),
+        (StorageFailed("", "Input/output error", False), "disk failed: Input/output error"),
+    ],
+)
+def test_a_failing_disk_ends_it_with_the_reason(event: StorageFailed, said: str) -> None:
+    scene = Scene()
+    scene.session.reading = MOVING
+    scene.session.events.append(event)
+    with pytest.raises(DownloadError, match=said):
+        scene.fetch()
+
+
+def test_stop_ends_it_at_once() -> None:
+    scene = Scene()
+    scene.session.reading = MOVING
+
+    def press(session: FakeTorrentSession) -> None:
+        if session.now_s > 1:
+            scene.stop.set()
+
+    scene.play(press)
+    with pytest.raises(InterruptedByUserError, match="same command again"):
+        scene.fetch()
+    assert scene.session.now_s < 1.5
+
+
+def test_asks_named_peers_again_and_keeps_resume_data_while_it_lasts() -> None:
+    scene = Scene(timeout_s=3 * RESUME_S)
+    scene.session.reading = MOVING
+    scene.session.events.append(Checked())
+    scene.swarm.add(JOB)
+    with pytest.raises(TimedOutError):
+        scene.fetch()
+    assert scene.session.connects[0][1] == (PEER,)
+    assert len(scene.session.connects) > 10
+    assert 2 <= len(scene.session.resumes_s) <= 3
+    assert set(scene.resume_data) == {b"resume"}
+
+
+def test_counts_bytes_over_removed_torrents() -> None:
+    scene = Scene()
+    scene.session.reading = replace(MOVING, downloaded_bytes=7)
+    scene.swarm.remove()
+    scene.session.reading = replace(MOVING, downloaded_bytes=5)
+    assert scene.swarm.received_bytes == 12

@@ -1,0 +1,75 @@
+"""A `TorrentSession` without a network: tests say what it has and what happens."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from magnetar.fetcher.session import (
+    Address,
+    Checked,
+    Event,
+    Flushed,
+    PeerView,
+    Removed,
+    ResumeData,
+    TorrentJob,
+    TorrentStatus,
+)
+
+
+@dataclass(kw_only=True)
+class FakeTorrentSession:
+    """Time passes only in `poll`; `script` is called there with the fake before each return."""
+
+    script: Callable[["FakeTorrentSession"], None] = lambda session: None
+    now_s: float = 0.0
+    reading: TorrentStatus | None = None
+    connected_peers: list[PeerView] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    jobs: list[TorrentJob] = field(default_factory=list)
+    connects: list[tuple[float, tuple[Address, ...]]] = field(default_factory=list)
+    resumes_s: list[float] = field(default_factory=list)
+    is_closed: bool = False
+
+    def clock(self) -> float:
+        """The fake's time in seconds."""
+        return self.now_s
+
+    def add(self, job: TorrentJob) -> None:
+        self.jobs.append(job)
+        if job.metainfo is not None:
+            self.events.append(Checked())
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        self.now_s += timeout_s
+        self.script(self)
+        events, self.events = self.events, []
+        return events
+
+    def status(self) -> TorrentStatus | None:
+        return self.reading
+
+    def peers(self) -> list[PeerView]:
+        return self.connected_peers
+
+    def connect(self, peers: Iterable[Address]) -> None:
+        self.connects.append((self.now_s, tuple(peers)))
+
+    def prioritize(self, priorities: Sequence[int]) -> None: ...
+
+    def urge(self, pieces: Iterable[int]) -> None: ...
+
+    def flush(self) -> None:
+        self.events.append(Flushed())
+
+    def request_resume_data(self) -> None:
+        self.resumes_s.append(self.now_s)
+        self.events.append(ResumeData(b"resume"))
+
+    def recheck(self) -> None:
+        self.events.append(Checked())
+
+    def remove(self) -> None:
+        self.events.append(Removed())
+
+    def close(self) -> None:
+        self.is_closed = True
