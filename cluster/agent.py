@@ -34,11 +34,13 @@ class NodeAgent:
         address: str,
         store: str,
         memory_limit_bytes: int | None = None,
+        cpu_limit: int | None = None,
     ) -> None:
         self._host = host
         self._address = address
         self._store = Path(store.replace("{host}", host)).expanduser()
         self._memory_limit_bytes = memory_limit_bytes
+        self._cpu_limit = cpu_limit
         self._board = ProgressBoard()
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
@@ -51,6 +53,7 @@ class NodeAgent:
             self._address,
             self._store,
             memory_limit_bytes=self._memory_limit_bytes,
+            cpu_limit=self._cpu_limit,
         )
         held = (
             release.num_bytes

@@ -50,6 +50,7 @@ class AgentGroup:
                 address=node.address,
                 store=store,
                 memory_limit_bytes=node.memory_bytes,
+                cpu_limit=node.num_cpus,
             )
             for node in nodes
         }

@@ -86,8 +86,9 @@ class Controller:
     def poll(self, cursor: int) -> Report:
         """The status now, and the progress since `cursor`."""
         with self._lock:
-            progress, newer = self._board.since(cursor)
-            return Report(status=self._status, progress=progress, cursor=newer)
+            status = self._status  # before the progress, which must not lack what led to it
+        progress, newer = self._board.since(cursor)
+        return Report(status=status, progress=progress, cursor=newer)
 
     def stop(self) -> None:
         """Begin to end everything; `poll` says when that is done."""
@@ -131,8 +132,8 @@ class Controller:
         url = self._pipeline.serve()
         note = self._endpoint_note(gateway)
         self._change(url=url, endpoint_note=note)
-        self._hold("EndpointReady", "Listening", f"{url} {note}".strip())
         self._leave("serving", url)
+        self._hold("EndpointReady", "Listening", f"{url} {note}".strip())
 
     def _find_place(self) -> tuple[ReleaseFacts, Plan]:
         """Metadata and plan; takes the port as soon as its node is known."""

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,12 +20,17 @@ def host_label() -> str:
 
 
 def probe_node(
-    host: str, address: str, store: Path, *, memory_limit_bytes: int | None = None
+    host: str,
+    address: str,
+    store: Path,
+    *,
+    memory_limit_bytes: int | None = None,
+    cpu_limit: int | None = None,
 ) -> Node:
     """Measure this machine; `store` is where releases go, it need not exist yet.
 
-    Free memory is what is available now, bounded by the control group and by
-    `memory_limit_bytes` (what the owner of a Ray node gave to it).
+    Free memory is what is available now, bounded by the control group. The limits are what the
+    owner of a Ray node gave to it.
     """
     available = psutil.virtual_memory().available
     folders = cgroup_folders(Path("/sys/fs/cgroup"), _read(Path("/proc/self/cgroup")))
@@ -34,7 +40,7 @@ def probe_node(
     return Node(
         host=host,
         address=address,
-        num_cpus=num_cpus(folders),
+        num_cpus=min(num_cpus(folders), cpu_limit or sys.maxsize),
         devices=(cpu, *_cuda_devices()),
         disk_free_bytes=shutil.disk_usage(_existing(store)).free,
     )

@@ -7,16 +7,24 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from ..errors import InterruptedByUserError, MagnetarError, PreflightError, StageLostError
+from ..errors import (
+    InterruptedByUserError,
+    MagnetarError,
+    PreflightError,
+    StageLostError,
+    TimedOutError,
+)
 from ..fetcher.progress import Progress, ProgressSink
 from .assignment import GatewayAssignment, LinkSetup, PipelineRoles, StageAssignment
 from .plan import Plan, StagePlan
-from .ray_calls import call, first_ended, gather
+from .ray_calls import any_ended, call, gather
 from .ray_runtime import RayNode
 
 PLACE_TIMEOUT_S: Final = 60.0
 CONNECT_TIMEOUT_S: Final = 120.0
 WARM_TIMEOUT_S: Final = 300.0
+DEATH_NOTICE_S: Final = 1.0
+"""Ray tells of a dead actor within 0.05 s."""
 STOP_TIMEOUT_S: Final = 15.0
 _METHODS_AT_ONCE: Final = 4
 
@@ -181,15 +189,22 @@ class PipelineGroup:
 
     def lost(self, timeout_s: float) -> MagnetarError | None:
         """Wait up to `timeout_s` for an actor to end by itself; what ended it."""
-        ended = first_ended(self._running, timeout_s=timeout_s)
-        if ended is None:
+        if not any_ended(self._running, timeout_s=timeout_s):
             return None
-        who = "the gateway" if ended == 0 else f"stage {ended - 1}"
+        # One that dies takes its neighbours' links along: find the one that died.
+        names = ["the gateway", *(f"stage {stage}" for stage in range(len(self._stages)))]
+        for who, running in zip(names, self._running, strict=True):
+            try:
+                gather([running], who=who, timeout_s=DEATH_NOTICE_S)
+            except TimedOutError:
+                continue
+            except MagnetarError as error:
+                return error
         try:
-            call(self._running[ended], who=who)
+            self.warm()  # nobody died, so the engine knows what broke the ring
         except MagnetarError as error:
             return error
-        return StageLostError(f"{who} ended by itself")
+        return StageLostError("the pipeline came to its end by itself")
 
     def stop(self) -> None:
         """End the API, the stages and the reservation; dying actors are not waited for long."""

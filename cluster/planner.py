@@ -83,7 +83,7 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
         num_kv_blocks=_num_kv_blocks(workload),
         max_context_tokens=workload.max_context_tokens,
         max_concurrency=workload.max_concurrency,
-        unused=_unused(weights, inventory, seating),
+        unused=_unused(weights, inventory, workload, seating),
         notes=notes,
     )
 
@@ -237,9 +237,15 @@ def _stages(
     )
 
 
-def _unused(weights: Footprint, inventory: Inventory, seating: _Seating) -> tuple[UnusedNode, ...]:
+def _unused(
+    weights: Footprint, inventory: Inventory, workload: Workload, seating: _Seating
+) -> tuple[UnusedNode, ...]:
     used = {place.node.host for place, _ in seating}
-    smallest = min(weights.layer_bytes)
+    smallest = (
+        min(weights.layer_bytes)
+        + _kv_bytes(weights, workload)
+        + weights.workspace_bytes(workload.max_context_tokens)
+    )
     reasons = []
     for node in inventory.nodes:
         if node.host in used:
@@ -247,11 +253,11 @@ def _unused(weights: Footprint, inventory: Inventory, seating: _Seating) -> tupl
         usable = max(
             (_Place(node=node, device=dev).usable_bytes for dev in node.devices), default=0
         )
-        reason = (
-            f"too small: {gigabytes(usable)} usable, a layer needs {gigabytes(smallest)}"
-            if usable < smallest
-            else f"not needed: {len(used)} other node{'s' * (len(used) > 1)} hold the whole model"
-        )
+        if usable < smallest:
+            reason = f"too small: {gigabytes(usable)} usable, one layer takes {gigabytes(smallest)}"
+        else:
+            others = ", ".join(sorted(used))
+            reason = f"not needed: {others} hold{'s' * (len(used) == 1)} the whole model"
         reasons.append(UnusedNode(host=node.host, reason=reason))
     return tuple(reasons)
 

@@ -49,12 +49,12 @@ def call(ref: Any, *, who: str, timeout_s: float = 30.0) -> Any:
     return gather([ref], who=who, timeout_s=timeout_s)[0]
 
 
-def first_ended(refs: Sequence[Any], *, timeout_s: float) -> int | None:
-    """Index of a call that returned or failed, or None when all still run after `timeout_s`."""
+def any_ended(refs: Sequence[Any], *, timeout_s: float) -> bool:
+    """Whether a call returned or failed within `timeout_s`."""
     import ray
 
     done, _ = ray.wait(list(refs), num_returns=1, timeout=timeout_s)
-    return list(refs).index(done[0]) if done else None
+    return bool(done)
 
 
 def _get(ref: Any, who: str) -> Any:

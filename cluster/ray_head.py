@@ -3,8 +3,8 @@
 A process of its own session. It writes its address into FILE and stays until SIGTERM.
 """
 
+import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -33,18 +33,24 @@ def start_head(address_file: Path, *, log: Path, stop: threading.Event) -> tuple
     journal = FileJournal(address_file)
     journal.forget()
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "magnetar.cluster.ray_head", str(address_file)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    mark = ProcessMark.of(process.pid)
+    # Not subprocess: its object would insist on waiting for a process that is to outlive us.
+    arguments = [sys.executable, "-m", "magnetar.cluster.ray_head", str(address_file)]
+    write_log = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    pid = os.posix_spawn(
+        sys.executable,
+        arguments,
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(log), write_log, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
+    mark = ProcessMark.of(pid)
     deadline = time.monotonic() + START_TIMEOUT_S
     while (record := journal.read()) is None:
-        if process.poll() is not None:
+        if mark.process() is None:
             tail = log.read_text(errors="replace").strip().splitlines()[-1:]
             raise MagnetarError(f"Ray did not start ({' '.join(tail)}); see {log}")
         if stop.wait(0.1):

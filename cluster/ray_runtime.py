@@ -55,6 +55,8 @@ class RayNode:
     labelled: bool
     memory_bytes: int | None
     """What its owner gave to Ray."""
+    num_cpus: int | None
+    """Likewise; None where it is none at all."""
     is_head: bool
 
     @property
@@ -167,6 +169,7 @@ def ray_nodes() -> tuple[RayNode, ...]:
                 node_id=row["NodeID"],
                 labelled=HOST_LABEL in labels,
                 memory_bytes=None if memory is None else int(memory),
+                num_cpus=int(row["Resources"].get("CPU", 0)) or None,
                 is_head="node:__internal_head__" in row["Resources"],
             )
         )

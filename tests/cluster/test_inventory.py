@@ -63,9 +63,10 @@ def test_probe_reports_memory_disk_and_processors_of_this_machine(tmp_path: Path
     assert node.disk_free_bytes > 0
 
 
-def test_a_limit_given_by_the_cluster_bounds_the_memory(tmp_path: Path) -> None:
-    node = probe_node("h1", "", tmp_path, memory_limit_bytes=1000)
+def test_limits_given_by_the_cluster_bound_memory_and_processors(tmp_path: Path) -> None:
+    node = probe_node("h1", "", tmp_path, memory_limit_bytes=1000, cpu_limit=1)
     assert node.devices[0].memory_bytes == 1000
+    assert node.num_cpus == 1
 
 
 def test_the_host_label_fits_into_a_ray_label() -> None:

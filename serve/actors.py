@@ -1,0 +1,248 @@
+"""The two actors of a pipeline: a stage, and the gateway with the engine.
+
+They wrap the parts of this room for `cluster.pipeline_group`, which starts them on their nodes.
+Ray calls their methods from several threads; torch is imported when there is something to compute.
+"""
+
+import asyncio
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..cluster.assignment import GatewayAssignment, LinkSetup, StageAssignment
+from ..fetcher.release import ReleaseFacts, facts_from_json
+from .server import Server, bind
+from .tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from ..cluster.link import LinkListener, TcpLink
+    from .engine import Engine
+    from .stage import Stage
+    from .stage_worker import StageWorker
+
+LINK_TIMEOUT_S = 60.0
+"""For a neighbour in the ring to dial or to answer; all are told to at the same time."""
+WATCH_S = 0.2
+DRAIN_S = 5.0
+"""For answers that run when the deployment is stopped."""
+
+
+class StageActor:
+    """Plays `cluster.assignment.StageRole`."""
+
+    def __init__(self, assignment: StageAssignment) -> None:
+        self._assignment = assignment
+        self._loaded_bytes = 0
+        self._stage: Stage | None = None
+        self._listener: LinkListener | None = None
+        self._worker: StageWorker | None = None
+        self._stop = threading.Event()
+
+    def load(self) -> int:
+        """Read the weights of the stage from the verified files."""
+        import torch
+
+        from ..fetcher.source import FileTensorSource
+        from .stage import Stage
+
+        given, plan = self._assignment, self._assignment.stage
+        # Ray leaves one thread to an actor without reserved CPUs; the planner knows better.
+        torch.set_num_threads(plan.num_threads)
+        facts = facts_from_json(given.facts_json)
+        self._stage = Stage.load(
+            config=facts.config,
+            source=FileTensorSource(Path(given.folder), facts.index),
+            first_layer=plan.first_layer,
+            end_layer=plan.end_layer,
+            has_embeddings=plan.has_embeddings,
+            has_output=plan.has_output,
+            dtype=plan.dtype,
+            device=plan.device,
+            num_kv_blocks=given.num_kv_blocks,
+            on_layer=self._count,
+        )
+        return self._stage.loaded_bytes
+
+    def loaded_bytes(self) -> int:
+        """How far `load` is."""
+        return self._loaded_bytes
+
+    def listen(self) -> str:
+        """Open the link for the stage before this one."""
+        self._listener = _listen(self._assignment.links)
+        return self._listener.address
+
+    def connect(self, downstream: str) -> None:
+        """Join the ring and begin to execute steps."""
+        from .stage_worker import StageWorker
+
+        assert self._listener is not None
+        assert self._stage is not None
+        upstream, next_link = _join_ring(self._assignment.links, self._listener, downstream)
+        self._worker = StageWorker(self._stage, upstream=upstream, downstream=next_link)
+        self._worker.start()
+
+    def run(self) -> None:
+        """Stay until `stop`, or until the worker ends because a link did."""
+        assert self._worker is not None
+        while self._worker.is_alive() and not self._stop.wait(WATCH_S):
+            pass
+
+    def stop(self) -> None:
+        """End the worker and the links."""
+        self._stop.set()
+        if self._worker is not None:
+            self._worker.stop()
+        if self._listener is not None:
+            self._listener.close()
+
+    def _count(self, loaded_bytes: int) -> None:
+        self._loaded_bytes = loaded_bytes
+
+
+class GatewayActor:
+    """Plays `cluster.assignment.GatewayRole`."""
+
+    def __init__(self, host: str, port: int, api_key: str | None) -> None:
+        self._wish = (host, port)
+        self._api_key = api_key
+        self._socket: socket.socket | None = None
+        self._facts: ReleaseFacts | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._assignment: GatewayAssignment | None = None
+        self._listener: LinkListener | None = None
+        self._engine: Engine | None = None
+        self._server: Server | None = None
+        self._stop = threading.Event()
+
+    def bind(self) -> int:
+        """Take the port; nobody is answered yet."""
+        host, port = self._wish
+        self._socket = bind(host, port, has_api_key=self._api_key is not None)
+        return int(self._socket.getsockname()[1])
+
+    def listen(self, assignment: GatewayAssignment) -> str:
+        """Read the tokenizer and open the link on which the last stage answers."""
+        self._assignment = assignment
+        self._facts = facts_from_json(assignment.facts_json)
+        self._tokenizer = load_tokenizer(Path(assignment.folder), self._facts)
+        self._listener = _listen(assignment.links)
+        return self._listener.address
+
+    def connect(self, downstream: str) -> None:
+        """Close the ring and start the engine."""
+        import torch
+
+        from .engine import Engine
+
+        torch.set_num_threads(1)  # the stages compute
+        given, facts = self._assignment, self._facts
+        assert given is not None
+        assert facts is not None
+        assert self._listener is not None
+        assert self._tokenizer is not None
+        upstream, first_stage = _join_ring(given.links, self._listener, downstream)
+        self._engine = Engine(
+            config=facts.config,
+            num_kv_blocks=given.num_kv_blocks,
+            max_context_tokens=given.max_context_tokens,
+            max_concurrency=given.max_concurrency,
+            num_stages=given.num_stages,
+            downstream=first_stage,
+            upstream=upstream,
+            eos_token_ids=self._tokenizer.eos_ids,
+            epoch=given.links.epoch,
+        )
+        self._engine.start()
+
+    def warm(self) -> float:
+        """Seconds that one token took through every stage."""
+        assert self._engine is not None
+        return asyncio.run(self._engine.probe())
+
+    def serve(self) -> str:
+        """Answer requests from now on."""
+        from .api import create_app
+
+        given, facts = self._assignment, self._facts
+        assert given is not None
+        assert facts is not None
+        assert self._engine is not None
+        assert self._tokenizer is not None
+        assert self._socket is not None
+        app = create_app(
+            engine=self._engine,
+            tokenizer=self._tokenizer,
+            chat_format=facts.chat_format,
+            model_name=given.model_name,
+            max_context_tokens=given.max_context_tokens,
+            created=int(time.time()),
+            api_key=self._api_key,
+        )
+        self._server = Server(app, self._socket)
+        self._server.start()
+        return self._server.url
+
+    def run(self) -> None:
+        """Stay until `stop`; a ring that breaks shows at its stages, and `warm` says why."""
+        self._stop.wait()
+
+    def stop(self) -> None:
+        """End the API, then the engine, then the links."""
+        self._stop.set()
+        if self._server is not None:
+            self._server.stop(DRAIN_S)
+        elif self._socket is not None:
+            self._socket.close()
+        if self._engine is not None:
+            self._engine.stop()
+        if self._listener is not None:
+            self._listener.close()
+
+
+def _listen(links: LinkSetup) -> "LinkListener":
+    from ..cluster.link import LinkListener
+
+    return LinkListener(
+        host=links.listen_host,
+        secret=links.secret,
+        deployment=links.deployment,
+        epoch=links.epoch,
+    )
+
+
+def _join_ring(
+    links: LinkSetup, listener: "LinkListener", downstream: str
+) -> tuple["TcpLink", "TcpLink"]:
+    """Accept the neighbour before and dial the one after, at the same time: all others do too."""
+    from ..cluster.link import dial
+
+    dialled: list[TcpLink] = []
+    failed: list[BaseException] = []
+
+    def reach() -> None:
+        try:
+            dialled.append(
+                dial(
+                    downstream,
+                    secret=links.secret,
+                    deployment=links.deployment,
+                    epoch=links.epoch,
+                    timeout_s=LINK_TIMEOUT_S,
+                )
+            )
+        except BaseException as error:  # raised again below
+            failed.append(error)
+
+    dialling = threading.Thread(target=reach, name="dial")
+    dialling.start()
+    try:
+        upstream = listener.accept(LINK_TIMEOUT_S)
+    finally:
+        dialling.join()
+    if failed:
+        upstream.close()
+        raise failed[0]
+    return upstream, dialled[0]

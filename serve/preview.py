@@ -1,0 +1,85 @@
+"""Where a deployment would be placed, without deploying it."""
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..cluster.agent_group import AgentGroup
+from ..cluster.inventory import host_label, probe_node
+from ..cluster.plan import Inventory, Plan
+from ..cluster.planner import plan as place_model
+from ..cluster.ray_runtime import home_node, joined_ray, ray_nodes
+from ..cluster.spec import DeploymentSpec
+from ..cluster.workload import workload_of
+from ..fetcher.fetch import Fetch
+from ..fetcher.progress import ProgressSink
+from ..fetcher.release import ReleaseFacts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanPreview:
+    """What `up` would do."""
+
+    facts: ReleaseFacts
+    inventory: Inventory
+    plan: Plan
+
+
+def plan_only(
+    spec: DeploymentSpec,
+    *,
+    ray_address: str | None = None,
+    on_progress: ProgressSink,
+    stop: threading.Event,
+) -> PlanPreview:
+    """Where `up` would place the model; fetches no more than what describes it.
+
+    Without `ray_address` this machine alone is looked at, and no Ray is started.
+
+    Raises:
+        InfeasiblePlanError: no placement fits.
+        MagnetarError: the release could not be read.
+    """
+    if ray_address is None:
+        facts, inventory = _look_here(spec, on_progress, stop)
+    else:
+        with joined_ray(ray_address):
+            nodes = ray_nodes()
+            agents = AgentGroup(
+                deployment=f"{spec.name}/plan",
+                store=spec.store,
+                nodes=nodes,
+                home=home_node(nodes).host,
+                detached=False,
+                on_progress=on_progress,
+                stop=stop,
+            )
+            try:
+                facts, info_hash = agents.read_facts(spec.source)
+                inventory = agents.inventory(info_hash)
+            finally:
+                agents.stop()
+    workload = workload_of(spec, facts.config)
+    plan = place_model(facts.config, facts.index, inventory, workload)
+    return PlanPreview(facts=facts, inventory=inventory, plan=plan)
+
+
+def _look_here(
+    spec: DeploymentSpec, on_progress: ProgressSink, stop: threading.Event
+) -> tuple[ReleaseFacts, Inventory]:
+    source, host = spec.source, host_label()
+    store = Path(spec.store.replace("{host}", host)).expanduser()
+    fetch = Fetch(
+        kind=source.kind,
+        location=source.location,
+        store=store,
+        peers=source.peers,
+        timeout_s=source.timeout_s,
+        on_progress=on_progress,
+        stop=stop,
+    )
+    with contextlib.closing(fetch):
+        fetch.metadata()
+        facts = fetch.facts(given=source.given, known=source.known)
+    return facts, Inventory(nodes=(probe_node(host, "127.0.0.1", store),))
