@@ -16,7 +16,8 @@ from .console import Console
 from .demo import demo
 from .errors import InterruptedByUserError, NotFoundError, UsageError
 from .fetcher.config import ReleaseHints
-from .serving import serving
+from .fetcher.progress import Progress
+from .serving import need_importable_package, serving, status_table
 from .settings import default_store
 
 if TYPE_CHECKING:
@@ -40,28 +41,15 @@ def up(args: argparse.Namespace, console: Console, stop: threading.Event) -> Non
 
 def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Prints where a model would run; fetches no more than what describes it."""
-    from .cluster.inventory import host_label, probe_node
-    from .cluster.plan import Inventory, Workload
+    spec, ray_address = wanted(args, console)
+    if ray_address is not None:
+        need_importable_package()
     from .cluster.plan_view import plan_json, plan_table
-    from .cluster.planner import plan as place
+    from .serve.launch import plan_only
 
-    spec, _ = wanted(args, console)
-    with fetching(spec.source, Path(spec.store), console, stop) as fetch:
-        fetch.metadata()
-        facts = fetch.facts(given=spec.source.given, known=spec.source.known)
-    node = probe_node(host_label(), "127.0.0.1", Path(spec.store))
-    placed = place(
-        facts.config,
-        facts.index,
-        Inventory(nodes=(node,)),
-        Workload(
-            max_context_tokens=spec.max_context_tokens or facts.config.max_context_tokens,
-            max_concurrency=spec.max_concurrency,
-            dtype=spec.dtype,
-            num_stages=spec.num_stages,
-        ),
-    )
-    console.data(_json(plan_json(placed)) if args.output == "json" else plan_table(placed))
+    preview = plan_only(spec, ray_address=ray_address, on_progress=console.progress, stop=stop)
+    json_wanted = args.output == "json"
+    console.data(_json(plan_json(preview.plan)) if json_wanted else plan_table(preview.plan))
 
 
 def fetch(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
@@ -87,14 +75,29 @@ def seed(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
         raise NotFoundError(f"there is no folder {args.folder!r}: check the path")
     from .fetcher.seed import seed as share
 
+    hashed: list[Progress] = []
+
+    def hashing(progress: Progress) -> None:
+        hashed[:] = [progress]
+        console.progress(progress)
+
     def ready(info: "SeedInfo") -> None:
+        for last in hashed:
+            console.progress(replace(last, done_bytes=last.total_bytes, finished=True))
         told = {"magnet": info.magnet, "info_hash": info.info_hash, "address": info.address}
         console.data(_json(told) if args.output == "json" else info.magnet)
         console.note(f"peers reach this seed at {info.address}")
 
     if args.stop_on_eof:
         threading.Thread(target=_stop_on_eof, args=(stop,), name="stdin", daemon=True).start()
-    share(folder, listen=args.listen, on_ready=ready, stop=stop)
+    share(
+        folder,
+        listen=args.listen,
+        on_ready=ready,
+        stop=stop,
+        cache=_store(args),
+        on_progress=hashing,
+    )
 
 
 def inspect(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
@@ -110,12 +113,23 @@ def inspect(args: argparse.Namespace, console: Console, stop: threading.Event) -
 
 def status(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Prints what is deployed."""
-    raise UsageError("status")
+    from .serve.launch import status as ask
+
+    found = ask(args.name, ray_address=args.ray_address)
+    if args.output == "json":
+        console.data(_json(found if args.name is None else found[0]))
+    elif found:
+        console.data(status_table(found, details=args.name is not None))
+    else:
+        console.note("nothing is deployed; magnetar up SOURCE deploys")
 
 
 def down(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Stops a deployment; what it downloaded is kept."""
-    raise UsageError("down")
+    from .serve.launch import down as end
+
+    end(args.name, ray_address=args.ray_address)
+    console.note(f"{args.name} is down")
 
 
 COMMANDS: Mapping[str, Command] = {

@@ -43,8 +43,11 @@ def demo(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
     """Makes, seeds and serves the demo model; with ``--check`` asks it one question and stops."""
     need_importable_package()
     store = Path(args.store).expanduser().absolute() if args.store else default_store()
-    folder = _build(store, console)
-    _raise_if(stop)
+    from .fetcher.demo import build_demo_release
+
+    folder = build_demo_release(
+        store / "demo" / MODEL_NAME, on_progress=console.progress, stop=stop
+    )
     with seeded(folder, store, stop) as seed:
         console.note(f"seeding {folder}\n  {seed.magnet}\n  at {seed.address}")
         if args.seed_only:
@@ -59,12 +62,6 @@ def demo(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
                 return
             endpoint.wait()
     _raise_if(stop)
-
-
-def _build(store: Path, console: Console) -> Path:
-    from .fetcher.demo import build_demo_release
-
-    return build_demo_release(store / "demo" / MODEL_NAME, on_progress=console.progress)
 
 
 def _spec(args: argparse.Namespace, seed: Seed, store: Path, console: Console) -> DeploymentSpec:

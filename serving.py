@@ -5,8 +5,8 @@ import json
 import shlex
 import sys
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .cluster.spec import DeploymentSpec
 from .console import Console
@@ -42,6 +42,8 @@ def serving(
                 api_key_file=spec.api_key_file,
             )
         )
+        if endpoint.note:
+            console.note(endpoint.note)
         yield endpoint
 
 
@@ -55,11 +57,8 @@ def how_to_ask(url: str, *, model_name: str, chats: bool, api_key_file: str | No
         route, call, answer = "completions", "completions", "text"
         question = {"prompt": "A torrent is", "max_tokens": 64}
     body = {"model": model_name, **question}
-    headers = ["Content-Type: application/json"]
     key = "'none'"
-    curl = ["curl", f"{url}/v1/{route}"]
-    for header in headers:
-        curl += ["-H", shlex.quote(header)]
+    curl = ["curl", f"{url}/v1/{route}", "-H", "'Content-Type: application/json'"]
     if api_key_file:
         curl += ["-H", f'"Authorization: Bearer $(cat {shlex.quote(api_key_file)})"']
         key = f"open({api_key_file!r}).read().strip()"
@@ -75,6 +74,42 @@ def how_to_ask(url: str, *, model_name: str, chats: bool, api_key_file: str | No
   reply = client.{call}.create({arguments})
   print(reply.choices[0].{answer})
 """
+
+
+def status_table(found: Sequence[Mapping[str, Any]], *, details: bool) -> str:
+    """Deployments as aligned lines; with ``details`` their conditions and stages below."""
+    rows = [("NAME", "PHASE", "READY", "MODEL", "URL")]
+    for told in found:
+        ready = "yes" if told["ready"] else "no"
+        rows.append(
+            (
+                str(told["name"]),
+                str(told["phase"]),
+                ready,
+                str(told.get("model_name") or "-"),
+                str(told.get("url") or "-"),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    for told in found:
+        if message := told.get("message") or (told.get("failure") or {}).get("message"):
+            lines.append(f"{told['name']}: {message}")
+        if details:
+            lines += [
+                f"  {'yes' if each['status'] else 'no ':<3}  {each['type']:<15}  {each['reason']}"
+                f"  {each['message']}".rstrip()
+                for each in told.get("conditions") or ()
+            ]
+            lines += [
+                f"  stage {stage['index']}: layers {stage['first_layer']}-{stage['end_layer'] - 1}"
+                f" on {stage['host']} ({stage['device']}, {stage['dtype']})"
+                for stage in (told.get("plan") or {}).get("stages", ())
+            ]
+    return "\n".join(lines)
 
 
 def need_importable_package() -> None:

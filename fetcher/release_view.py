@@ -8,6 +8,8 @@ from .release import ReleaseFacts
 from .tensors import DTYPE_BYTES, TensorEntry
 
 GROUPS = ("embeddings", "attention", "router", "experts", "feed-forward", "norms", "output")
+_MAX_FILES = 8
+"""Shards that a table lists; JSON has all."""
 
 
 def release_json(facts: ReleaseFacts) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def release_table(facts: ReleaseFacts) -> str:
         ("vocabulary", f"{config.vocab_size} ({facts.tokenizer_file})"),
         ("context", f"{config.max_context_tokens} tokens"),
         ("window", window),
-        ("rope theta", f"{config.rope_theta:g}"),
+        ("rope theta", f"{config.rope_theta:,.10g}"),
         ("chat", "none (a base model)" if facts.chat_format == "none" else facts.chat_format),
     ]
     lines = [f"{name:<11} {value}" for name, value in rows]
@@ -71,7 +73,10 @@ def release_table(facts: ReleaseFacts) -> str:
     for group, sums in told["groups"].items():
         dtypes = ", ".join(sums["dtypes"])
         lines.append(f"{group:<13}{sums['tensors']:>7}{sums['bytes']:>18,}  {dtypes}")
-    lines += ["", *(f"{file}  {num_bytes:,} bytes" for file, num_bytes in told["files"].items())]
+    files = [f"{file}  {num_bytes:,} bytes" for file, num_bytes in told["files"].items()]
+    if len(files) > _MAX_FILES:
+        files[_MAX_FILES - 1 : -1] = [f"... {len(files) - _MAX_FILES} more ..."]
+    lines += ["", *files]
     return "\n".join(lines)
 
 
