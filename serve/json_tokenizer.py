@@ -82,7 +82,9 @@ class JsonTokenizer:
         return self._eos_ids
 
     def encode(self, text: str, *, add_bos: bool) -> list[int]:
-        ids: list[int] = self._text.encode(text, add_special_tokens=False).ids
+        # The batch form lets other threads run; the plain one holds them up for all of a long text.
+        [encoding] = self._text.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
         if not self._forbidden.isdisjoint(ids):
             name = next(self._pieces[id] for id in ids if id in self._forbidden)
             raise UsageError(f"The text spells the control token {name}; pass its id instead.")

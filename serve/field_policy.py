@@ -1,0 +1,97 @@
+"""Fields of a request that are not read: which are refused, and which politely ignored.
+
+A field that would change the answer is refused unless it holds its neutral value; a field that
+cannot change the answer is dropped. What stands in neither table is read or an error.
+"""
+
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+_HARMLESS = frozenset(
+    {
+        "metadata",
+        "name",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+BODY_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guardrails": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_logprobs": (),
+    "prompt_mode": (),
+    "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_for_context_length": (False,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+MESSAGE_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+
+
+def without_neutral(
+    data: dict[str, Any], neutral_values: dict[str, tuple[object, ...]]
+) -> dict[str, Any]:
+    """`data` without harmless fields and those that hold a neutral value.
+
+    Raises:
+        PydanticCustomError: of the type of a field that holds another.
+    """
+    kept = {}
+    for key, value in data.items():
+        if key in _HARMLESS:
+            continue
+        if key not in neutral_values:
+            kept[key] = value
+        elif value not in neutral_values[key]:
+            raise PydanticCustomError(
+                key,
+                "`{field}` is not supported and would change the answer; leave it out",
+                {"field": key},
+            )
+    return kept

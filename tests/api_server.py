@@ -1,0 +1,82 @@
+"""The real HTTP server on loopback over a `FakeEngine`, for tests with real clients."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+from magnetar.fetcher.config import ChatFormat
+from magnetar.serve.api import create_app
+from magnetar.serve.sentencepiece_tokenizer import SentencePieceTokenizer
+from magnetar.serve.server import Server, bind
+from magnetar.serve.tokenizer import Tokenizer
+from magnetar.tests.fake_engine import FakeEngine
+from magnetar.tests.tokenizers_for_tests import mistral_tokenizer_file
+from openai import DefaultHttpxClient, OpenAI
+
+MODEL = "tiny/mixtral"
+MISTRAL = SentencePieceTokenizer(mistral_tokenizer_file())
+EOS = 2
+
+
+def saying(text: str, *, at_start: bool = False, then: Sequence[int] = (EOS,) * 99) -> FakeEngine:
+    """An engine that answers `text` and then the tokens `then`.
+
+    The text continues the prompt with a space, unless it stands `at_start`.
+    """
+    # Encoding puts a space before the text, which is the text's own here.
+    assert at_start or text.startswith(" ")
+    ids = MISTRAL.encode(text if at_start else text[1:], add_bos=False)
+    return FakeEngine(reply=lambda prompt, params: [*ids, *then], eos_token_ids=frozenset({EOS}))
+
+
+@dataclass(kw_only=True)
+class Service:
+    """A running server, and clients for it."""
+
+    server: Server
+    engine: FakeEngine
+    http: httpx.Client
+    openai: OpenAI
+
+    def post(self, path: str, body: object) -> httpx.Response:
+        """One request to an endpoint under /v1."""
+        return self.http.post(f"/v1/{path}", json=body)
+
+
+@contextmanager
+def serving(
+    engine: FakeEngine,
+    *,
+    chat_format: ChatFormat = "none",
+    tokenizer: Tokenizer = MISTRAL,
+    max_context_tokens: int = 512,
+    api_key: str | None = None,
+) -> Iterator[Service]:
+    """Serve `engine` until the block ends; it must have let go of every request by then."""
+    app = create_app(
+        engine=engine,
+        tokenizer=tokenizer,
+        chat_format=chat_format,
+        model_name=MODEL,
+        max_context_tokens=max_context_tokens,
+        created=1_702_000_000,
+        api_key=api_key,
+    )
+    server = Server(app, bind("127.0.0.1", 0))
+    server.start()
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        with (
+            httpx.Client(base_url=server.url, timeout=20, headers=headers, trust_env=False) as http,
+            OpenAI(
+                base_url=f"{server.url}/v1",
+                api_key=api_key or "none",
+                max_retries=0,
+                http_client=DefaultHttpxClient(trust_env=False),
+            ) as openai,
+        ):
+            yield Service(server=server, engine=engine, http=http, openai=openai)
+    finally:
+        server.stop(drain_s=5)
+    assert engine.num_running == 0
