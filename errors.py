@@ -17,6 +17,7 @@ MagnetarError                    1  something failed
 ├── DownloadError                1  the swarm or the disk failed
 ├── VerifyError                  1  bytes that do not have the published hash
 ├── StageLostError               1  a stage or its link died
+├── QueueFullError               1  too many requests wait already
 └── InterruptedByUserError     130  Ctrl-C or SIGTERM
 
 A message says what happened, with the value, and then what to do next.
@@ -99,6 +100,10 @@ class VerifyError(MagnetarError):
 
 class StageLostError(MagnetarError):
     """A stage or its link died."""
+
+
+class QueueFullError(MagnetarError):
+    """Too many requests wait already; the same request may be sent again later."""
 
 
 class InterruptedByUserError(MagnetarError):

@@ -1,0 +1,163 @@
+"""Stages without a model: the next token is a function of all tokens before it.
+
+Each stage keeps the tokens of every request in KV blocks of its own, so a wrong block table, a
+block with two owners or a lost release shows as a wrong token.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from magnetar.cluster.link import LinkListener, TcpLink, dial
+from magnetar.fetcher.config import ModelConfig
+from magnetar.serve.engine import Engine
+from magnetar.serve.stage_worker import StageWorker
+from magnetar.serve.step import Sample, StepPlan, StepResult
+from magnetar.settings import KV_BLOCK_TOKENS
+
+VOCAB_SIZE = 1000
+SECRET = b"s" * 32
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    """The token that follows, whatever the batch."""
+    return (sum((i + 1) * token for i, token in enumerate(token_ids)) + 17) % VOCAB_SIZE
+
+
+def expected_tokens(prompt_ids: Sequence[int], count: int) -> list[int]:
+    """The answer of that length."""
+    token_ids = list(prompt_ids)
+    for _ in range(count):
+        token_ids.append(next_token(token_ids))
+    return token_ids[len(prompt_ids) :]
+
+
+class FakeStage:
+    """Plays `serve.stage.Stage`; hidden states carry the token ids along."""
+
+    def __init__(self, *, num_kv_blocks: int, is_first: bool, is_last: bool) -> None:
+        self._cache = [-1] * (num_kv_blocks * KV_BLOCK_TOKENS)
+        self._tables: dict[int, list[int]] = {}
+        self._is_first = is_first
+        self._is_last = is_last
+        self.fail_at_step: int | None = None
+
+    def step(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor | StepResult:
+        if plan.step_id == self.fail_at_step:
+            raise ValueError("the fake stage was told to fail")
+        assert (hidden_TD is None) == self._is_first
+        known = [token for row in plan.rows for token in row.token_ids]
+        if hidden_TD is not None:
+            assert hidden_TD[:, 0].to(torch.int64).tolist() == known
+        for request_id in plan.released:
+            del self._tables[request_id]
+        samples = []
+        for row in plan.rows:
+            table = self._tables.setdefault(row.request_id, [])
+            table.extend(row.new_block_ids)
+            for offset, token in enumerate(row.token_ids):
+                self._cache[self._slot(table, row.position + offset)] = token
+            if row.sampling is not None:
+                end = row.position + len(row.token_ids)
+                seen = [self._cache[self._slot(table, position)] for position in range(end)]
+                samples.append(Sample(request_id=row.request_id, token_id=next_token(seen)))
+        if self._is_last:
+            return StepResult(step_id=plan.step_id, samples=tuple(samples))
+        return torch.tensor(known, dtype=torch.float32).unsqueeze(1)
+
+    @staticmethod
+    def _slot(table: list[int], position: int) -> int:
+        block, offset = divmod(position, KV_BLOCK_TOKENS)
+        return table[block] * KV_BLOCK_TOKENS + offset
+
+
+def fake_stages(num_stages: int, *, num_kv_blocks: int) -> list[FakeStage]:
+    """A whole pipeline."""
+    return [
+        FakeStage(num_kv_blocks=num_kv_blocks, is_first=index == 0, is_last=index == num_stages - 1)
+        for index in range(num_stages)
+    ]
+
+
+def run_step(stages: Sequence[FakeStage], plan: StepPlan) -> StepResult:
+    """One plan through all stages, without links."""
+    hidden: torch.Tensor | None = None
+    for stage in stages[:-1]:
+        output = stage.step(plan, hidden)
+        assert isinstance(output, torch.Tensor)
+        hidden = output
+    result = stages[-1].step(plan, hidden)
+    assert isinstance(result, StepResult)
+    return result
+
+
+def linked_pair() -> tuple[TcpLink, TcpLink]:
+    """Both ends of a real link on loopback: the one that dialled and the one that accepted."""
+    listener = LinkListener(host="127.0.0.1", secret=SECRET, deployment="test", epoch=0)
+    with _dialled(listener.address) as dialled:
+        accepted = listener.accept(5.0)
+    listener.close()
+    return dialled[0], accepted
+
+
+@contextmanager
+def _dialled(address: str) -> Iterator[list[TcpLink]]:
+    import threading
+
+    links: list[TcpLink] = []
+
+    def run() -> None:
+        links.append(dial(address, secret=SECRET, deployment="test", epoch=0, timeout_s=5.0))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield links
+    thread.join()
+
+
+def model_config() -> ModelConfig:
+    """Sizes that the fake stages do not look at, but for the vocabulary."""
+    return ModelConfig(
+        dim=1,
+        n_layers=1,
+        head_dim=1,
+        hidden_dim=1,
+        n_heads=1,
+        n_kv_heads=1,
+        norm_eps=1e-5,
+        vocab_size=VOCAB_SIZE,
+        rope_theta=1e4,
+        max_context_tokens=1024,
+    )
+
+
+@contextmanager
+def running_engine(
+    stages: Sequence[FakeStage], *, num_kv_blocks: int, eos_token_ids: frozenset[int] = frozenset()
+) -> Iterator[tuple[Engine, list[StageWorker]]]:
+    """An engine and its stages on real links; everything is stopped at the end."""
+    pairs = [linked_pair() for _ in range(len(stages) + 1)]
+    workers = [
+        StageWorker(stage, upstream=pairs[index][1], downstream=pairs[index + 1][0])
+        for index, stage in enumerate(stages)
+    ]
+    engine = Engine(
+        config=model_config(),
+        num_kv_blocks=num_kv_blocks,
+        max_context_tokens=1024,
+        max_concurrency=4,
+        num_stages=len(stages),
+        downstream=pairs[0][0],
+        upstream=pairs[-1][1],
+        eos_token_ids=eos_token_ids,
+    )
+    for worker in workers:
+        worker.start()
+    engine.start()
+    try:
+        yield engine, workers
+    finally:
+        engine.stop()
+        for worker in workers:
+            worker.stop()
