@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["metadata", "plan", "download", "verify", "load", "warm", "serving"]
+Phase = Literal["build", "metadata", "plan", "download", "verify", "load", "warm", "serving"]
 PHASES: tuple[Phase, ...] = ("metadata", "plan", "download", "verify", "load", "warm", "serving")
+"""Those of a deployment, in order; `build` comes before them, where the demo makes its model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
