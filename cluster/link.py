@@ -114,7 +114,7 @@ class TcpLink:
         try:
             self._socket.sendall(header + frame.body)
             if tensor is not None and tensor.numel():
-                self._socket.sendall(tensor.flatten().view(torch.uint8).numpy())
+                self._socket.sendall(_bytes_of(tensor))
         except OSError as error:
             raise StageLostError(f"{self._peer} is gone: {error}") from error
 
@@ -172,7 +172,7 @@ class TcpLink:
             raise StageLostError(f"{self._peer} announces a tensor of shape {shape}")
         tensor = torch.empty(shape, dtype=_DTYPES[dtype])
         if tensor.numel():
-            self._fill(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            self._fill(_bytes_of(tensor))
         return tensor
 
     def _fill(self, view: memoryview) -> None:
@@ -278,6 +278,11 @@ def dial(address: str, *, secret: bytes, deployment: str, epoch: int, timeout_s:
 def _proof(secret: bytes, role: str, deployment: str, epoch: int, transcript: bytes) -> bytes:
     message = f"magnetar {_VERSION} {role} {epoch} {deployment}\n".encode() + transcript
     return hmac.digest(secret, message, hashlib.sha256)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor that is not empty; bf16 has no numpy type of its own."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def _receive(sock: socket.socket, num_bytes: int) -> bytes:

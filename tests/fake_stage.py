@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-
 from magnetar.cluster.link import LinkListener, TcpLink, dial
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine import Engine

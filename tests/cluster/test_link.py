@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-
 from magnetar.cluster.link import Frame, LinkListener, TcpLink, dial
 from magnetar.errors import StageLostError
 from magnetar.tests.fake_stage import linked_pair

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Sequence
 
 import pytest
-
 from magnetar.errors import StageLostError, UsageError
 from magnetar.serve.engine import Engine
 from magnetar.serve.request import GenerationParams

@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from magnetar.errors import StageLostError
 from magnetar.serve.step import Sample, SamplingParams, StepPlan, StepResult, StepRow
 from magnetar.serve.step_codec import decode_plan, decode_result, encode_plan, encode_result
