@@ -117,8 +117,7 @@ class Controller:
             model_name=self._spec.model_name,
         )
         self._pipeline.place(plan, folders=folders, facts_json=facts_json)
-        hosts = list(dict.fromkeys(stage.host for stage in plan.stages))
-        self._hold("PipelinePlaced", "Placed", f"{len(plan.stages)} stages on {', '.join(hosts)}")
+        self._hold("PipelinePlaced", "Placed", _placement(plan))
         self._pipeline.load(plan, self._publish)
         self._hold("WeightsReady", "Loaded")
 
@@ -153,9 +152,7 @@ class Controller:
         self._change(plan=plan)
         gateway = self._gateway_host(plan)
         self._pipeline.bind_gateway(gateway, listen=listen, api_key=self._api_key)
-        hosts = dict.fromkeys(stage.host for stage in plan.stages)
-        placed = f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)} on {', '.join(hosts)}"
-        self._leave("plan", "; ".join((placed, *plan.notes)))
+        self._leave("plan", "; ".join((_placement(plan), *plan.notes)))
         return facts, plan
 
     def _fetch(self, plan: Plan) -> dict[str, str]:
@@ -254,3 +251,8 @@ class Controller:
                 "status": self._status.to_json(),
             }
         self._journal.write(record)
+
+
+def _placement(plan: Plan) -> str:
+    hosts = dict.fromkeys(stage.host for stage in plan.stages)
+    return f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)} on {', '.join(hosts)}"

@@ -96,7 +96,7 @@ def up(
     """
     api_key = _api_key(spec)
     record = deployment_record(spec.name)
-    _refuse_second(spec.name, record)
+    _refuse_second(spec.name, record, ray_address)
     if ray_address is None:
         # Said at once; the gateway takes the port itself when Ray is up.
         bind(spec.host, spec.port, has_api_key=api_key is not None).close()
@@ -112,6 +112,9 @@ def up(
         ray = local_ray() if ray_address is None else joined_ray(ray_address)
         address = connection.enter_context(ray)
         end = on_failure.enter_context(contextlib.ExitStack())
+        session = Session(start_controller(spec, api_key=api_key, detached=detach))
+        end.callback(record.forget)
+        end.callback(session.stop)
         record.write(
             {
                 "name": spec.name,
@@ -120,9 +123,6 @@ def up(
                 "command": None if detach else _marked(ProcessMark.of_this_process()),
             }
         )
-        end.callback(record.forget)
-        session = Session(start_controller(spec, api_key=api_key, detached=detach))
-        end.callback(session.stop)
         status = session.until_serving(on_progress, stop)
         on_failure.pop_all()
     return Endpoint(session, status, stop=stop, end=end, connection=connection, detached=detach)
@@ -214,15 +214,16 @@ def _api_key(spec: DeploymentSpec) -> str | None:
     return key
 
 
-def _refuse_second(name: str, journal: FileJournal) -> None:
+def _refuse_second(name: str, journal: FileJournal, ray_address: str | None) -> None:
     record = journal.read()
     if record is None:
         return
     holder = _mark(record.get("command")) or _mark(record.get("head"))
-    if holder is not None and holder.process() is None:
-        journal.forget()  # left by one that was killed
-    elif holder is not None:
+    if holder is None and record["address"] == ray_address:
+        return  # in the same cluster its controller's name decides
+    if holder is None or holder.process() is not None:
         raise already_up(name)
+    journal.forget()  # left by a command that was killed
 
 
 def _not_found(name: str, ray_address: str | None) -> NotFoundError:

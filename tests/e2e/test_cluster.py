@@ -1,0 +1,127 @@
+"""Four nodes with different memories; commands know each other through the cluster alone."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from magnetar.cluster.ray_runtime import token_file
+from magnetar.tests.ray_cluster import ray_cluster
+from magnetar.tests.releases import write_release
+from magnetar.tests.seeder import seeding
+from openai import OpenAI
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# With 256 MB for a process and 60 MB of keys and values a layer: no layer, 1, 3, and 1 of four.
+MEMORIES = {"h1": 290, "h2": 400, "h3": 540, "h4": 380}
+CONCURRENCY = 450
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cluster that all commands of this file join; they share its token."""
+    with pytest.MonkeyPatch.context() as environment:
+        home = tmp_path_factory.mktemp("home")
+        environment.setenv("MAGNETAR_HOME", str(home))
+        environment.setenv("RAY_AUTH_MODE", "token")
+        environment.setenv("RAY_AUTH_TOKEN_PATH", str(token_file(home)))
+        with ray_cluster(**MEMORIES) as address:
+            yield address
+
+
+def magnetar(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command from its start to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "magnetar.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=dict(os.environ),
+    )
+
+
+def status(*arguments: str) -> list[dict[str, Any]]:
+    done = magnetar("status", *arguments, "--output=json")
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def test_up_status_and_down_are_separate_commands(address: str, tmp_path: Path) -> None:
+    release = tmp_path / "tiny-moe"
+    write_release(release, layout="huggingface-sharded")
+    with seeding(release) as seed:
+        up = magnetar(
+            "up",
+            seed.magnet,
+            f"--peer={seed.address}",
+            f"--ray-address={address}",
+            f"--store={tmp_path}/store-{{host}}",
+            f"--max-concurrency={CONCURRENCY}",
+            "--name=tiny",
+            "--port=0",
+            "--detach",
+        )
+    assert up.returncode == 0, up.stderr
+
+    (found,) = status()
+    assert found["ready"], found
+    stages = found["plan"]["stages"]
+    assert [stage["host"] for stage in stages] == ["h3", "h2"]
+    assert [stage["end_layer"] - stage["first_layer"] for stage in stages] == [3, 1]
+    reasons = {idle["host"]: idle["reason"] for idle in found["plan"]["unused"]}
+    assert "too small" in reasons["h1"]
+    assert "not needed" in reasons["h4"]
+    # Only the nodes of the plan hold the weights; the home node read just what describes them.
+    assert {stage["host"] for stage in stages} == {
+        host for host in MEMORIES if holds_weights(tmp_path / f"store-{host}")
+    }
+
+    client = OpenAI(base_url=f"{found['url']}/v1", api_key="none", max_retries=0, timeout=60)
+    reply = client.completions.create(model="tiny", prompt=[1, 2, 3], max_tokens=8)
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens > 0
+
+    again = magnetar("up", str(release), f"--ray-address={address}", "--name=tiny", "--port=0")
+    assert again.returncode == 2
+    assert "magnetar down tiny" in again.stderr
+
+    down = magnetar("down", "tiny")
+    assert down.returncode == 0, down.stderr
+    assert status() == []
+    assert status(f"--ray-address={address}") == []
+    assert magnetar("down", "tiny").returncode == 4
+    with pytest.raises(Exception, match="Connection error"):
+        client.models.list()
+
+
+def holds_weights(store: Path) -> bool:
+    return any(
+        os.stat(shard).st_blocks * 512 >= shard.stat().st_size
+        for shard in store.rglob("model-00002*.safetensors")
+    )
+
+
+def test_a_model_that_fits_nowhere_says_the_numbers_of_every_node(
+    address: str, tmp_path: Path
+) -> None:
+    release = tmp_path / "tiny-moe"
+    write_release(release, layout="huggingface")
+    done = magnetar(
+        "up",
+        str(release),
+        f"--ray-address={address}",
+        f"--store={tmp_path}/store-{{host}}",
+        "--max-concurrency=100000",
+        "--max-context=512",
+        "--port=0",
+    )
+    assert done.returncode == 7
+    for host in MEMORIES:
+        assert host in done.stderr
+    assert status(f"--ray-address={address}") == []
