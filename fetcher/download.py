@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from urllib.parse import urlsplit
 
+from ..errors import MagnetarError
 from .contacts import Contacts
 from .layout import Selection
 from .magnet import split_peer
@@ -175,16 +176,25 @@ class Download:
         swarm, self._swarm = self._swarm, None
         if swarm is None:
             return
-        if self._is_open:
-            self._is_open = False
-            if not self._was_complete:
-                swarm.save_resume_data()
+        try:
+            if self._is_open:
+                self._is_open = False
+                self._keep_state(swarm)
+        except MagnetarError as error:
+            # Often the very disk error that ended the download, which is what the user should see.
+            logger.warning("what is on disk will be hashed again next time: %s", error)
+        finally:
+            swarm.close()
+            self._received_bytes = swarm.received_bytes
+
+    def _keep_state(self, swarm: Swarm) -> None:
+        if self._was_complete:
             swarm.remove()
-            if not self._was_complete:
-                # Only now can no write come any more that would change a fingerprint.
-                self._remember(complete=False)
-        swarm.close()
-        self._received_bytes = swarm.received_bytes
+            return
+        swarm.save_resume_data()
+        swarm.remove()
+        # Only now can no write come any more that would change a fingerprint.
+        self._remember(complete=False)
 
     def _open(self) -> Swarm:
         """The torrent in a session, with what is on disk known, and nothing wanted at first."""

@@ -54,6 +54,7 @@ class LibtorrentSession:
         self._handle: Any = None
         self._status: TorrentStatus | None = None
         self._asked_s = 0.0
+        self._earlier_bytes = 0
         self._readers: Mapping[type, Callable[[Any], Event | None]] = self._alert_readers()
 
     def add(self, job: TorrentJob) -> None:
@@ -66,6 +67,7 @@ class LibtorrentSession:
         self._handle = handle
         self._status = None
         self._asked_s = 0.0
+        self._earlier_bytes = 0
 
     def _params(self, job: TorrentJob) -> Any:
         lt = self._lt
@@ -148,6 +150,8 @@ class LibtorrentSession:
         self._handle.save_resume_data(flags.flush_disk_cache)
 
     def recheck(self) -> None:
+        # libtorrent counts from zero after it.
+        self._earlier_bytes = self._status.downloaded_bytes if self._status else 0
         self._status = None
         self._handle.force_recheck()
 
@@ -229,7 +233,7 @@ class LibtorrentSession:
                 checked=status.progress if state == "checking" else 0.0,
                 wanted_bytes=status.total_wanted,
                 wanted_done_bytes=status.total_wanted_done,
-                downloaded_bytes=status.total_payload_download,
+                downloaded_bytes=self._earlier_bytes + status.total_payload_download,
                 uploaded_bytes=status.total_payload_upload,
                 wasted_bytes=status.total_redundant_bytes + status.total_failed_bytes,
                 rate_bytes_per_s=status.download_payload_rate,

@@ -13,6 +13,7 @@
 Every file but the data is replaced as a whole, so that a crash leaves the old one or the new one.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -241,16 +242,17 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         DownloadError: the disk did not take it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise DownloadError(
             f"{path} could not be written ({error.strerror}): make room and run it again"
         ) from error

@@ -1,0 +1,188 @@
+import dataclasses
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import libtorrent
+import pytest
+from magnetar.errors import PortInUseError, ReleaseError
+from magnetar.fetcher.libtorrent_session import LibtorrentSession
+from magnetar.fetcher.metainfo import Metainfo, TorrentFile, create_torrent, parse_metainfo
+from magnetar.fetcher.session import (
+    Checked,
+    Event,
+    Flushed,
+    MetadataArrived,
+    Removed,
+    ResumeData,
+    SessionSettings,
+    TorrentJob,
+    TorrentStatus,
+    is_local,
+    listening_address,
+    own_interfaces,
+)
+
+PIECE = 16_384
+LOOPBACK = SessionSettings(listen="127.0.0.1:0", utp=False, dht=False)
+
+
+def wait_for(session: LibtorrentSession, kind: type[Event]) -> Event:
+    deadline_s = time.monotonic() + 20
+    while time.monotonic() < deadline_s:
+        for event in session.poll(0.1):
+            if isinstance(event, kind):
+                return event
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def wait_until(session: LibtorrentSession, ready: Callable[[TorrentStatus], bool]) -> TorrentStatus:
+    deadline_s = time.monotonic() + 20
+    while time.monotonic() < deadline_s:
+        session.poll(0.1)
+        status = session.status()
+        if status is not None and ready(status):
+            return status
+    raise AssertionError(f"not ready: {session.status()}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "source" / "release"
+    folder.mkdir(parents=True)
+    for i, name in enumerate(("a.txt", "b.bin", "c.txt")):
+        (folder / name).write_bytes(bytes(j * (7 + i) % 251 for j in range(50_000)))
+    return folder
+
+
+def torrent_of(folder: Path, kind: str) -> Metainfo:
+    if kind == "v1":
+        return parse_metainfo(create_torrent(folder, piece_length=PIECE))
+    flags = libtorrent.create_torrent.v2_only if kind == "v2" else 0
+    creator = libtorrent.create_torrent(libtorrent.list_files(str(folder)), PIECE, flags)
+    libtorrent.set_piece_hashes(creator, str(folder.parent))
+    return parse_metainfo(libtorrent.bencode(creator.generate()))
+
+
+@pytest.fixture
+def session() -> Iterator[LibtorrentSession]:
+    session = LibtorrentSession(LOOPBACK)
+    yield session
+    session.close()
+
+
+@pytest.mark.parametrize("kind", ["v1", "hybrid", "v2"])
+def test_metadata_then_exactly_the_wanted_pieces_then_resume(
+    tmp_path: Path, folder: Path, session: LibtorrentSession, kind: str
+) -> None:
+    metainfo = torrent_of(folder, kind)
+    seeder = LibtorrentSession(LOOPBACK)
+    address = listening_address(seeder)
+    seeder.add(
+        TorrentJob(
+            info_hash=metainfo.info_hash, save_path=folder.parent, metainfo=metainfo, is_seed=True
+        )
+    )
+    wait_for(seeder, Checked)
+    job = TorrentJob(info_hash=metainfo.info_hash, save_path=tmp_path / "data", peers=(address,))
+    session.add(job)
+    arrived = wait_for(session, MetadataArrived)
+    assert isinstance(arrived, MetadataArrived)
+    assert metainfo.raw.startswith(b"d4:info" + arrived.info)
+    session.remove()
+    wait_for(session, Removed)
+
+    wanted = metainfo.pieces(metainfo.file("release/b.bin"))
+    priorities = [4 if piece in wanted else 0 for piece in range(metainfo.num_pieces)]
+    job = dataclasses.replace(
+        job,
+        metainfo=metainfo,
+        piece_priorities=priorities,
+        unwanted=("release/a.txt", "release/c.txt"),
+    )
+    session.add(job)
+    wait_for(session, Checked)
+    wait_until(
+        session,
+        lambda status: len(status.have) > 0 and all(status.have[piece] for piece in wanted),
+    )
+    session.flush()
+    wait_for(session, Flushed)
+    status = wait_until(session, lambda status: sum(status.have) == len(wanted))
+    assert status.downloaded_bytes <= len(wanted) * PIECE
+    saved = tmp_path / "data" / "release"
+    assert [path.name for path in saved.iterdir()] == ["b.bin"]
+    assert (saved / "b.bin").read_bytes() == (folder / "b.bin").read_bytes()
+
+    session.request_resume_data()
+    resume = wait_for(session, ResumeData)
+    assert isinstance(resume, ResumeData)
+    session.remove()
+    wait_for(session, Removed)
+    seeder.close()
+    session.add(dataclasses.replace(job, resume=resume.data, peers=()))
+    wait_for(session, Checked)
+    status = wait_until(session, lambda status: status.state == "active")
+    assert [piece for piece, there in enumerate(status.have) if there] == list(wanted)
+
+
+def test_recheck_finds_the_damaged_piece(
+    tmp_path: Path, folder: Path, session: LibtorrentSession
+) -> None:
+    metainfo = torrent_of(folder, "v1")
+    session.add(
+        TorrentJob(info_hash=metainfo.info_hash, save_path=folder.parent, metainfo=metainfo)
+    )
+    wait_for(session, Checked)
+    status = wait_until(session, lambda status: status.state == "active")
+    assert all(status.have)
+    data = bytearray((folder / "b.bin").read_bytes())
+    data[20_000] ^= 1
+    (folder / "b.bin").write_bytes(data)
+    session.recheck()
+    wait_for(session, Checked)
+    status = wait_until(session, lambda status: status.state == "active")
+    damaged = [piece for piece, there in enumerate(status.have) if not there]
+    assert damaged == list(metainfo.pieces(metainfo.file("release/b.bin"), 20_000, 1))
+
+
+def test_refuses_a_torrent_that_the_library_reads_differently(
+    tmp_path: Path, folder: Path, session: LibtorrentSession
+) -> None:
+    metainfo = torrent_of(folder, "v1")
+    lie = dataclasses.replace(
+        metainfo, files=(TorrentFile(path="release/other", length=150_000, offset=0),)
+    )
+    with pytest.raises(ReleaseError, match="other file names"):
+        session.add(TorrentJob(info_hash=lie.info_hash, save_path=tmp_path, metainfo=lie))
+
+
+def test_a_taken_port_is_an_error_and_not_another_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        session = LibtorrentSession(dataclasses.replace(LOOPBACK, listen=f"127.0.0.1:{port}"))
+        with pytest.raises(PortInUseError, match="cannot listen"):
+            listening_address(session)
+        session.close()
+
+
+def test_announces_itself_to_nobody(session: LibtorrentSession) -> None:
+    settings = session._session.get_settings()
+    for name in ("enable_dht", "enable_lsd", "enable_upnp", "enable_natpmp"):
+        assert settings[name] is False, name
+    assert settings["enable_outgoing_utp"] is False
+    assert settings["upload_rate_limit"] > 0
+
+
+def test_listens_only_where_the_peers_are() -> None:
+    assert own_interfaces([("127.0.0.1", 5), ("127.0.0.1", 6)], reaches_out=False) == "127.0.0.1:0"
+    assert "0.0.0.0" not in own_interfaces([], reaches_out=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("127.0.0.1", True), ("192.168.1.2", True), ("fe80::1", True), ("8.8.8.8", False)],
+)
+def test_knows_local_addresses(address: str, expected: bool) -> None:
+    assert is_local(address) is expected
