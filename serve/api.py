@@ -13,7 +13,7 @@ from .api_errors import ApiError, answer_error
 from .chat_completions import answer_chat
 from .completions import answer_completion
 from .disconnect import ClientLeft
-from .guards import KeyGuard
+from .guards import KeyGuard, LoopbackGuard
 from .readiness import NotReady, Readiness
 from .served_model import EngineLike, ServedModel
 from .tokenizer import Tokenizer
@@ -31,8 +31,11 @@ def create_app(
 ) -> Starlette:
     """The application that `Server` runs. It must run in one event loop, the engine's users' own.
 
-    `created` is a Unix time in seconds. With an `api_key` every path but the probes wants it.
+    `created` is a Unix time in seconds. With an `api_key` every path but the probes wants it;
+    without one, which `server.bind` allows on loopback only, web pages are kept out by their Host
+    and Origin.
     """
+    guard = Middleware(LoopbackGuard) if api_key is None else Middleware(KeyGuard, api_key=api_key)
     app = Starlette(
         routes=[
             Route("/livez", _answer_livez),
@@ -43,7 +46,7 @@ def create_app(
             Route("/v1/completions", answer_completion, methods=["POST"]),
             Route("/v1/chat/completions", answer_chat, methods=["POST"]),
         ],
-        middleware=[] if api_key is None else [Middleware(KeyGuard, api_key=api_key)],
+        middleware=[guard],
         exception_handlers={
             ApiError: answer_error,
             MagnetarError: answer_error,

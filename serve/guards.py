@@ -1,4 +1,4 @@
-"""Who may ask: the key, and for servers on loopback the host that a browser names."""
+"""Who may ask: whoever has the key, or where there is none, programs of this machine."""
 
 import hashlib
 import hmac

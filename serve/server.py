@@ -77,23 +77,16 @@ def _port_in_use(host: str, port: int) -> PortInUseError:
 
 
 class Server:
-    """Serves `app` on `bound` from a thread of its own.
-
-    On a loopback address only requests that name this machine are let through, see
-    `guards.LoopbackGuard`.
-    """
+    """Serves `app` on `bound` from a thread of its own."""
 
     def __init__(self, app: "ASGIApp", bound: socket.socket) -> None:
         import uvicorn
 
-        from .guards import LoopbackGuard
         from .slow_request_guard import DeadlineProtocol
 
         host, port = bound.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.url = f"http://{self.address}"
-        if is_loopback(host):
-            app = LoopbackGuard(app)
         self._bound = bound
         started = self._started = threading.Event()
 

@@ -320,6 +320,11 @@ def test_a_request_for_another_host_is_refused(shared: Service, host: str) -> No
     assert error_of(get(shared, "/livez", Host=host), 403)["code"] == "host_not_allowed"
 
 
+def test_with_a_key_the_host_does_not_matter_as_a_proxy_may_stand_before_it() -> None:
+    with serving(saying(" x"), api_key="sesame") as service:
+        assert get(service, "/v1/models", Host="llm.example").status_code == 200
+
+
 def test_web_pages_of_other_origins_are_refused() -> None:
     with serving(saying(" x")) as service:
         for origin in ("https://evil.example", "null", "http://localhost:1"):
