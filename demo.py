@@ -49,11 +49,11 @@ def demo(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
         store / "demo" / MODEL_NAME, on_progress=console.progress, stop=stop
     )
     with seeded(folder, store, stop) as seed:
-        console.note(f"seeding {folder}\n  {seed.magnet}\n  at {seed.address}")
         if args.seed_only:
-            console.data(f"{seed.magnet}\n{seed.address}")
+            console.data(seed.magnet)
             stop.wait()
             _raise_if(stop)
+        console.note(f"seeding {folder} at {seed.address}\n  {seed.magnet}")
         spec = _spec(args, seed, store, console)
         with serving(spec, console, stop, ray_address=args.ray_address) as endpoint:
             if args.check:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .cluster.spec import DeploymentSpec
 from .console import Console
 from .errors import UsageError
+from .fetcher.progress import Progress
 
 if TYPE_CHECKING:
     from .serve.launch import Endpoint
@@ -27,6 +28,9 @@ def serving(
 ) -> "Iterator[Endpoint]":
     """Brings a deployment up, says how to talk to it, and closes it at the end."""
     need_importable_package()
+    # Nothing reports before Ray is up, which takes seconds.
+    where = "starting Ray" if ray_address is None else f"joining Ray at {ray_address}"
+    console.progress(Progress(phase="metadata", message=where))
     from .serve.launch import up
 
     endpoint = up(

@@ -42,7 +42,7 @@ def resolve_source(
             note(f"{text} is taken from the catalogue; write ./{text} for what lies in this folder")
         magnet = find_release(text).magnet
         return _magnet_source(magnet, peers=peers, timeout_s=timeout_s, given=given, note=note)
-    if path.is_dir():
+    if text and path.is_dir():
         return SourceSpec(
             kind="folder",
             location=str(path.absolute()),

@@ -1,0 +1,150 @@
+"""Arguments become the deployment that is asked for, and results become text."""
+
+import io
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from magnetar.cluster.spec import DeploymentSpec
+from magnetar.commands import wanted
+from magnetar.console import Console
+from magnetar.errors import UsageError
+from magnetar.fetcher.config import ReleaseHints
+from magnetar.options import build_parser
+from magnetar.serving import how_to_ask, status_table
+from magnetar.settings import default_store
+
+SILENT = Console("none", out=io.StringIO(), err=io.StringIO())
+
+
+def spec_of(*arguments: str) -> tuple[DeploymentSpec, str | None]:
+    return wanted(build_parser().parse_args(arguments), SILENT)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    (tmp_path / "release").mkdir()
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "apiVersion: magnetar/v1\nkind: Deployment\nmetadata: {name: from-file}\n"
+        "spec:\n"
+        "  source: {folder: release, peers: ['10.0.0.1:1'], ropeTheta: 5, timeoutSeconds: 9}\n"
+        "  model: {name: Named, dtype: bf16, maxContextTokens: 100}\n"
+        "  placement: {stages: 3, rayAddress: '10.0.0.1:6379', store: store}\n"
+        "  serve: {port: 9000, maxConcurrency: 2}\n"
+    )
+    return file
+
+
+def test_source_alone_takes_every_default() -> None:
+    spec, ray_address = spec_of("up", "mixtral-8x7b")
+    assert ray_address is None
+    assert (spec.name, spec.model_name) == ("mixtral-8x7b", "mixtral-8x7b")
+    assert (spec.host, spec.port, spec.max_concurrency) == ("127.0.0.1", 8080, 8)
+    assert (spec.dtype, spec.num_stages, spec.max_context_tokens) == (None, None, None)
+    assert spec.store == str(default_store())
+    assert spec.source.given == ReleaseHints()
+
+
+def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec, ray_address = spec_of(
+        *("up", "mixtral-8x7b", "--name", "My_Model", "--host", "0.0.0.0", "--port", "0"),
+        *("--stages", "4", "--dtype", "fp32", "--store", "s", "--peer", "10.0.0.1:1"),
+        *("--peer", "[::1]:2", "--timeout", "1.5", "--rope-theta", "1e4", "--sliding-window"),
+        *("none", "--max-context", "512", "--max-concurrency", "3", "--chat-format", "chatml"),
+        *("--api-key-file", "key", "--ray-address", "10.0.0.1:6379"),
+    )
+    assert ray_address == "10.0.0.1:6379"
+    assert (spec.name, spec.model_name) == ("my-model", "My_Model")
+    assert (spec.host, spec.port, spec.max_concurrency) == ("0.0.0.0", 0, 3)
+    assert (spec.dtype, spec.num_stages, spec.max_context_tokens) == ("fp32", 4, 512)
+    assert (spec.store, spec.api_key_file) == (str(tmp_path / "s"), str(tmp_path / "key"))
+    assert (spec.source.peers, spec.source.timeout_s) == (("10.0.0.1:1", "[::1]:2"), 1.5)
+    assert spec.source.given == ReleaseHints(
+        rope_theta=1e4, sliding_window="none", max_context_tokens=512, chat_format="chatml"
+    )
+
+
+def test_manifest_says_it_all(manifest: Path) -> None:
+    spec, ray_address = spec_of("up", "-f", str(manifest))
+    assert ray_address == "10.0.0.1:6379"
+    assert (spec.name, spec.model_name, spec.dtype) == ("from-file", "Named", "bf16")
+    assert (spec.num_stages, spec.max_context_tokens, spec.port) == (3, 100, 9000)
+    assert spec.store == str(manifest.parent / "store")
+    assert spec.source.given.rope_theta == 5.0
+    assert spec.source.timeout_s == 9.0
+
+
+def test_options_win_over_the_manifest(manifest: Path) -> None:
+    spec, ray_address = spec_of(
+        *("up", "-f", str(manifest), "--port", "0", "--stages", "1", "--peer", "10.0.0.2:2"),
+        *("--rope-theta", "6", "--ray-address", "auto", "--name", "other"),
+    )
+    assert ray_address == "auto"
+    assert (spec.name, spec.model_name, spec.port, spec.num_stages) == ("other", "other", 0, 1)
+    assert spec.source.peers == ("10.0.0.1:1", "10.0.0.2:2")
+    assert spec.source.given.rope_theta == 6.0
+    assert spec.max_concurrency == 2
+
+
+def test_source_and_manifest_exclude_each_other(manifest: Path) -> None:
+    for arguments in (("up",), ("plan", "x", "-f", str(manifest))):
+        with pytest.raises(UsageError, match="either SOURCE or -f FILE"):
+            spec_of(*arguments)
+
+
+@pytest.mark.parametrize("chats", [True, False])
+def test_curl_line_and_snippet_ask_what_the_model_can_answer(chats: bool) -> None:
+    text = how_to_ask("http://127.0.0.1:1", model_name="it's", chats=chats, api_key_file=None)
+    url, curl, *snippet = (line.strip() for line in text.splitlines() if line.strip())
+    assert url == "http://127.0.0.1:1"
+    words = shlex.split(curl)
+    assert words[1].endswith("/v1/chat/completions" if chats else "/v1/completions")
+    body = json.loads(words[words.index("-d") + 1])
+    assert body["model"] == "it's"
+    assert ("messages" in body) == chats
+    compile("\n".join(snippet), "snippet", "exec")
+    assert ("chat.completions" in snippet[2]) == chats
+
+
+def test_curl_line_and_snippet_read_the_key_from_its_file() -> None:
+    text = how_to_ask("http://h:1", model_name="m", chats=True, api_key_file="/keys/my key")
+    assert "$(cat '/keys/my key')" in text
+    assert "open('/keys/my key').read().strip()" in text
+
+
+def test_status_table_lists_and_details() -> None:
+    serving = {
+        "name": "a",
+        "phase": "serving",
+        "ready": True,
+        "model_name": "m",
+        "url": "http://127.0.0.1:1",
+        "failure": None,
+        "conditions": [
+            {"type": "Ready", "status": True, "reason": "Serving", "message": ""},
+        ],
+        "plan": {
+            "stages": [
+                {
+                    "index": 0,
+                    "first_layer": 0,
+                    "end_layer": 4,
+                    "host": "h",
+                    "device": "cpu",
+                    "dtype": "bf16",
+                }
+            ]
+        },
+    }
+    lost = {"name": "bb", "phase": "lost", "ready": False, "message": "its process is gone"}
+    lines = status_table([serving, lost], details=False).splitlines()
+    assert lines[0].split() == ["NAME", "PHASE", "READY", "MODEL", "URL"]
+    assert lines[1].split() == ["a", "serving", "yes", "m", "http://127.0.0.1:1"]
+    assert lines[2].split() == ["bb", "lost", "no", "-", "-"]
+    assert lines[3] == "bb: its process is gone"
+    details = status_table([serving], details=True)
+    assert "stage 0: layers 0-3 on h (cpu, bf16)" in details
+    assert "yes  Ready" in details
