@@ -20,13 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 
+from ..cluster.footprint import STEP_TOKENS
 from ..errors import UsageError
 from .blocks import BlockPool, blocks_for
 from .request import FinishReason, Request, TokenEvent
 from .step import Sample, StepPlan, StepResult, StepRow
-
-STEP_TOKENS = 512
-"""Tokens of one step at most: the length of a prompt's chunks."""
 
 _BY_ARRIVAL = attrgetter("request_id")
 _BY_LAST_STEP = attrgetter("last_step_id", "request_id")

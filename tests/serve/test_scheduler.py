@@ -1,0 +1,447 @@
+"""What the scheduler decides, and that no decision changes a token."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from magnetar.errors import UsageError
+from magnetar.serve.request import GenerationParams, Request, TokenEvent
+from magnetar.serve.scheduler import Scheduler
+from magnetar.serve.step import Sample, StepPlan, StepResult
+from magnetar.tests.fake_stage import expected_tokens, fake_stages, run_step
+
+ROOMY = 64
+"""KV blocks that are never short in the tests of single decisions."""
+
+
+def make_scheduler(
+    *,
+    num_kv_blocks: int = ROOMY,
+    max_running: int = 8,
+    num_stages: int = 1,
+    max_step_tokens: int = 32,
+    eos_token_ids: frozenset[int] = frozenset(),
+) -> Scheduler:
+    return Scheduler(
+        num_kv_blocks=num_kv_blocks,
+        max_context_tokens=256,
+        max_running=max_running,
+        num_stages=num_stages,
+        eos_token_ids=eos_token_ids,
+        max_step_tokens=max_step_tokens,
+    )
+
+
+def add(
+    scheduler: Scheduler,
+    request_id: int,
+    num_prompt_tokens: int = 1,
+    params: GenerationParams | None = None,
+) -> None:
+    scheduler.add(
+        Request(
+            request_id=request_id,
+            prompt_ids=tuple(range(1, num_prompt_tokens + 1)),
+            params=params or GenerationParams(max_tokens=30),
+        )
+    )
+
+
+def next_plan(scheduler: Scheduler) -> StepPlan:
+    plan = scheduler.schedule()
+    scheduler.check_integrity()
+    assert plan is not None
+    return plan
+
+
+def answer(scheduler: Scheduler, plan: StepPlan, token_id: int = 5) -> dict[int, TokenEvent]:
+    """Complete a step with the same token for every row that asks for one."""
+    samples = tuple(
+        Sample(request_id=row.request_id, token_id=token_id)
+        for row in plan.rows
+        if row.sampling is not None
+    )
+    events = scheduler.complete(StepResult(step_id=plan.step_id, samples=samples))
+    scheduler.check_integrity()
+    return dict(events)
+
+
+def rows_of(plan: StepPlan) -> list[tuple[int, int, int]]:
+    """Request, position and number of tokens of each row."""
+    return [(row.request_id, row.position, len(row.token_ids)) for row in plan.rows]
+
+
+def test_a_long_prompt_is_computed_in_chunks_and_sampled_once() -> None:
+    scheduler = make_scheduler(num_stages=3)
+    add(scheduler, 0, 70)
+    plans = [next_plan(scheduler) for _ in range(3)]
+    assert [rows_of(plan) for plan in plans] == [[(0, 0, 32)], [(0, 32, 32)], [(0, 64, 6)]]
+    assert [plan.rows[0].sampling is not None for plan in plans] == [False, False, True]
+    assert [len(plan.rows[0].new_block_ids) for plan in plans] == [5, 0, 0]
+
+
+def test_decoding_and_prompts_share_a_step_and_its_budget() -> None:
+    scheduler = make_scheduler(max_step_tokens=8)
+    add(scheduler, 0, 3)
+    answer(scheduler, next_plan(scheduler))
+    add(scheduler, 1, 20)
+    assert rows_of(next_plan(scheduler)) == [(0, 3, 1), (1, 0, 7)]
+
+
+def test_nothing_is_scheduled_for_a_request_whose_token_is_awaited() -> None:
+    scheduler = make_scheduler(num_stages=4)
+    add(scheduler, 0)
+    plan = next_plan(scheduler)
+    assert scheduler.schedule() is None
+    answer(scheduler, plan)
+    assert rows_of(next_plan(scheduler)) == [(0, 1, 1)]
+
+
+def test_one_step_more_than_stages_is_in_flight() -> None:
+    scheduler = make_scheduler(num_stages=2, max_step_tokens=8)
+    add(scheduler, 0, 100)
+    plans = [next_plan(scheduler) for _ in range(3)]
+    assert scheduler.schedule() is None
+    answer(scheduler, plans[0])
+    assert next_plan(scheduler).step_id == 3
+
+
+def test_decoding_requests_are_shared_out_evenly_among_the_stages() -> None:
+    scheduler = make_scheduler(num_stages=3)
+    for request_id in range(7):
+        add(scheduler, request_id)
+    answer(scheduler, next_plan(scheduler))
+    plans = [next_plan(scheduler) for _ in range(3)]
+    assert [[row.request_id for row in plan.rows] for plan in plans] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert scheduler.schedule() is None
+
+
+def test_requests_of_different_steps_come_together_again() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, 0)
+    first = next_plan(scheduler)
+    add(scheduler, 1)
+    # The second slot is for more of a long prompt, not for another half-empty batch.
+    assert scheduler.schedule() is None
+    answer(scheduler, first)
+    answer(scheduler, next_plan(scheduler))
+    assert rows_of(next_plan(scheduler)) == [(0, 2, 1), (1, 1, 1)]
+
+
+def test_the_longest_waiting_decode_goes_first() -> None:
+    scheduler = make_scheduler(num_stages=2)
+    for request_id in range(3):
+        add(scheduler, request_id)
+    answer(scheduler, next_plan(scheduler))
+    first, second = next_plan(scheduler), next_plan(scheduler)
+    assert [row.request_id for row in second.rows] == [2]
+    answer(scheduler, first)
+    answer(scheduler, second)
+    assert [row.request_id for row in next_plan(scheduler).rows] == [0, 1]
+    assert [row.request_id for row in next_plan(scheduler).rows] == [2]
+
+
+def test_an_answer_ends_at_max_tokens_and_gives_its_blocks_back() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, 0, params=GenerationParams(max_tokens=2))
+    reasons = [answer(scheduler, next_plan(scheduler))[0].finish_reason for _ in range(2)]
+    assert reasons == [None, "length"]
+    assert not scheduler.has_requests
+    assert scheduler.num_free_blocks == ROOMY
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        (GenerationParams(max_tokens=9), "stop"),
+        (GenerationParams(max_tokens=1), "stop"),
+        (GenerationParams(max_tokens=9, ignore_eos=True), None),
+        (GenerationParams(max_tokens=9, ignore_eos=True, stop_token_ids=frozenset({7})), "stop"),
+    ],
+)
+def test_stops_at_end_of_text_and_at_stop_tokens(
+    params: GenerationParams, reason: str | None
+) -> None:
+    scheduler = make_scheduler(eos_token_ids=frozenset({7}))
+    add(scheduler, 0, params=params)
+    assert answer(scheduler, next_plan(scheduler), token_id=7)[0].finish_reason == reason
+
+
+def test_the_newest_request_gives_its_blocks_to_older_ones_and_starts_again() -> None:
+    scheduler = make_scheduler(num_kv_blocks=4)
+    add(scheduler, 0, 16)
+    add(scheduler, 1, 16)
+    while not scheduler.num_preemptions:
+        plan = next_plan(scheduler)
+        answer(scheduler, plan)
+    # 32 tokens each are in the cache; the older one goes on alone.
+    assert rows_of(plan) == [(0, 32, 1)]
+    assert plan.released == (1,)
+    assert scheduler.num_waiting == 1
+    scheduler.abort(0)
+    plan = next_plan(scheduler)
+    assert rows_of(plan) == [(1, 0, 32)]
+    assert plan.released == (0,)
+    assert next_plan(scheduler).rows[0].sampling is not None
+
+
+def test_a_token_in_flight_for_a_preempted_request_counts() -> None:
+    scheduler = make_scheduler(num_kv_blocks=5, num_stages=2, max_step_tokens=64)
+    add(scheduler, 0, 30)
+    add(scheduler, 1, 31)
+    answer(scheduler, next_plan(scheduler))
+    old, new = next_plan(scheduler), next_plan(scheduler)
+    answer(scheduler, old)
+    old = next_plan(scheduler)
+    answer(scheduler, new)
+    new = next_plan(scheduler)  # takes the last block
+    answer(scheduler, old)
+    old = next_plan(scheduler)
+    assert (rows_of(old), old.released) == ([(0, 32, 1)], (1,))
+    assert list(answer(scheduler, new)) == [1]
+    scheduler.abort(0)
+    again = next_plan(scheduler)
+    assert again.rows[0].token_ids == (*range(1, 32), 5, 5, 5)
+
+
+def test_waiting_requests_do_not_overtake() -> None:
+    scheduler = make_scheduler(num_kv_blocks=5)
+    add(scheduler, 0, 32)
+    add(scheduler, 1, 50)
+    add(scheduler, 2, 1)
+    assert [row.request_id for row in next_plan(scheduler).rows] == [0]
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)
+
+
+def test_an_aborted_request_is_forgotten_at_once_and_its_token_dropped() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, 0)
+    plan = next_plan(scheduler)
+    scheduler.abort(0)
+    scheduler.abort(0)
+    scheduler.abort(99)
+    assert scheduler.num_free_blocks == ROOMY
+    assert answer(scheduler, plan) == {}
+    add(scheduler, 1)
+    plan = next_plan(scheduler)
+    assert plan.released == (0,)
+    answer(scheduler, plan)
+    assert next_plan(scheduler).released == ()
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "max_tokens", "words"),
+    [
+        (0, 1, "a prompt of 0 tokens"),
+        (1, 0, "an answer of 0"),
+        (200, 57, "200 tokens of prompt and 57 of answer are more than the context of 256"),
+        (60, 6, "need 5 KV blocks and there are 4"),
+    ],
+)
+def test_what_can_never_fit_is_refused(num_prompt_tokens: int, max_tokens: int, words: str) -> None:
+    scheduler = make_scheduler(num_kv_blocks=4)
+    with pytest.raises(UsageError, match=words):
+        add(scheduler, 0, num_prompt_tokens, GenerationParams(max_tokens=max_tokens))
+    assert not scheduler.has_requests
+
+
+def test_the_longest_request_that_fits_is_taken() -> None:
+    scheduler = make_scheduler(num_kv_blocks=4)
+    add(scheduler, 0, 60, GenerationParams(max_tokens=5))
+    events: dict[int, TokenEvent] = {}
+    while scheduler.has_requests:
+        events = answer(scheduler, next_plan(scheduler))
+    assert events[0].finish_reason == "length"
+
+
+def test_results_must_be_those_of_the_oldest_step() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, 0, 40)
+    plan = next_plan(scheduler)
+    with pytest.raises(ValueError, match="the result of step 1 came out of turn"):
+        scheduler.complete(StepResult(step_id=1, samples=()))
+    stray = (Sample(request_id=0, token_id=1),)
+    with pytest.raises(ValueError, match="step 0 brought tokens that were not asked for"):
+        scheduler.complete(StepResult(step_id=plan.step_id, samples=stray))
+
+
+EOS = frozenset(range(0, 1000, 250))
+
+
+def wanted(prompt: Sequence[int], params: GenerationParams) -> list[int]:
+    """The answer that the fake model gives to a lone request."""
+    stops = params.stop_token_ids | (frozenset() if params.ignore_eos else EOS)
+    tokens = expected_tokens(prompt, params.max_tokens)
+    ends = (index for index, token in enumerate(tokens) if token in stops)
+    return tokens[: next(ends, len(tokens)) + 1]
+
+
+class Simulation:
+    """A scheduler, and fake stages at the end of a belt of steps in flight."""
+
+    def __init__(self, scheduler: Scheduler, *, num_stages: int, num_kv_blocks: int) -> None:
+        self.scheduler = scheduler
+        self.stages = fake_stages(num_stages, num_kv_blocks=num_kv_blocks)
+        self.num_kv_blocks = num_kv_blocks
+        self.belt: deque[StepPlan] = deque()
+        self.answers: list[list[int]] = []
+        self.events: list[list[TokenEvent]] = []
+        self.aborted: set[int] = set()
+
+    def add(self, prompt: Sequence[int], params: GenerationParams) -> None:
+        request_id = len(self.answers)
+        self.answers.append(wanted(prompt, params))
+        self.events.append([])
+        self.scheduler.add(Request(request_id=request_id, prompt_ids=tuple(prompt), params=params))
+        self.scheduler.check_integrity()
+
+    def abort(self, request_id: int) -> None:
+        self.aborted.add(request_id)
+        self.scheduler.abort(request_id)
+        self.scheduler.check_integrity()
+
+    def schedule(self) -> bool:
+        plan = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        if plan is None:
+            return False
+        ids = [row.request_id for row in plan.rows]
+        assert ids
+        assert len(set(ids)) == len(ids), "a request has two rows in one step"
+        assert all(row.token_ids for row in plan.rows)
+        self.belt.append(plan)
+        return True
+
+    def complete(self) -> bool:
+        if not self.belt:
+            return False
+        result = run_step(self.stages, self.belt.popleft())
+        for request_id, token_event in self.scheduler.complete(result):
+            assert all(past.finish_reason is None for past in self.events[request_id])
+            self.events[request_id].append(token_event)
+        self.scheduler.check_integrity()
+        return True
+
+    def finish(self) -> None:
+        """Run dry; every answer must be whole and every block free."""
+        for _ in range(10_000):
+            while self.schedule():
+                pass
+            if not self.complete():
+                break
+        assert not self.scheduler.has_requests
+        assert self.scheduler.num_free_blocks == self.num_kv_blocks
+        for request_id, (tokens, events) in enumerate(zip(self.answers, self.events, strict=True)):
+            assert [event.token_id for event in events] == tokens[: len(events)]
+            if request_id not in self.aborted:
+                assert len(events) == len(tokens)
+                assert events[-1].finish_reason in ("stop", "length")
+
+
+REQUESTS = st.tuples(
+    st.lists(st.integers(0, 999), min_size=1, max_size=50),
+    st.builds(
+        GenerationParams,
+        max_tokens=st.integers(1, 40),
+        ignore_eos=st.booleans(),
+        stop_token_ids=st.frozensets(st.integers(0, 999), max_size=4),
+    ),
+)
+MOVES = st.lists(
+    st.one_of(
+        REQUESTS,
+        st.tuples(st.just("abort"), st.integers(0, 30)),
+        st.tuples(st.just("schedule"), st.integers(1, 5)),
+        st.tuples(st.just("complete"), st.integers(1, 5)),
+    ),
+    max_size=30,
+)
+
+
+@given(
+    moves=MOVES,
+    num_kv_blocks=st.integers(6, 12),
+    max_step_tokens=st.integers(1, 64),
+    num_stages=st.integers(1, 4),
+    max_running=st.integers(1, 8),
+)
+def test_every_request_gets_the_tokens_of_a_lone_one_and_every_block_comes_back(
+    moves: list[tuple[object, object]],
+    num_kv_blocks: int,
+    max_step_tokens: int,
+    num_stages: int,
+    max_running: int,
+) -> None:
+    scheduler = make_scheduler(
+        num_kv_blocks=num_kv_blocks,
+        max_running=max_running,
+        max_step_tokens=max_step_tokens,
+        num_stages=num_stages,
+        eos_token_ids=EOS,
+    )
+    run = Simulation(scheduler, num_stages=num_stages, num_kv_blocks=num_kv_blocks)
+    for what, value in moves:
+        if isinstance(value, GenerationParams):
+            assert isinstance(what, list)
+            run.add(what, value)
+            continue
+        assert isinstance(value, int)
+        if what == "abort":
+            run.abort(value)
+            continue
+        for _ in range(value):
+            if what == "schedule":
+                run.schedule()
+            else:
+                run.complete()
+    run.finish()
+
+
+def test_nothing_is_lost_when_blocks_are_short_and_clients_leave() -> None:
+    """Random load under pressure, which hypothesis seldom finds: its examples are small."""
+    num_preemptions = 0
+    for seed in range(60):
+        random = Random(seed)
+        num_stages, num_kv_blocks = random.randint(1, 4), random.randint(8, 14)
+        scheduler = make_scheduler(
+            num_kv_blocks=num_kv_blocks,
+            max_running=random.randint(3, 8),
+            max_step_tokens=random.choice([3, 16, 64]),
+            num_stages=num_stages,
+            eos_token_ids=EOS,
+        )
+        run = Simulation(scheduler, num_stages=num_stages, num_kv_blocks=num_kv_blocks)
+        for _ in range(300):
+            chance = random.random()
+            if chance < 0.05 and len(run.answers) < 12:
+                prompt = [random.randrange(1000) for _ in range(random.randint(1, 40))]
+                params = GenerationParams(max_tokens=random.randint(20, 80), ignore_eos=True)
+                run.add(prompt, params)
+            elif chance < 0.06 and run.answers:
+                run.abort(random.randrange(len(run.answers)))
+            elif chance < 0.5:
+                run.schedule()
+            else:
+                run.complete()
+        run.finish()
+        num_preemptions += scheduler.num_preemptions
+    assert num_preemptions > 50
+
+
+def test_the_fake_stages_can_tell_a_block_with_two_owners() -> None:
+    """The oracle of the tests above can fail."""
+    (stage,) = fake_stages(1, num_kv_blocks=2)
+    scheduler = make_scheduler(num_kv_blocks=2)
+    add(scheduler, 0, 16, GenerationParams(max_tokens=2))
+    plan = next_plan(scheduler)
+    stage.step(plan, None)
+    stolen = replace(plan.rows[0], request_id=1, token_ids=(9,) * 16, sampling=None)
+    stage.step(replace(plan, rows=(stolen,)), None)
+    one_more = replace(plan.rows[0], new_block_ids=(1,), position=16, token_ids=(1,))
+    result = stage.step(replace(plan, rows=(one_more,)), None)
+    assert isinstance(result, StepResult)
+    assert [sample.token_id for sample in result.samples] != expected_tokens([*range(1, 17), 1], 1)
