@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from magnetar.cluster.ray_runtime import token_file
+from magnetar.tests.command import END_S, magnetar
 from magnetar.tests.ray_cluster import ray_cluster
 from magnetar.tests.releases import write_release
 from magnetar.tests.seeder import seeding
@@ -18,7 +20,7 @@ from openai import OpenAI
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 # With 256 MB for a process and 60 MB of keys and values a layer: no layer, 1, 3, and 1 of four.
-MEMORIES = {"h1": 290, "h2": 400, "h3": 540, "h4": 380}
+MEMORIES = {"h1": 330, "h2": 400, "h3": 540, "h4": 380}
 CONCURRENCY = 450
 
 
@@ -34,7 +36,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield address
 
 
-def magnetar(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A command from its start to its end."""
     return subprocess.run(
         [sys.executable, "-m", "magnetar.cli", *arguments],
@@ -46,7 +48,7 @@ def magnetar(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def status(*arguments: str) -> list[dict[str, Any]]:
-    done = magnetar("status", *arguments, "--output=json")
+    done = run("status", *arguments, "--output=json")
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
@@ -56,7 +58,7 @@ def test_up_status_and_down_are_separate_commands(address: str, tmp_path: Path) 
     release = tmp_path / "tiny-moe"
     write_release(release, layout="huggingface-sharded")
     with seeding(release) as seed:
-        up = magnetar(
+        up = run(
             "up",
             seed.magnet,
             f"--peer={seed.address}",
@@ -87,15 +89,15 @@ def test_up_status_and_down_are_separate_commands(address: str, tmp_path: Path) 
     assert reply.usage is not None
     assert reply.usage.completion_tokens > 0
 
-    again = magnetar("up", str(release), f"--ray-address={address}", "--name=tiny", "--port=0")
+    again = run("up", str(release), f"--ray-address={address}", "--name=tiny", "--port=0")
     assert again.returncode == 2
     assert "magnetar down tiny" in again.stderr
 
-    down = magnetar("down", "tiny")
+    down = run("down", "tiny")
     assert down.returncode == 0, down.stderr
     assert status() == []
     assert status(f"--ray-address={address}") == []
-    assert magnetar("down", "tiny").returncode == 4
+    assert run("down", "tiny").returncode == 4
     with pytest.raises(Exception, match="Connection error"):
         client.models.list()
 
@@ -107,12 +109,38 @@ def holds_weights(store: Path) -> bool:
     )
 
 
+def test_a_stage_on_each_node_and_one_that_dies_is_said(address: str, tmp_path: Path) -> None:
+    release = tmp_path / "tiny-moe"
+    write_release(release, layout="huggingface")
+    wanted = ["--stages=4", "--max-concurrency=4", "--name=four", "--port=0"]
+    with magnetar(
+        "up", str(release), f"--ray-address={address}", f"--store={tmp_path}/{{host}}", *wanted
+    ) as up:
+        ready = up.until("ready")
+        client = OpenAI(base_url=f"{ready['url']}/v1", api_key="none", max_retries=0, timeout=60)
+        reply = client.completions.create(model="four", prompt=[1, 2, 3], max_tokens=8)
+        assert reply.choices[0].finish_reason in ("stop", "length")
+        (found,) = status()
+        assert {stage["host"] for stage in found["plan"]["stages"]} == set(MEMORIES)
+
+        ours = psutil.Process().children(recursive=True)
+        stages = [process for process in ours if "ray::StageActor" in "".join(process.cmdline())]
+        assert len(stages) == 4
+        stages[2].kill()
+        error = up.until("error")
+        assert "stage" in error["message"]
+        assert "died" in error["message"]
+        assert up.process.wait(END_S) == 1
+    assert status() == []
+    assert status(f"--ray-address={address}") == []
+
+
 def test_a_model_that_fits_nowhere_says_the_numbers_of_every_node(
     address: str, tmp_path: Path
 ) -> None:
     release = tmp_path / "tiny-moe"
     write_release(release, layout="huggingface")
-    done = magnetar(
+    done = run(
         "up",
         str(release),
         f"--ray-address={address}",

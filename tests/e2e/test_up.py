@@ -1,13 +1,11 @@
 """The main road: a torrent's magnet link to a served model, by the command as users run it."""
 
-import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +13,18 @@ import psutil
 import pytest
 import torch
 from magnetar.settings import data_dir
+from magnetar.tests.command import END_S, magnetar
 from magnetar.tests.releases import MAX_CONTEXT_TOKENS, ROPE_THETA, write_release
 from magnetar.tests.seeder import seeding
 from openai import OpenAI
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-END_S = 60
 FACTS = [
     f"--rope-theta={ROPE_THETA}",
     "--sliding-window=none",
     f"--max-context={MAX_CONTEXT_TOKENS}",
 ]
-
-
-class Command:
-    """A `magnetar` process whose progress is read line by line."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.events: list[dict[str, Any]] = []
-        self.children: set[psutil.Process] = set()
-
-    def until(self, kind: str) -> dict[str, Any]:
-        """The next event of that kind; what came before it is in `events`."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            event: dict[str, Any] = json.loads(line)
-            self.events.append(event)
-            if event["event"] == kind:
-                with contextlib.suppress(psutil.NoSuchProcess):  # it may end after its last word
-                    self.children |= set(psutil.Process(self.process.pid).children(recursive=True))
-                return event
-        raise AssertionError(f"it ended without {kind!r}: {self.events[-3:]}")
-
-    def last(self, phase: str) -> dict[str, Any]:
-        """The last reading of a phase."""
-        return [event for event in self.events if event.get("phase") == phase][-1]
-
-
-@contextlib.contextmanager
-def magnetar(*arguments: str) -> Iterator[Command]:
-    """Runs a command; its children must be gone when it has ended."""
-    command = [sys.executable, "-m", "magnetar.cli", *arguments, "--progress", "json"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that a test can press Ctrl-C
-    ) as process:
-        running = Command(process)
-        try:
-            yield running
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-            _, errors = process.communicate(timeout=END_S)
-            _, alive = psutil.wait_procs(running.children, timeout=10)
-            assert not alive, f"{alive} outlived the command: {errors}"
 
 
 def test_a_torrent_goes_from_its_magnet_to_answers_and_resumes(tmp_path: Path) -> None:
