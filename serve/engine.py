@@ -266,7 +266,9 @@ class Engine:
     def _complete(self, frame: Frame) -> None:
         now, sent_at = self._clock(), self._sent_at.popleft()
         self._last_step = (now, now - sent_at)
-        for request_id, event in self._scheduler.complete(decode_result(frame.step_id, frame.body)):
+        events = self._scheduler.complete(decode_result(frame.step_id, frame.body))
+        self._stats = self._snapshot()  # whoever hears the last token finds the blocks free
+        for request_id, event in events:
             stream = self._streams[request_id]
             if event.finish_reason is not None:
                 del self._streams[request_id], self._request_ids[stream]
