@@ -64,8 +64,24 @@ def fetch(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
 
 
 def verify(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
-    """Checks the bytes of a release; bad pieces of a torrent are fetched again."""
-    fetch(args, console, stop)
+    """Reads every byte of a release again; what is bad or missing of a torrent is fetched."""
+    from .fetcher.store import Record, Store
+
+    source, store = _source(args, console), Store(_store(args))
+    with fetching(source, store.root, console, stop) as fetch:
+        held = {release.info_hash for release in store.releases()}
+        if fetch.info_hash is not None and fetch.info_hash not in held:
+            raise NotFoundError(
+                f"{store.root} does not hold the release {fetch.info_hash}: fetch it first"
+            )
+        fetch.metadata()
+        # What was verified before counts for nothing now.
+        if fetch.info_hash is None:
+            store.folder_record(Path(source.location)).write(Record())
+        else:
+            store.release_folder(fetch.info_hash).record.write(Record())
+        fetch.verify()
+        console.data(str(fetch.download()))
 
 
 def seed(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:

@@ -95,7 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_source(fetch)
     _add_network(fetch)
 
-    verify = verb("verify", "check the bytes of a release against its hashes")
+    verify = verb(
+        "verify",
+        "check every byte of a release against its hashes",
+        "Check every byte of a release against its hashes. What is bad or missing of a torrent is "
+        "fetched again.",
+    )
     _add_source(verify)
     _add_network(verify)
 

@@ -46,8 +46,9 @@ def imported_parts(file: Path) -> set[str]:
             if parts[0] == "magnetar":
                 found |= set(parts[1:2]) or {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
-            found |= {parts[1] for parts in names if parts[0] == "magnetar" and len(parts) > 1}
+            for alias in node.names:
+                parts = alias.name.split(".")
+                found |= set(parts[1:2]) if parts[0] == "magnetar" else set()
     return found
 
 

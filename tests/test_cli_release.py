@@ -1,0 +1,221 @@
+"""The verbs over a real release: seeded, fetched, verified and inspected by real processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from magnetar.demo import Seed, seeded
+from magnetar.errors import MagnetarError
+from magnetar.fetcher.magnet import parse_magnet
+from magnetar.tests.command import END_S, magnetar
+from magnetar.tests.releases import MAX_CONTEXT_TOKENS, ROPE_THETA, write_release
+from magnetar.tests.seeder import seeding
+
+FACTS = (
+    f"--rope-theta={ROPE_THETA}",
+    "--sliding-window=none",
+    f"--max-context={MAX_CONTEXT_TOKENS}",
+)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("releases") / "tiny-moe"
+    write_release(folder, layout="mistral-pth", dtype="bf16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seed(release: Path) -> Iterator[str]:
+    """A magnet link that a process of its own answers."""
+    with seeding(release) as info:
+        yield info.magnet
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "magnetar.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def data_of(*arguments: str) -> str:
+    done = run(*arguments, "--progress", "plain")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_fetch_prints_the_folder_and_verify_reads_it_again(
+    seed: str, release: Path, tmp_path: Path
+) -> None:
+    store = f"--store={tmp_path}"
+    folder = Path(data_of("fetch", seed, store))
+    assert (folder / "params.json").read_bytes() == (release / "params.json").read_bytes()
+    weights = folder / "consolidated.00.pth"
+    before, times = weights.read_bytes(), weights.stat()
+
+    # A byte that turned on the disk: size and time are as they were.
+    damaged = bytearray(before)
+    damaged[len(before) // 2] ^= 1
+    weights.write_bytes(damaged)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = run("verify", seed, store, "--progress", "json")
+    assert done.returncode == 0, done.stderr
+    assert weights.read_bytes() == before
+    phases = {json.loads(line).get("phase") for line in done.stderr.splitlines()}
+    assert {"metadata", "verify"} <= phases
+
+
+def test_verify_of_what_is_not_in_the_store_is_not_found(seed: str, tmp_path: Path) -> None:
+    done = run("verify", seed, f"--store={tmp_path}", "--progress", "plain")
+    assert done.returncode == 4
+    assert "fetch it first" in done.stderr
+
+
+def test_verify_of_a_folder_checks_its_sums(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    write_release(folder, layout="mistral-pth", dtype="bf16")
+    store = f"--store={tmp_path / 'store'}"
+    assert data_of("verify", str(folder), store) == str(folder)
+    weights = folder / "consolidated.00.pth"
+    times = weights.stat()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = run("verify", str(folder), store, "--progress", "plain")
+    assert done.returncode == 1
+    assert "md5" in done.stderr
+
+
+def test_inspect_needs_heads_and_tails_alone(seed: str, tmp_path: Path) -> None:
+    store = f"--store={tmp_path}"
+    told = json.loads(data_of("inspect", seed, store, "-o", "json", *FACTS))
+    assert told["layout"] == "mistral-pth"
+    assert told["config"]["num_experts"] == 8
+    assert told["dtype"] == "bf16"
+    assert told["bytes"] == sum(group["bytes"] for group in told["groups"].values())
+    assert told["bytes"] == sum(told["files"].values()) == 2 * told["parameters"]
+    assert told["active_parameters"] < told["parameters"]
+    table = data_of("inspect", seed, store, *FACTS)
+    assert "8, 2 per token" in table
+    assert "none (a base model)" in table
+
+
+def test_inspect_without_the_facts_names_the_flags(release: Path, tmp_path: Path) -> None:
+    done = run("inspect", str(release), f"--store={tmp_path}", "--progress", "plain")
+    assert done.returncode == 2
+    for flag in ("--rope-theta", "--sliding-window", "--max-context"):
+        assert flag in done.stderr
+
+
+def test_plan_prints_the_placement_as_a_table_and_as_json(release: Path, tmp_path: Path) -> None:
+    wanted = [str(release), f"--store={tmp_path}", *FACTS, "--stages=2"]
+    assert "+ embeddings" in data_of("plan", *wanted)
+    plan = json.loads(data_of("plan", *wanted, "-o", "json"))
+    layers = [(stage["first_layer"], stage["end_layer"]) for stage in plan["stages"]]
+    assert layers[0][0] == 0
+    assert layers[0][1] == layers[1][0]
+    assert len(layers) == 2
+
+
+def test_plan_from_a_manifest_fetches_nothing_but_the_description(
+    release: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "apiVersion: magnetar/v1\nkind: Deployment\nmetadata: {name: x}\nspec:\n"
+        f"  source: {{folder: {release}, ropeTheta: {ROPE_THETA}, slidingWindow: none,\n"
+        f"           maxContextTokens: {MAX_CONTEXT_TOKENS}}}\n"
+        "  placement: {store: store, stages: 3}\n"
+    )
+    plan = json.loads(data_of("plan", "-f", str(file), "-o", "json"))
+    assert [stage["index"] for stage in plan["stages"]] == [0, 1, 2]
+
+
+def test_more_stages_than_layers_is_usage(release: Path, tmp_path: Path) -> None:
+    done = run("plan", str(release), f"--store={tmp_path}", *FACTS, "--stages=9", "--progress=none")
+    assert done.returncode == 2
+    assert "9 stages for a model of 4 layers" in done.stderr
+
+
+def test_too_long_a_context_is_told_with_numbers_before_anything_starts(
+    release: Path, tmp_path: Path
+) -> None:
+    facts = [*FACTS[:2], "--max-context=100000000", "--max-concurrency=1000"]
+    done = run("plan", str(release), f"--store={tmp_path}", *facts, "--progress=none")
+    assert done.returncode == 7, done.stderr
+    assert "GB" in done.stderr
+
+
+def test_unreachable_peer_times_out(tmp_path: Path) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # bound and not listening: nothing answers there
+        peer = f"127.0.0.1:{nobody.getsockname()[1]}"
+        link = "magnet:?xt=urn:btih:" + "ab" * 20
+        done = run(
+            "fetch", link, "--peer", peer, "--timeout=1", f"--store={tmp_path}", "--progress=plain"
+        )
+    assert done.returncode == 6, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("magnetar: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_stops_a_fetch_and_says_how_to_resume(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    link = "magnet:?xt=urn:btih:" + "ab" * 20
+    arguments = ["fetch", link, "--peer", "127.0.0.1:1", f"--store={tmp_path}"]
+    with magnetar(*arguments) as fetch:
+        fetch.until("progress")
+        fetch.process.send_signal(number)
+        assert "stopping" in fetch.until("note")["message"]
+        told = fetch.until("error")
+        assert fetch.process.wait(END_S) == told["exit_code"] == 130
+    assert f"magnetar fetch '{link}'" in told["message"]
+
+
+def test_seed_prints_a_link_that_names_it_and_stops_when_stdin_closes(
+    release: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "magnetar.cli", "seed", str(release), "-o", "json"]
+    with subprocess.Popen(
+        [*command, "--stop-on-eof", f"--store={tmp_path}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        assert parse_magnet(told["magnet"]).peers == (told["address"],)
+        process.stdin.close()
+        assert process.wait(END_S) == 0
+
+
+def test_seed_of_the_demo_is_a_process_that_ends_with_the_block(
+    release: Path, tmp_path: Path
+) -> None:
+    with seeded(release, tmp_path, threading.Event()) as found:
+        assert isinstance(found, Seed)
+        folder = data_of("fetch", found.magnet, f"--store={tmp_path / 'store'}")
+        assert Path(folder).name == release.name
+    host, _, port = found.address.rpartition(":")
+    with socket.socket() as probe:
+        assert probe.connect_ex((host, int(port))) != 0
+
+
+def test_seed_that_does_not_start_says_why(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    with (
+        pytest.raises(MagnetarError, match="there is no folder"),
+        seeded(missing, tmp_path, threading.Event()),
+    ):
+        pass
