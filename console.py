@@ -28,6 +28,8 @@ Clock = Callable[[], float]
 
 _JSON_INTERVAL_S = 1.0
 _PLAIN_INTERVAL_S = 10.0
+_BAR_COLUMNS = 90
+"""On a narrower terminal the numbers take the room of the bar."""
 
 
 class View(Protocol):
@@ -212,6 +214,7 @@ class BarView:
         plain = self._terminal.options.ascii_only
         # One for all lines and refreshes: it counts time from when it is first drawn.
         spinner = self._spinner = self._spinner or Spinner("line" if plain else "dots")
+        has_room = self._terminal.width >= _BAR_COLUMNS
         table = Table.grid(padding=(0, 1), expand=True)
         for _ in range(6):
             table.add_column(no_wrap=True)
@@ -226,7 +229,7 @@ class BarView:
                     Text("done" if plain else "✓", style="green") if over else spinner,
                     Text(phase.phase, style="bold"),
                     ProgressBar(total=total.total_bytes, completed=total.done_bytes, width=24)
-                    if moves and not over
+                    if moves and not over and has_room
                     else "",
                     phase.amount(),
                     format_duration(phase.elapsed_s(now))

@@ -21,6 +21,7 @@ from pathlib import Path
 from .cluster.spec import DeploymentSpec
 from .console import Console
 from .errors import InterruptedByUserError, MagnetarError, TimedOutError
+from .fetcher.progress import Progress
 from .serving import need_importable_package, serving
 from .settings import DEFAULT_HOST, DEFAULT_PORT, default_store
 
@@ -48,6 +49,7 @@ def demo(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
     folder = build_demo_release(
         store / "demo" / MODEL_NAME, on_progress=console.progress, stop=stop
     )
+    console.progress(Progress(phase="metadata", message="the seed hashes the release"))
     with seeded(folder, store, stop) as seed:
         if args.seed_only:
             console.data(seed.magnet)

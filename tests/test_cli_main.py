@@ -4,6 +4,8 @@ import argparse
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -83,3 +85,41 @@ def test_signal_sets_the_event_and_leaves_the_handlers_as_they_were(
     monkeypatch.setattr(commands, "COMMANDS", {"seed": body})
     assert cli.main(["seed", "x"]) == 130
     assert signal.getsignal(number) is before
+
+
+BODY = """
+import sys
+from magnetar import cli, commands
+def body(args, console, stop):
+    {}
+commands.COMMANDS = {{"down": body}}
+sys.exit(cli.main(["down", "x", "--progress", "plain"]))
+"""
+
+
+def test_second_signal_kills_a_command_that_does_not_stop() -> None:
+    code = BODY.format("console.data('ready'); stop.wait()\n    while True: pass")
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert "once more ends it at once" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == -signal.SIGINT
+
+
+def test_data_into_a_closed_pipe_fails_without_a_word() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", BODY.format("console.data('gone')")],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
