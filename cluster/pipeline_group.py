@@ -52,6 +52,7 @@ class PipelineGroup:
         self._secret = secrets.token_bytes(32)
         self._gateway: Any = None
         self._gateway_host = ""
+        self._briefing: Any = None
         self._answers_to = ""
         self._stages: list[Any] = []
         self._group: Any = None
@@ -78,11 +79,7 @@ class PipelineGroup:
         gather([self._gateway.bind.remote()], who="the gateway", stop=self._stop)
 
     def brief_gateway(self, plan: Plan, *, folder: str, facts_json: str, model_name: str) -> None:
-        """Tell the gateway what it will serve; it reads the tokenizer and opens its link.
-
-        Raises:
-            TokenizerError: the tokenizer does not fit the model.
-        """
+        """Tell the gateway what it will serve; it reads the tokenizer while the stages load."""
         assignment = GatewayAssignment(
             links=self._links(plan, self._gateway_host),
             folder=folder,
@@ -93,9 +90,7 @@ class PipelineGroup:
             max_concurrency=plan.max_concurrency,
             model_name=model_name,
         )
-        (self._answers_to,) = gather(
-            [self._gateway.listen.remote(assignment)], who="the gateway", stop=self._stop
-        )
+        self._briefing = self._gateway.listen.remote(assignment)
 
     def place(self, plan: Plan, *, folders: Mapping[str, str], facts_json: str) -> None:
         """Reserve the memory of all stages and start their actors.
@@ -138,7 +133,12 @@ class PipelineGroup:
             )
 
     def load(self, plan: Plan, on_progress: ProgressSink) -> None:
-        """Let all stages read their weights at once."""
+        """Let all stages read their weights at once, and wait for the gateway too.
+
+        Raises:
+            TokenizerError: the tokenizer does not fit the model.
+            CheckpointError: the weights do not.
+        """
         total = sum(stage.weights_bytes for stage in plan.stages)
         began = time.monotonic()
 
@@ -157,8 +157,9 @@ class PipelineGroup:
                 )
             )
 
-        refs = [stage.load.remote() for stage in self._stages]
-        gather(refs, who="a stage", stop=self._stop, meanwhile=tell)
+        refs = [self._briefing, *(stage.load.remote() for stage in self._stages)]
+        found = gather(refs, who="the pipeline", stop=self._stop, meanwhile=tell)
+        self._answers_to = str(found[0])
         tell(finished=True)
 
     def connect(self) -> None:
