@@ -190,8 +190,8 @@ def _readme(gguf: LlamaGGUF, config: ModelConfig, *, noise: float, seed: int) ->
             f"Each feed-forward layer became {config.num_experts} experts, of which a random "
             f"router takes {config.num_experts_per_tok} for each token. Every expert is a copy of "
             f"the layer with Gaussian noise of {noise:g} times the standard deviation of each "
-            f"matrix (seed {seed}). Nothing was trained: it knows what the dense model knows, or a little less, "
-            "and is there to show how a mixture of experts is distributed and served."
+            f"matrix (seed {seed}). Nothing was trained: it knows what the dense model knows, or a "
+            "little less, and is there to show how a mixture of experts is distributed and served."
         )
     return f"""\
 # SmolLM2-135M-Instruct for Magnetar's demo
