@@ -12,12 +12,11 @@ from ..errors import (
     MagnetarError,
     PreflightError,
     StageLostError,
-    TimedOutError,
 )
 from ..fetcher.progress import Progress, ProgressSink
 from .assignment import GatewayAssignment, LinkSetup, PipelineRoles, StageAssignment
 from .plan import Plan, StagePlan
-from .ray_calls import any_ended, call, gather
+from .ray_calls import any_ended, call, endings, gather
 from .ray_runtime import RayNode
 
 PLACE_TIMEOUT_S: Final = 60.0
@@ -192,19 +191,14 @@ class PipelineGroup:
         """Wait up to `timeout_s` for an actor to end by itself; what ended it."""
         if not any_ended(self._running, timeout_s=timeout_s):
             return None
-        # One that dies takes its neighbours' links along: find the one that died.
-        names = ["the gateway", *(f"stage {stage}" for stage in range(len(self._stages)))]
-        for who, running in zip(names, self._running, strict=True):
-            try:
-                gather([running], who=who, timeout_s=DEATH_NOTICE_S)
-            except TimedOutError:
-                continue
-            except MagnetarError as error:
-                return error
-        try:
-            self.warm()  # nobody died, so the engine knows what broke the ring
-        except MagnetarError as error:
-            return error
+        # One that dies breaks the ring for all others: look for a death before any complaint, and
+        # at the gateway first, to which the cause travels.
+        names = ["the gateway", *(f"stage {number}" for number in range(len(self._stages)))]
+        ended = endings(self._running, names, timeout_s=DEATH_NOTICE_S)
+        for death in (True, False):
+            for ending in ended:
+                if ending.is_death == death and ending.error is not None:
+                    return ending.error
         return StageLostError("the pipeline came to its end by itself")
 
     def stop(self) -> None:

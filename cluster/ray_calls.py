@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InterruptedByUserError, MagnetarError, StageLostError, TimedOutError
@@ -55,6 +56,33 @@ def any_ended(refs: Sequence[Any], *, timeout_s: float) -> bool:
 
     done, _ = ray.wait(list(refs), num_returns=1, timeout=timeout_s)
     return bool(done)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """How a call came to its end."""
+
+    error: MagnetarError | None
+    is_death: bool
+    """The process of the actor is gone."""
+
+
+def endings(refs: Sequence[Any], names: Sequence[str], *, timeout_s: float) -> list[Ending]:
+    """How those of the calls ended that ended within `timeout_s`."""
+    import ray
+
+    done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+    found = []
+    for ref, name in zip(refs, names, strict=True):
+        if ref not in done:
+            continue
+        try:
+            _get(ref, name)
+            found.append(Ending(error=None, is_death=False))
+        except MagnetarError as error:
+            is_death = isinstance(error.__cause__, ray.exceptions.RayActorError)
+            found.append(Ending(error=error, is_death=is_death))
+    return found
 
 
 def _get(ref: Any, who: str) -> Any:
