@@ -1,63 +1,53 @@
 """Direct TCP links between the members of a pipeline: frames of a header, a body and a tensor.
 
-A link begins with a challenge that both sides answer with the deployment's secret, so a stranger
-who finds the port gets nowhere. Nothing on it is ever unpickled; lengths are checked before memory
-is taken. Ray carries none of this: an echo of 16 KiB took 0.05 to 0.17 ms on a raw socket and 1.3
-to 3.1 ms through an actor call (2 cores, loopback).
+Nothing on a link is ever unpickled, and lengths are checked before memory is taken. Ray carries
+none of this: an echo of 16 KiB took 0.05 to 0.17 ms on a raw socket and 1.3 to 3.1 ms through an
+actor call (2 cores, loopback).
 """
 
-import hashlib
-import hmac
+from __future__ import annotations
+
+import contextlib
 import logging
-import math
-import os
-import select
+import queue
 import socket
 import struct
+import threading
 import time
-from dataclasses import dataclass
-from typing import Literal, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ..errors import StageLostError
+from .frame import HEADER_BYTES, Frame, pack_alive, pack_header, parse_header
+from .handshake import HANDSHAKE_S, Membership, introduce, welcome
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ALIVE_S", "SILENCE_S", "Frame", "LinkListener", "StageLink", "TcpLink", "dial"]
 
 logger = logging.getLogger(__name__)
 
-FrameKind = Literal["step", "result", "error"]
+ALIVE_S: Final = 2.0
+"""Who has sent nothing for so long says that it lives."""
+SILENCE_S: Final = 30.0
+"""Who is silent for so long is lost: frozen, or behind a broken network, which TCP cannot tell."""
 
-_MAGIC = b"MGNT"
-_VERSION = 1
-_HEADER = struct.Struct("<4sBBBBQQIII")
-"""Magic, version, kind, dtype, dimensions, epoch, step id, extents (two), length of the body."""
-_HELLO = struct.Struct("<4sBQ32s32s")
-"""Magic, version, epoch, the dialler's nonce, its proof."""
-_KINDS: tuple[FrameKind, ...] = ("step", "result", "error")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_NO_TENSOR = 255
-MAX_BODY_BYTES = 64 << 20
-MAX_TENSOR_BYTES = 1 << 30
-HANDSHAKE_S = 5.0
-FRAME_S = 60.0
-"""For the rest of a frame whose first byte is there."""
-_ACKNOWLEDGE_MS = 20_000
+_DEAD_PEER_MS = 20_000
 """How long sent bytes may stay unacknowledged before the kernel gives a peer up."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Frame:
-    """One message of the ring."""
-
-    kind: FrameKind
-    epoch: int
-    step_id: int
-    body: bytes = b""
-    tensor: torch.Tensor | None = None
-    """One or two dimensions; on the CPU; bf16, fp16 or fp32."""
+_KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+_MAX_GREETED = 16
+"""Handshakes at once; strangers beyond that are not even asked."""
+_MAX_READY = 4
+_RETRY_S = 0.05
 
 
 class StageLink(Protocol):
-    """One end of an ordered stream of frames; each direction belongs to one thread."""
+    """One end of an ordered stream of frames. One thread sends; one thread receives."""
+
+    @property
+    def epoch(self) -> int:
+        """The incarnation whose frames the link carries."""
+        ...
 
     def send(self, frame: Frame) -> None:
         """Send a frame; blocks while the peer does not read.
@@ -67,11 +57,15 @@ class StageLink(Protocol):
         """
         ...
 
+    def send_alive(self) -> None:
+        """Tell the peer that we live; raises as `send`."""
+        ...
+
     def receive(self, timeout_s: float | None = None) -> Frame:
-        """The next frame.
+        """The next frame; signs of life count as sound but are not returned.
 
         Raises:
-            TimeoutError: no frame began within `timeout_s`; the link is as good as before.
+            TimeoutError: nothing came for `timeout_s`; the link is as good as before.
             StageLostError: the peer is gone, or sent what is no frame of this epoch.
         """
         ...
@@ -82,214 +76,269 @@ class StageLink(Protocol):
 
 
 class TcpLink:
-    """A `StageLink` over one socket whose handshake is over."""
+    """A `StageLink` over a connected socket whose handshake is over; the link owns the socket."""
 
     def __init__(self, sock: socket.socket, *, epoch: int, peer: str) -> None:
+        """`peer` names the other end in errors."""
+        self.peer = peer
         self._socket = sock
         self._epoch = epoch
-        self._peer = peer
+        self._timeout_s: float | None = None
         sock.settimeout(None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux only
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _ACKNOWLEDGE_MS)
+        if sock.family != socket.AF_UNIX:
+            _tune(sock)
+
+    @property
+    def epoch(self) -> int:
+        """See `StageLink.epoch`."""
+        return self._epoch
 
     def send(self, frame: Frame) -> None:
-        """See `StageLink.send`."""
-        tensor = None if frame.tensor is None else frame.tensor.contiguous()
-        shape = () if tensor is None else tuple(tensor.shape)
-        extents = (*shape, 0, 0)[:2]
-        dtype = _NO_TENSOR if tensor is None else _DTYPES.index(tensor.dtype)
-        header = _HEADER.pack(
-            _MAGIC,
-            _VERSION,
-            _KINDS.index(frame.kind),
-            dtype,
-            len(shape),
-            frame.epoch,
-            frame.step_id,
-            *extents,
-            len(frame.body),
-        )
+        """See `StageLink.send`; ValueError for a frame of another epoch, or one too large."""
+        if frame.epoch != self._epoch:
+            raise ValueError(f"a frame of epoch {frame.epoch} on a link of {self._epoch}")
+        head = pack_header(frame) + frame.body
+        if frame.tensor is None or not frame.tensor.numel():
+            self._send_all(memoryview(head))
+            return
+        tail = _bytes_of(frame.tensor.contiguous())
         try:
-            self._socket.sendall(header + frame.body)
-            if tensor is not None and tensor.numel():
-                self._socket.sendall(_bytes_of(tensor))
+            sent = self._socket.sendmsg([head, tail])
         except OSError as error:
-            raise StageLostError(f"{self._peer} is gone: {error}") from error
+            raise self._gone(error) from error
+        if sent < len(head):
+            self._send_all(memoryview(head)[sent:])
+            sent = len(head)
+        self._send_all(tail[sent - len(head) :])
+
+    def send_alive(self) -> None:
+        """See `StageLink.send_alive`."""
+        self._send_all(memoryview(pack_alive(self._epoch)))
 
     def receive(self, timeout_s: float | None = None) -> Frame:
         """See `StageLink.receive`."""
-        try:
-            if timeout_s is not None and not select.select([self._socket], [], [], timeout_s)[0]:
-                raise TimeoutError
-            header = bytearray(_HEADER.size)
-            self._fill(memoryview(header)[:1])
-            self._socket.settimeout(FRAME_S)
-            self._fill(memoryview(header)[1:])
-            frame = self._rest(header)
-            self._socket.settimeout(None)
-            return frame
-        except TimeoutError:
-            if self._socket.gettimeout() is None:
-                raise
-            raise StageLostError(f"{self._peer} stopped in the middle of a frame") from None
-        except (OSError, ValueError) as error:  # ValueError: closed by another thread
-            raise StageLostError(f"{self._peer} is gone: {error}") from error
+        self._set_timeout(timeout_s)
+        while True:
+            raw = bytearray(HEADER_BYTES)
+            self._fill(memoryview(raw), may_time_out=True)
+            try:
+                header = parse_header(raw, epoch=self._epoch)
+            except ValueError as error:
+                raise StageLostError(f"{self.peer} {error}") from None
+            if header.kind != "alive":
+                break
+        body = bytearray(header.body_bytes)
+        self._fill(memoryview(body))
+        tensor = None
+        if header.dtype is not None:
+            import torch
+
+            tensor = torch.empty(header.shape, dtype=getattr(torch, header.dtype))
+            if tensor.numel():
+                self._fill(_bytes_of(tensor))
+        return Frame(
+            kind=header.kind,
+            epoch=header.epoch,
+            step_id=header.step_id,
+            body=bytes(body),
+            tensor=tensor,
+        )
 
     def close(self) -> None:
         """See `StageLink.close`."""
-        try:
+        with contextlib.suppress(OSError):  # the peer was first
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the peer was first
-        finally:
-            self._socket.close()
+        self._socket.close()
 
-    def _rest(self, header: bytearray) -> Frame:
-        magic, version, kind, dtype, num_dims, epoch, step_id, rows, columns, body_bytes = (
-            _HEADER.unpack(header)
-        )
-        if (magic, version) != (_MAGIC, _VERSION) or kind >= len(_KINDS) or num_dims > 2:
-            raise StageLostError(f"{self._peer} sent no frame; are all nodes of one version?")
-        if epoch != self._epoch:
-            raise StageLostError(f"{self._peer} is of epoch {epoch}; this is {self._epoch}")
-        if body_bytes > MAX_BODY_BYTES:
-            raise StageLostError(f"{self._peer} announces a body of {body_bytes} bytes")
-        body = bytearray(body_bytes)
-        self._fill(memoryview(body))
-        tensor = None
-        if dtype != _NO_TENSOR:
-            tensor = self._tensor(dtype, (rows, columns)[:num_dims])
-        return Frame(
-            kind=_KINDS[kind], epoch=epoch, step_id=step_id, body=bytes(body), tensor=tensor
-        )
+    def _send_all(self, data: memoryview) -> None:
+        try:
+            self._socket.sendall(data)
+        except OSError as error:
+            raise self._gone(error) from error
 
-    def _tensor(self, dtype: int, shape: tuple[int, ...]) -> torch.Tensor:
-        if dtype >= len(_DTYPES) or not shape:
-            raise StageLostError(f"{self._peer} sent a tensor of unknown dtype or shape")
-        if math.prod(shape) * _DTYPES[dtype].itemsize > MAX_TENSOR_BYTES:
-            raise StageLostError(f"{self._peer} announces a tensor of shape {shape}")
-        tensor = torch.empty(shape, dtype=_DTYPES[dtype])
-        if tensor.numel():
-            self._fill(_bytes_of(tensor))
-        return tensor
-
-    def _fill(self, view: memoryview) -> None:
+    def _fill(self, view: memoryview, *, may_time_out: bool = False) -> None:
+        """Receive until `view` is full."""
+        whole = len(view)
         while view:
-            count = self._socket.recv_into(view)
+            try:
+                count = self._socket.recv_into(view)
+            except BlockingIOError:  # what a receive timeout of the kernel looks like
+                if may_time_out and len(view) == whole:
+                    raise TimeoutError(f"nothing from {self.peer}") from None
+                raise StageLostError(f"{self.peer} stopped in the middle of a frame") from None
+            except OSError as error:
+                raise self._gone(error) from error
             if count == 0:
-                raise StageLostError(f"{self._peer} closed the link")
+                raise StageLostError(f"{self.peer} closed the link")
             view = view[count:]
+
+    def _set_timeout(self, timeout_s: float | None) -> None:
+        """The kernel's own: Python's would make a poll of every receive and apply to sends too."""
+        if timeout_s == self._timeout_s:
+            return
+        micros = 0 if timeout_s is None else max(1, round(timeout_s * 1e6))
+        timeval = struct.pack("@ll", *divmod(micros, 1_000_000))
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        except OSError as error:
+            raise self._gone(error) from error
+        self._timeout_s = timeout_s
+
+    def _gone(self, error: OSError) -> StageLostError:
+        return StageLostError(f"{self.peer} is gone: {error.strerror or error}")
 
 
 class LinkListener:
-    """Waits for the neighbour before us in the ring."""
+    """Waits for the neighbour before us in the ring.
+
+    Handshakes run in threads of their own from the first moment, so that a stranger who says
+    nothing delays nobody, and a neighbour that dials before we accept is answered.
+    """
 
     def __init__(self, *, host: str, secret: bytes, deployment: str, epoch: int) -> None:
-        self._socket = socket.create_server((host, 0))
-        self._secret = secret
-        self._deployment = deployment
-        self._epoch = epoch
+        self._us = Membership(secret=secret, deployment=deployment, epoch=epoch)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, 0), family=family)
+        self._ready: queue.Queue[TcpLink | None] = queue.Queue()  # held to _MAX_READY below
+        self._lock = threading.Lock()
+        self._greeted: dict[threading.Thread, socket.socket] = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="link-listen", daemon=True)
+        self._address = _join_address(self._socket.getsockname())
+        self._thread.start()
 
     @property
     def address(self) -> str:
         """``HOST:PORT`` to dial."""
-        host, port = self._socket.getsockname()[:2]
-        return f"{host}:{port}"
+        return self._address
 
     def accept(self, timeout_s: float) -> TcpLink:
-        """The first peer that knows the secret; others are turned away and said in the log.
+        """The next peer that knows the secret; others are turned away and said in the log.
 
         Raises:
             StageLostError: none came in time, or the listener was closed.
         """
-        deadline = time.monotonic() + timeout_s
-        while (left_s := deadline - time.monotonic()) > 0:
-            self._socket.settimeout(left_s)
-            try:
-                sock, (host, port, *_) = self._socket.accept()
-            except TimeoutError:
-                break
-            except OSError as error:
-                raise StageLostError(f"the listener of {self._deployment} was closed") from error
-            try:
-                sock.settimeout(min(HANDSHAKE_S, left_s))
-                self._welcome(sock)
-            except (OSError, StageLostError) as error:
-                logger.warning("turned %s:%d away: %s", host, port, error)
-                sock.close()
-                continue
-            return TcpLink(sock, epoch=self._epoch, peer=f"{host}:{port}")
-        raise StageLostError(f"no neighbour dialled {self.address} within {timeout_s:g} s")
+        try:
+            link = self._ready.get(timeout=timeout_s)
+        except queue.Empty:
+            raise StageLostError(
+                f"no neighbour dialled {self.address} within {timeout_s:g} s; is a firewall "
+                "between the nodes?"
+            ) from None
+        if link is None:
+            self._ready.put(None)
+            raise StageLostError(f"the listener of {self._us.deployment} was closed")
+        return link
 
     def close(self) -> None:
         """Stop listening; links that were accepted stay."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._socket.close()
+        self._thread.join()
+        with self._lock:
+            greeted = dict(self._greeted)
+        for thread, sock in greeted.items():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            thread.join()
+        while not self._ready.empty():
+            if link := self._ready.get():
+                link.close()
+        self._ready.put(None)
 
-    def _welcome(self, sock: socket.socket) -> None:
-        challenge = os.urandom(32)
-        sock.sendall(challenge)
-        magic, version, epoch, nonce, proof = _HELLO.unpack(_receive(sock, _HELLO.size))
-        if (magic, version) != (_MAGIC, _VERSION):
-            raise StageLostError("it does not speak this protocol in this version")
-        transcript = challenge + nonce
-        expected = _proof(self._secret, "dial", self._deployment, epoch, transcript)
-        if not hmac.compare_digest(proof, expected):
-            raise StageLostError("it does not know the secret of this deployment")
-        if epoch != self._epoch:
-            raise StageLostError(f"it is of epoch {epoch}; this is {self._epoch}")
-        sock.sendall(_proof(self._secret, "accept", self._deployment, epoch, transcript))
+    def _listen(self) -> None:
+        while not self._closed.is_set():
+            try:
+                sock, address = self._socket.accept()
+            except OSError as error:
+                # Closed, or a passing shortage of file descriptors: neither ends the listener.
+                if not self._closed.wait(_RETRY_S):
+                    logger.warning("cannot accept on %s: %s", self.address, error)
+                continue
+            with self._lock:
+                if len(self._greeted) >= _MAX_GREETED:
+                    sock.close()
+                    continue
+                thread = threading.Thread(
+                    target=self._greet,
+                    args=(sock, _join_address(address)),
+                    name="link-greet",
+                    daemon=True,
+                )
+                self._greeted[thread] = sock
+                thread.start()
+
+    def _greet(self, sock: socket.socket, peer: str) -> None:
+        try:
+            sock.settimeout(HANDSHAKE_S)
+            welcome(sock, self._us, deadline=time.monotonic() + HANDSHAKE_S)
+            link = TcpLink(sock, epoch=self._us.epoch, peer=peer)
+        except (OSError, StageLostError) as error:
+            if not self._closed.is_set():
+                logger.warning("turned %s away: %s", peer, error)
+            sock.close()
+        else:
+            with self._lock:
+                has_room = self._ready.qsize() < _MAX_READY
+                if has_room:
+                    self._ready.put(link)
+            if not has_room:
+                logger.warning("turned %s away: enough neighbours wait already", peer)
+                link.close()
+        finally:
+            with self._lock:
+                del self._greeted[threading.current_thread()]
 
 
 def dial(address: str, *, secret: bytes, deployment: str, epoch: int, timeout_s: float) -> TcpLink:
     """Connect to the neighbour after us, trying again while nobody listens.
 
     Raises:
-        StageLostError: it does not answer in time, or does not know the secret.
+        StageLostError: it does not answer in time, does not know the secret, or is of another
+            epoch.
     """
-    host, _, port = address.rpartition(":")
+    us = Membership(secret=secret, deployment=deployment, epoch=epoch)
     deadline = time.monotonic() + timeout_s
-    while True:
-        left_s = max(deadline - time.monotonic(), 0.1)
-        try:
-            sock = socket.create_connection((host, int(port)), timeout=left_s)
-            break
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise StageLostError(f"{address} does not answer: {error}") from error
-            time.sleep(0.05)
+    sock = _connect(address, deadline)
     try:
-        sock.settimeout(min(left_s + HANDSHAKE_S, timeout_s + HANDSHAKE_S))
-        challenge = _receive(sock, 32)
-        nonce = os.urandom(32)
-        transcript = challenge + nonce
-        proof = _proof(secret, "dial", deployment, epoch, transcript)
-        sock.sendall(_HELLO.pack(_MAGIC, _VERSION, epoch, nonce, proof))
-        expected = _proof(secret, "accept", deployment, epoch, transcript)
-        if not hmac.compare_digest(_receive(sock, 32), expected):
-            raise StageLostError("it does not know the secret of this deployment")
+        introduce(sock, us, deadline=max(deadline, time.monotonic() + 0.1))
         return TcpLink(sock, epoch=epoch, peer=address)
     except (OSError, StageLostError) as error:
         sock.close()
         raise StageLostError(f"{address} refused the link: {error}") from error
 
 
-def _proof(secret: bytes, role: str, deployment: str, epoch: int, transcript: bytes) -> bytes:
-    message = f"magnetar {_VERSION} {role} {epoch} {deployment}\n".encode() + transcript
-    return hmac.digest(secret, message, hashlib.sha256)
+def _connect(address: str, deadline: float) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    while True:
+        left_s = max(deadline - time.monotonic(), 0.1)
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=left_s)
+        except OSError as error:
+            if time.monotonic() + _RETRY_S >= deadline:
+                raise StageLostError(f"{address} does not answer: {error}") from error
+            time.sleep(_RETRY_S)
+
+
+def _tune(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (*_KEEPALIVE, ("TCP_USER_TIMEOUT", _DEAD_PEER_MS)):
+        if hasattr(socket, name):  # some are Linux's alone
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor that is not empty; bf16 has no numpy type of its own."""
-    return memoryview(tensor.flatten().view(torch.uint8).numpy().data)
+    """The memory of a contiguous tensor: numpy has no bf16, so as bytes."""
+    import torch
+
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
-def _receive(sock: socket.socket, num_bytes: int) -> bytes:
-    received = b""
-    while len(received) < num_bytes:
-        part = sock.recv(num_bytes - len(received))
-        if not part:
-            raise StageLostError("it closed the connection")
-        received += part
-    return received
+def _join_address(name: tuple[str, int] | tuple[str, int, int, int]) -> str:
+    host, port = name[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -6,7 +6,6 @@ Ray calls their methods from several threads; torch is imported when there is so
 
 import asyncio
 import socket
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 LINK_TIMEOUT_S = 60.0
 """For a neighbour in the ring to dial or to answer; all are told to at the same time."""
-WATCH_S = 0.2
 DRAIN_S = 5.0
 """For answers that run when the deployment is stopped."""
 
@@ -38,7 +36,6 @@ class StageActor:
         self._stage: Stage | None = None
         self._listener: LinkListener | None = None
         self._worker: StageWorker | None = None
-        self._stop = threading.Event()
 
     def load(self) -> int:
         """Read the weights of the stage from the verified files."""
@@ -81,18 +78,22 @@ class StageActor:
         assert self._listener is not None
         assert self._stage is not None
         upstream, next_link = _join_ring(self._assignment.links, self._listener, downstream)
-        self._worker = StageWorker(self._stage, upstream=upstream, downstream=next_link)
+        stage = self._assignment.stage
+        self._worker = StageWorker(
+            self._stage,
+            upstream=upstream,
+            downstream=next_link,
+            name=f"stage {stage.index} on {stage.host}",
+        )
         self._worker.start()
 
     def run(self) -> None:
-        """Stay until `stop`, or until the worker ends because a link did."""
+        """Stay until `stop`; raise what ended the worker otherwise."""
         assert self._worker is not None
-        while self._worker.is_alive() and not self._stop.wait(WATCH_S):
-            pass
+        self._worker.wait()
 
     def stop(self) -> None:
         """End the worker and the links."""
-        self._stop.set()
         if self._worker is not None:
             self._worker.stop()
         if self._listener is not None:
@@ -115,7 +116,6 @@ class GatewayActor:
         self._listener: LinkListener | None = None
         self._engine: Engine | None = None
         self._server: Server | None = None
-        self._stop = threading.Event()
 
     def bind(self) -> int:
         """Take the port; nobody is answered yet."""
@@ -153,7 +153,6 @@ class GatewayActor:
             downstream=first_stage,
             upstream=upstream,
             eos_token_ids=self._tokenizer.eos_ids,
-            epoch=given.links.epoch,
         )
         self._engine.start()
 
@@ -186,12 +185,12 @@ class GatewayActor:
         return self._server.url
 
     def run(self) -> None:
-        """Stay until `stop`; a ring that breaks shows at its stages, and `warm` says why."""
-        self._stop.wait()
+        """Stay until `stop`; raise what broke the ring otherwise."""
+        assert self._engine is not None
+        self._engine.wait()
 
     def stop(self) -> None:
         """End the API, then the engine, then the links."""
-        self._stop.set()
         if self._server is not None:
             self._server.stop(DRAIN_S)
         elif self._socket is not None:
@@ -216,33 +215,21 @@ def _listen(links: LinkSetup) -> "LinkListener":
 def _join_ring(
     links: LinkSetup, listener: "LinkListener", downstream: str
 ) -> tuple["TcpLink", "TcpLink"]:
-    """Accept the neighbour before and dial the one after, at the same time: all others do too."""
+    """The links from the neighbour before and to the one after.
+
+    Everybody dials first: a listener answers while nobody accepts yet.
+    """
     from ..cluster.link import dial
 
-    dialled: list[TcpLink] = []
-    failed: list[BaseException] = []
-
-    def reach() -> None:
-        try:
-            dialled.append(
-                dial(
-                    downstream,
-                    secret=links.secret,
-                    deployment=links.deployment,
-                    epoch=links.epoch,
-                    timeout_s=LINK_TIMEOUT_S,
-                )
-            )
-        except BaseException as error:  # raised again below
-            failed.append(error)
-
-    dialling = threading.Thread(target=reach, name="dial")
-    dialling.start()
+    next_link = dial(
+        downstream,
+        secret=links.secret,
+        deployment=links.deployment,
+        epoch=links.epoch,
+        timeout_s=LINK_TIMEOUT_S,
+    )
     try:
-        upstream = listener.accept(LINK_TIMEOUT_S)
-    finally:
-        dialling.join()
-    if failed:
-        upstream.close()
-        raise failed[0]
-    return upstream, dialled[0]
+        return listener.accept(LINK_TIMEOUT_S), next_link
+    except BaseException:
+        next_link.close()
+        raise

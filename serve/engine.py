@@ -1,82 +1,58 @@
 """The engine of one pipeline: requests in, tokens out, steps around the ring in between.
 
-One thread owns the scheduler. Everything that happens to it (a request, a client that left, a
-frame from the last stage, the end) comes through one inbox, so nothing is locked. asyncio lives
-only on the callers' side: tokens are handed to their loops.
+One thread owns the scheduler. What happens to it comes through one inbox: a request, a client that
+left, a result, the end. asyncio lives only on the callers' side; tokens are handed to their loops.
 """
 
 import asyncio
-import json
 import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
-from ..cluster.footprint import STEP_TOKENS
-from ..cluster.link import Frame, StageLink
-from ..errors import MagnetarError, QueueFullError, StageLostError, UsageError
+from ..cluster.link import ALIVE_S, StageLink
+from ..errors import QueueFullError, StageLostError, UsageError
 from ..fetcher.config import ModelConfig
+from .callers import Callers, Probe, Stream
+from .pipeline import Arrival, Pipeline
 from .request import GenerationParams, Request, TokenEvent
 from .scheduler import Scheduler
 from .step import SamplingParams
-from .step_codec import decode_result, encode_plan
 
 logger = logging.getLogger(__name__)
 
 MAX_RUNNING = 64
-"""Requests that hold KV blocks at once; beyond that a CPU gains nothing from larger steps."""
+"""Requests that hold KV blocks at once, where the plan does not ask for more. That they may not all
+fit at full length is meant: most are short, and the scheduler preempts when blocks run out."""
 MAX_WAITING = 256
-"""Requests that may wait for KV blocks; the API answers 429 beyond."""
-STEP_DEADLINE_S = 300.0
-"""A step that takes longer is lost: the largest prompt chunk takes seconds on a slow CPU."""
-FRESH_S = 5.0
-"""While steps complete, the last one's time is as good as a probe's."""
+"""Requests that may wait for KV blocks; beyond, `QueueFullError`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """A snapshot, taken between two events."""
+    """A snapshot between two steps."""
 
-    running: int
-    waiting: int
-    steps_in_flight: int
+    running: int = 0
+    """Requests that hold KV blocks."""
+    waiting: int = 0
+    steps_in_flight: int = 0
     num_kv_blocks: int
     kv_blocks_free: int
-
-
-@dataclass(eq=False, slots=True)
-class _Stream:
-    """The way back to one caller. Holds at most the events of its request's tokens."""
-
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[TokenEvent | MagnetarError] = field(default_factory=asyncio.Queue)
-
-    def deliver(self, event: TokenEvent | MagnetarError) -> None:
-        """Hand an event to the caller's loop; a loop that is gone asks for nothing any more."""
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:
-            logger.debug("the caller's loop is closed")
+    num_preemptions: int = 0
+    """Since the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Add:
-    prompt_ids: tuple[int, ...]
-    params: GenerationParams
-    stream: _Stream
+    request: Request
+    stream: Stream
 
 
 @dataclass(frozen=True, slots=True)
 class _Abort:
-    stream: _Stream
-
-
-@dataclass(frozen=True, slots=True)
-class _Lost:
-    error: StageLostError
+    request_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +60,15 @@ class _Stop:
     pass
 
 
-_Event = _Add | _Abort | _Lost | _Stop | Frame
+_Message = _Add | _Abort | Probe | _Stop | Arrival | StageLostError
+
+
+class _Stopped(Exception):
+    """`stop` was called."""
 
 
 class Engine:
-    """Serves requests over one ring of stages until a link dies or `stop`."""
+    """Serves requests over one ring of stages until it breaks, or `stop`. An engine runs once."""
 
     def __init__(
         self,
@@ -101,7 +81,6 @@ class Engine:
         downstream: StageLink,
         upstream: StageLink,
         eos_token_ids: Collection[int],
-        epoch: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Takes both links over: `downstream` to the first stage, `upstream` from the last."""
@@ -109,46 +88,64 @@ class Engine:
             num_kv_blocks=num_kv_blocks,
             max_context_tokens=max_context_tokens,
             max_running=max(MAX_RUNNING, max_concurrency),
-            max_step_tokens=STEP_TOKENS,
             num_stages=num_stages,
             eos_token_ids=frozenset(eos_token_ids),
         )
-        self._num_kv_blocks = num_kv_blocks
-        self._vocab_size = config.vocab_size
-        self._downstream = downstream
-        self._upstream = upstream
-        self._epoch = epoch
-        self._clock = clock
-        self._inbox: queue.Queue[_Event] = queue.Queue()
-        self._streams: dict[int, _Stream] = {}
-        self._request_ids: dict[_Stream, int] = {}
-        self._sent_at: deque[float] = deque()
-        self._last_step: tuple[float, float] | None = None
-        """When the last step came back, and the seconds it took."""
-        self._next_request_id = 0
-        self._lost: StageLostError | None = None
-        self._stopping = False
-        self._stats = self._snapshot()
-        self._threads = (
-            threading.Thread(target=self._run, name="engine", daemon=True),
-            threading.Thread(target=self._receive, name="engine-receive", daemon=True),
+        # Unbounded in type only: at most MAX_WAITING requests and their aborts, the results of
+        # num_stages + 1 steps, and the probes that somebody waits for.
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._pipeline = Pipeline(
+            downstream=downstream, upstream=upstream, on_arrival=self._inbox.put, clock=clock
         )
+        self._vocab_size = config.vocab_size
+        self._num_kv_blocks = num_kv_blocks
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        # What the engine's thread alone touches.
+        self._callers = Callers()
+        self._probes: list[Probe] = []
+        self._num_taken = 0
+        """Requests taken from the inbox since the last statistics."""
+        # What callers touch too, under the lock.
+        self._lock = threading.Lock()
+        self._next_request_id = 0
+        self._num_unseen = 0
+        """Requests that the last statistics do not count yet."""
+        self._stats = EngineStats(num_kv_blocks=num_kv_blocks, kv_blocks_free=num_kv_blocks)
+        self._over: StageLostError | None = None
+        self._was_stopped = False
 
     def start(self) -> None:
         """Begin to serve."""
-        for thread in self._threads:
-            thread.start()
+        self._pipeline.start()
+        self._thread.start()
 
     def stop(self) -> None:
-        """Close the links, fail what still runs, and wait for the threads."""
+        """Fail what still runs, close the links, and wait for the threads."""
         self._inbox.put(_Stop())
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+        if self._thread.ident is None:
+            self._end(_stopping(), was_stopped=True)
+        else:
+            self._thread.join()
+        self._pipeline.close()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end; False when `timeout_s` passes first, True after `stop`.
+
+        Raises:
+            StageLostError: the ring broke.
+        """
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
+        with self._lock:
+            if not self._was_stopped:
+                self._check_open()
+        return True
 
     def stats(self) -> EngineStats:
-        """How busy the engine is; never blocks."""
-        return self._stats
+        """How busy the engine is; requests count from the moment they are accepted."""
+        with self._lock:
+            return replace(self._stats, waiting=self._stats.waiting + self._num_unseen)
 
     async def generate(
         self, prompt_ids: Sequence[int], params: GenerationParams
@@ -160,158 +157,181 @@ class Engine:
             QueueFullError: too many requests wait already.
             StageLostError: a stage or its link died, or the engine stopped.
         """
-        unknown = [token for token in prompt_ids if not 0 <= token < self._vocab_size]
-        if unknown:
-            raise UsageError(
-                f"token {unknown[0]} is not in the vocabulary of {self._vocab_size} tokens"
-            )
-        stream = _Stream(asyncio.get_running_loop())
-        self._inbox.put(_Add(tuple(prompt_ids), params, stream))
-        finished = False
+        stream = self._add(tuple(prompt_ids), params)
+        is_over = False
         try:
-            while not finished:
-                event = await stream.events.get()
-                finished = isinstance(event, MagnetarError) or event.finish_reason is not None
-                if isinstance(event, MagnetarError):
-                    raise event
+            while not is_over:
+                event = await stream.next()
+                is_over = event.finish_reason is not None
                 yield event
         finally:
-            if not finished:
-                self._inbox.put(_Abort(stream))
+            if not is_over:
+                self._inbox.put(_Abort(stream.request_id))
 
     async def probe(self) -> float:
-        """Seconds that a step takes around the ring: a new one, or the last while busy.
+        """Seconds that a step takes around the ring: the next one, or one of its own when idle.
 
         Raises:
             StageLostError: the ring is broken.
         """
-        if self._lost is not None:
-            raise self._lost
-        if self._last_step is not None and self._clock() - self._last_step[0] < FRESH_S:
-            return self._last_step[1]
-        started_at = self._clock()
-        params = GenerationParams(
-            max_tokens=1, ignore_eos=True, sampling=SamplingParams(temperature=0.0)
-        )
-        async for _ in self.generate((0,), params):
-            pass
-        return self._clock() - started_at
+        loop = asyncio.get_running_loop()
+        probe = Probe(loop, loop.create_future())
+        with self._lock:
+            self._check_open()
+            self._inbox.put(probe)
+        return await probe.seconds
+
+    def _add(self, prompt_ids: tuple[int, ...], params: GenerationParams) -> Stream:
+        if unknown := [token for token in prompt_ids if not 0 <= token < self._vocab_size]:
+            raise UsageError(
+                f"token {unknown[0]} is not in the vocabulary of {self._vocab_size} tokens"
+            )
+        self._scheduler.check(len(prompt_ids), params.max_tokens)
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self._check_open()
+            num_waiting = self._stats.waiting + self._num_unseen
+            if num_waiting >= MAX_WAITING:
+                raise QueueFullError(f"{num_waiting} requests wait already; try again later")
+            # Ids ascend in the order of the inbox, because both are under the lock.
+            stream = Stream(self._new_request_id(), loop)
+            request = Request(request_id=stream.request_id, prompt_ids=prompt_ids, params=params)
+            self._num_unseen += 1
+            self._inbox.put(_Add(request, stream))
+        return stream
+
+    def _new_request_id(self) -> int:
+        request_id = self._next_request_id
+        self._next_request_id += 1
+        return request_id
+
+    def _check_open(self) -> None:
+        if self._over is not None:
+            # A fresh one for each caller: a raised error carries its traceback along.
+            raise StageLostError(str(self._over))
 
     def _run(self) -> None:
         try:
-            while self._lost is None:
-                self._handle(self._next_event())
-                while self._lost is None and not self._inbox.empty():
-                    self._handle(self._inbox.get())
+            while True:
+                # Full stages come first; callers can wait for the moment that this takes.
                 self._send_steps()
-                self._stats = self._snapshot()
+                self._publish()
+                self._deliver()
+                self._pipeline.check()
+                self._take_messages()
+        except _Stopped:
+            self._end(_stopping(), was_stopped=True)
+        except StageLostError as error:
+            logger.error("the engine ends: %s", error)
+            self._end(error)
         except Exception as error:  # a defect; the callers must not wait for ever
             logger.exception("the engine failed")
-            self._lose(StageLostError(f"the engine failed: {error}"))
-        finally:
-            self._downstream.close()
-            self._upstream.close()
-        # Whoever still comes is told at once; the thread ends with `stop`.
-        while not self._stopping:
-            event = self._inbox.get()
-            self._stopping = isinstance(event, _Stop)
-            if isinstance(event, _Add):
-                event.stream.deliver(self._farewell())
+            self._end(StageLostError(f"the engine failed: {error!r}"))
+        self._pipeline.close()
 
-    def _next_event(self) -> _Event:
-        """Wait for one; a step that does not come back in time is an event too."""
-        if not self._sent_at:
-            return self._inbox.get()
+    def _take_messages(self) -> None:
+        """Wait for one, then take all there are."""
         try:
-            left_s = self._sent_at[0] + STEP_DEADLINE_S - self._clock()
-            return self._inbox.get(timeout=max(left_s, 0.0))
+            self._handle(self._inbox.get(timeout=ALIVE_S))
+            while True:
+                self._handle(self._inbox.get_nowait())
         except queue.Empty:
-            return _Lost(StageLostError(f"a step did not come back in {STEP_DEADLINE_S:g} s"))
-
-    def _handle(self, event: _Event) -> None:
-        if isinstance(event, _Add):
-            self._add(event)
-        elif isinstance(event, _Abort):
-            request_id = self._request_ids.pop(event.stream, None)
-            if request_id is not None:
-                del self._streams[request_id]
-                self._scheduler.abort(request_id)
-        elif isinstance(event, _Lost):
-            self._lose(event.error)
-        elif isinstance(event, _Stop):
-            self._stopping = True
-            self._lose(StageLostError("the server is stopping; ask again later"))
-        elif event.kind == "result":
-            self._complete(event)
-        else:
-            self._lose(StageLostError(f"a stage failed: {json.loads(event.body)}"))
-
-    def _add(self, event: _Add) -> None:
-        if self._scheduler.num_waiting >= MAX_WAITING:
-            event.stream.deliver(
-                QueueFullError(f"{MAX_WAITING} requests wait already; try again later")
-            )
             return
-        request_id = self._next_request_id
-        request = Request(request_id=request_id, prompt_ids=event.prompt_ids, params=event.params)
+
+    def _handle(self, message: _Message) -> None:
+        match message:
+            case Arrival():
+                self._complete(message)
+            case _Add():
+                self._num_taken += 1
+                self._callers.attach(message.stream)
+                self._scheduler.add(message.request)
+            case _Abort():
+                self._callers.detach(message.request_id)
+                self._scheduler.abort(message.request_id)
+            case Probe():
+                self._probes.append(message)
+            case _Stop():
+                raise _Stopped
+            case StageLostError():
+                raise message
+
+    def _complete(self, arrival: Arrival) -> None:
         try:
-            self._scheduler.add(request)
-        except UsageError as error:
-            event.stream.deliver(error)
-            return
-        self._next_request_id += 1
-        self._streams[request_id] = event.stream
-        self._request_ids[event.stream] = request_id
-
-    def _complete(self, frame: Frame) -> None:
-        now, sent_at = self._clock(), self._sent_at.popleft()
-        self._last_step = (now, now - sent_at)
-        events = self._scheduler.complete(decode_result(frame.step_id, frame.body))
-        self._stats = self._snapshot()  # whoever hears the last token finds the blocks free
+            events = self._scheduler.complete(arrival.result)
+        except ValueError as error:
+            raise StageLostError(f"the stages answer what was not asked: {error}") from error
         for request_id, event in events:
-            stream = self._streams[request_id]
-            if event.finish_reason is not None:
-                del self._streams[request_id], self._request_ids[stream]
-            stream.deliver(event)
+            self._callers.collect(request_id, event)
+        seconds = self._pipeline.took(arrival)
+        for probe in self._probes:
+            if probe.step_id == arrival.result.step_id:
+                probe.measured_s = seconds
 
     def _send_steps(self) -> None:
-        while self._lost is None and (plan := self._scheduler.schedule()) is not None:
-            self._sent_at.append(self._clock())
-            frame = Frame(
-                kind="step", epoch=self._epoch, step_id=plan.step_id, body=encode_plan(plan)
-            )
-            try:
-                self._downstream.send(frame)
-            except StageLostError as error:
-                self._lose(error)
+        unmeasured = [probe for probe in self._probes if probe.step_id is None]
+        if unmeasured and not self._scheduler.has_requests:
+            self._add_probe_request()
+        while (plan := self._scheduler.schedule()) is not None:
+            for probe in unmeasured:
+                probe.step_id = plan.step_id
+            unmeasured = []
+            self._pipeline.send(plan)
 
-    def _lose(self, error: StageLostError) -> None:
-        """Fail every request; later ones fail at once."""
-        self._lost = error
-        for request_id, stream in self._streams.items():
-            self._scheduler.abort(request_id)
-            stream.deliver(self._farewell())
-        self._streams.clear()
-        self._request_ids.clear()
-        self._stats = self._snapshot()
-
-    def _farewell(self) -> StageLostError:
-        """A fresh error for each caller: a raised one carries its traceback along."""
-        return StageLostError(str(self._lost))
-
-    def _receive(self) -> None:
-        try:
-            while True:
-                self._inbox.put(self._upstream.receive())
-        except StageLostError as error:
-            self._inbox.put(_Lost(error))
-
-    def _snapshot(self) -> EngineStats:
-        scheduler = self._scheduler
-        return EngineStats(
-            running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
-            steps_in_flight=scheduler.num_in_flight,
-            num_kv_blocks=self._num_kv_blocks,
-            kv_blocks_free=scheduler.num_free_blocks,
+    def _add_probe_request(self) -> None:
+        """One token for nobody; the engine is idle, so there is room."""
+        with self._lock:
+            request_id = self._new_request_id()
+        params = GenerationParams(
+            max_tokens=1, ignore_eos=True, sampling=SamplingParams(temperature=0.0)
         )
+        self._scheduler.add(Request(request_id=request_id, prompt_ids=(0,), params=params))
+
+    def _publish(self) -> None:
+        scheduler = self._scheduler
+        with self._lock:
+            self._num_unseen -= self._num_taken
+            self._num_taken = 0
+            self._stats = EngineStats(
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                steps_in_flight=scheduler.num_in_flight,
+                num_kv_blocks=self._num_kv_blocks,
+                kv_blocks_free=scheduler.num_free_blocks,
+                num_preemptions=scheduler.num_preemptions,
+            )
+
+    def _deliver(self) -> None:
+        """Tell callers what is new, after the statistics say so too."""
+        for request_id in self._callers.deliver():
+            self._handle(_Abort(request_id))
+        for probe in [probe for probe in self._probes if probe.measured_s is not None]:
+            self._probes.remove(probe)
+            probe.resolve()
+
+    def _end(self, error: StageLostError, *, was_stopped: bool = False) -> None:
+        """Fail every request, probe and later caller."""
+        with self._lock:
+            self._over = error
+            self._was_stopped = was_stopped
+            self._num_unseen = 0
+            self._stats = EngineStats(
+                num_kv_blocks=self._num_kv_blocks, kv_blocks_free=self._num_kv_blocks
+            )
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(message, _Add):
+                self._callers.attach(message.stream)
+            elif isinstance(message, Probe):
+                self._probes.append(message)
+        self._callers.fail(error)
+        for probe in self._probes:
+            probe.reject(StageLostError(str(error)))
+        self._probes.clear()
+
+
+def _stopping() -> StageLostError:
+    return StageLostError("the server is stopping; send the request again later")

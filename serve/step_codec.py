@@ -1,77 +1,56 @@
-"""Steps and their results as bytes: compact JSON lists, strict on the way back."""
+"""Steps and what comes of them as bytes: compact JSON lists, strict on the way back.
+
+The step id is not part of it: frames carry it.
+"""
 
 import json
-from typing import Any
+import math
+from typing import Any, NoReturn
 
-from ..errors import StageLostError
 from .step import Sample, SamplingParams, StepPlan, StepResult, StepRow
+
+MAX_ERROR_CHARS = 2000
 
 
 def encode_plan(plan: StepPlan) -> bytes:
-    """The plan without its step id, which the frame carries."""
+    """The rows and the released requests."""
     rows = [
         [row.request_id, row.position, row.token_ids, row.new_block_ids, _sampling(row.sampling)]
         for row in plan.rows
     ]
-    return json.dumps([rows, plan.released], separators=(",", ":")).encode()
+    return _dump([rows, plan.released])
 
 
 def decode_plan(step_id: int, body: bytes) -> StepPlan:
-    """The inverse of `encode_plan`.
-
-    Raises:
-        StageLostError: the bytes are no plan; the peer is not what it says it is.
-    """
-    try:
-        rows, released = json.loads(body)
-        return StepPlan(
-            step_id=step_id,
-            rows=tuple(
-                StepRow(
-                    request_id=int(request_id),
-                    position=int(position),
-                    token_ids=tuple(map(int, token_ids)),
-                    new_block_ids=tuple(map(int, new_block_ids)),
-                    sampling=None if sampling is None else _decode_sampling(sampling),
-                )
-                for request_id, position, token_ids, new_block_ids, sampling in rows
-            ),
-            released=tuple(map(int, released)),
-        )
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise StageLostError(f"step {step_id}: the frame holds no plan: {error}") from error
+    """The inverse of `encode_plan`; ValueError for anything else."""
+    rows, released = _list(_load(body), 2)
+    return StepPlan(step_id=step_id, rows=tuple(map(_row, _list(rows))), released=_counts(released))
 
 
 def encode_result(result: StepResult) -> bytes:
-    """The samples; the frame carries the step id."""
-    samples = [
-        [sample.request_id, sample.token_id, sample.logprob, sample.top_logprobs]
-        for sample in result.samples
-    ]
-    return json.dumps(samples, separators=(",", ":")).encode()
+    """The samples."""
+    return _dump(
+        [
+            [sample.request_id, sample.token_id, sample.logprob, sample.top_logprobs]
+            for sample in result.samples
+        ]
+    )
 
 
 def decode_result(step_id: int, body: bytes) -> StepResult:
-    """The inverse of `encode_result`; floats come back to the bit.
+    """The inverse of `encode_result`, floats to the bit; ValueError for anything else."""
+    return StepResult(step_id=step_id, samples=tuple(map(_sample, _list(_load(body)))))
 
-    Raises:
-        StageLostError: the bytes are no result.
-    """
-    try:
-        return StepResult(
-            step_id=step_id,
-            samples=tuple(
-                Sample(
-                    request_id=int(request_id),
-                    token_id=int(token_id),
-                    logprob=None if logprob is None else float(logprob),
-                    top_logprobs=tuple((int(token), float(value)) for token, value in top),
-                )
-                for request_id, token_id, logprob, top in json.loads(body)
-            ),
-        )
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise StageLostError(f"step {step_id}: the frame holds no result: {error}") from error
+
+def encode_error(message: str) -> bytes:
+    """What ended a stage, for the engine's callers."""
+    return _dump(message[:MAX_ERROR_CHARS])
+
+
+def decode_error(body: bytes) -> str:
+    """The inverse of `encode_error`; ValueError for anything else."""
+    message = _load(body)
+    return message if isinstance(message, str) else _refuse(message)
 
 
 def _sampling(params: SamplingParams | None) -> list[Any] | None:
@@ -80,12 +59,71 @@ def _sampling(params: SamplingParams | None) -> list[Any] | None:
     return [params.temperature, params.top_p, params.top_k, params.seed, params.num_logprobs]
 
 
-def _decode_sampling(values: list[Any]) -> SamplingParams:
-    temperature, top_p, top_k, seed, num_logprobs = values
-    return SamplingParams(
-        temperature=float(temperature),
-        top_p=float(top_p),
-        top_k=int(top_k),
-        seed=int(seed),
-        num_logprobs=None if num_logprobs is None else int(num_logprobs),
+def _row(value: Any) -> StepRow:
+    request_id, position, token_ids, new_block_ids, sampling = _list(value, 5)
+    return StepRow(
+        request_id=_count(request_id),
+        position=_count(position),
+        token_ids=_counts(token_ids),
+        new_block_ids=_counts(new_block_ids),
+        sampling=None if sampling is None else _sampling_params(sampling),
     )
+
+
+def _sampling_params(value: Any) -> SamplingParams:
+    temperature, top_p, top_k, seed, num_logprobs = _list(value, 5)
+    return SamplingParams(
+        temperature=_number(temperature),
+        top_p=_number(top_p),
+        top_k=_count(top_k),
+        seed=_count(seed),
+        num_logprobs=None if num_logprobs is None else _count(num_logprobs),
+    )
+
+
+def _sample(value: Any) -> Sample:
+    request_id, token_id, logprob, top_logprobs = _list(value, 4)
+    pairs = [_list(pair, 2) for pair in _list(top_logprobs)]
+    return Sample(
+        request_id=_count(request_id),
+        token_id=_count(token_id),
+        logprob=None if logprob is None else _number(logprob),
+        top_logprobs=tuple((_count(top_id), _number(top)) for top_id, top in pairs),
+    )
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _load(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise ValueError("the body is nested too deeply") from None
+
+
+def _list(value: Any, length: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        _refuse(value)
+    return value
+
+
+def _counts(value: Any) -> tuple[int, ...]:
+    return tuple(map(_count, _list(value)))
+
+
+def _count(value: Any) -> int:
+    # A bool is an int to Python.
+    return value if type(value) is int and value >= 0 else _refuse(value)
+
+
+def _number(value: Any) -> float:
+    # Whole numbers come as int; a token that cannot be has a log-probability of -inf.
+    if type(value) not in (int, float) or math.isnan(value):
+        _refuse(value)
+    return float(value)
+
+
+def _refuse(value: Any) -> NoReturn:
+    raise ValueError(f"{str(value)[:40]!r} has no place in the message")
