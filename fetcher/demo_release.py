@@ -61,6 +61,9 @@ def write_release(
             f"There is no demo model of {num_experts} experts with noise {noise}: give no experts "
             "or at least two, and noise from 0 to less than 1."
         )
+    on_progress = on_progress or (lambda _: None)
+    # Reading the vocabulary takes seconds, before anything can be counted.
+    on_progress(Progress(phase="build", message=f"reading {weights.name}"))
     gguf = LlamaGGUF(weights)
     model = Upcycled(gguf, num_experts=num_experts, noise=noise, seed=seed)
     folder.mkdir(parents=True)
@@ -81,7 +84,7 @@ def write_release(
         model,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        on_progress=on_progress or (lambda _: None),
+        on_progress=on_progress,
         stop=stop or threading.Event(),
     )
 

@@ -343,12 +343,13 @@ def test_full_disk_is_said_before_writing(
 def test_progress_grows_to_the_bytes_of_the_weights(tmp_path: Path, tiny: object) -> None:
     told: list[Progress] = []
     folder = build_demo_release(tmp_path / "out", on_progress=told.append)
+    assert told[0].message == "reading tiny.gguf"
     done = [progress.done_bytes for progress in told]
     assert done == sorted(done)
     assert {progress.phase for progress in told} == {"build"}
     assert [progress.finished for progress in told] == [False] * (len(told) - 1) + [True]
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert done[-1] == told[0].total_bytes == index["metadata"]["total_size"]
+    assert done[-1] == told[1].total_bytes == index["metadata"]["total_size"]
 
 
 def test_folder_says_what_it_is_and_under_which_licence(tmp_path: Path, tiny: object) -> None:
