@@ -19,7 +19,7 @@ STALL_S = 600.0
 """A ring that brings no result for so long is lost, although its links live. The longest steps are
 chunks of a prompt: minutes for a large model on few cores."""
 
-_CAUSE_S = 0.5
+_CAUSE_S = 2.0
 """How long to wait for the cause of a broken link: an error frame passes the ring in a moment."""
 
 

@@ -2,15 +2,57 @@
 
 import asyncio
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from magnetar.errors import StageLostError, UsageError
-from magnetar.serve.engine import Engine
+import torch
+from magnetar.cluster.link import Frame, TcpLink
+from magnetar.errors import QueueFullError, StageLostError, UsageError
+from magnetar.serve.engine import MAX_WAITING, Engine
+from magnetar.serve.pipeline import STALL_S
 from magnetar.serve.request import GenerationParams
-from magnetar.tests.fake_stage import expected_tokens, fake_stages, running_engine
+from magnetar.serve.step import StepPlan, StepResult
+from magnetar.tests.fake_stage import (
+    FakeStage,
+    expected_tokens,
+    fake_stages,
+    linked_pair,
+    model_config,
+    running_engine,
+)
 
 TIMEOUT_S = 20.0
+
+
+class GatedStage(FakeStage):
+    """Computes nothing until the gate opens."""
+
+    def __init__(self, *, num_kv_blocks: int, is_first: bool, is_last: bool) -> None:
+        super().__init__(num_kv_blocks=num_kv_blocks, is_first=is_first, is_last=is_last)
+        self.gate = threading.Event()
+
+    def step(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor | StepResult:
+        assert self.gate.wait(TIMEOUT_S)
+        return super().step(plan, hidden_TD)
+
+
+def bare_engine(*, clock: Callable[[], float] = time.monotonic) -> tuple[Engine, TcpLink, TcpLink]:
+    """An engine, and the ends of its links that the first and the last stage would hold."""
+    (to_first, first), (last, from_last) = linked_pair(), linked_pair()
+    engine = Engine(
+        config=model_config(),
+        num_kv_blocks=4,
+        max_context_tokens=64,
+        max_concurrency=1,
+        num_stages=1,
+        downstream=to_first,
+        upstream=from_last,
+        eos_token_ids=(),
+        clock=clock,
+    )
+    return engine, first, last
 
 
 async def answer(engine: Engine, prompt: Sequence[int], max_tokens: int) -> list[int]:
@@ -65,6 +107,86 @@ def test_a_probe_tells_the_seconds_of_a_step() -> None:
     with running_engine(fake_stages(2, num_kv_blocks=4), num_kv_blocks=4) as (engine, _):
         assert 0 < asyncio.run(engine.probe()) < TIMEOUT_S
         assert engine.stats().kv_blocks_free == 4
+
+
+def test_a_probe_rides_along_when_every_block_is_taken() -> None:
+    """A request of its own would wait for the one that has the only block."""
+
+    async def run(engine: Engine) -> None:
+        events = engine.generate([1], GenerationParams(max_tokens=16))
+        await anext(events)
+        async with asyncio.timeout(TIMEOUT_S):
+            assert await engine.probe() > 0
+            assert [event.token_id async for event in events] == expected_tokens([1], 16)[1:]
+
+    with running_engine(fake_stages(2, num_kv_blocks=1), num_kv_blocks=1) as (engine, _):
+        asyncio.run(run(engine))
+
+
+def test_a_probe_that_nobody_waits_for_harms_nothing() -> None:
+    stage = GatedStage(num_kv_blocks=4, is_first=True, is_last=True)
+
+    async def run(engine: Engine) -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.probe(), 0.01)
+        stage.gate.set()
+        async with asyncio.timeout(TIMEOUT_S):
+            assert await answer(engine, [1], 3) == expected_tokens([1], 3)
+            assert await engine.probe() > 0
+
+    with running_engine([stage], num_kv_blocks=4) as (engine, _):
+        asyncio.run(run(engine))
+
+
+def test_requests_beyond_the_queue_are_refused_and_the_others_served() -> None:
+    stage = GatedStage(num_kv_blocks=1, is_first=True, is_last=True)
+
+    async def run(engine: Engine) -> None:
+        tasks = [asyncio.create_task(answer(engine, [1], 2)) for _ in range(MAX_WAITING)]
+        async with asyncio.timeout(TIMEOUT_S):
+            while engine.stats().running == 0:
+                await asyncio.sleep(0.001)
+            assert engine.stats().waiting == MAX_WAITING - 1
+            tasks.append(asyncio.create_task(answer(engine, [1], 2)))
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFullError, match=f"{MAX_WAITING} requests wait"):
+                await answer(engine, [1], 2)
+            stage.gate.set()
+            assert await asyncio.gather(*tasks) == [expected_tokens([1], 2)] * (MAX_WAITING + 1)
+
+    with running_engine([stage], num_kv_blocks=1) as (engine, _):
+        asyncio.run(run(engine))
+
+
+def test_callers_in_several_event_loops_are_served() -> None:
+    with running_engine(fake_stages(2, num_kv_blocks=30), num_kv_blocks=30) as (engine, _):
+
+        def serve_one(start: int) -> list[int]:
+            return asyncio.run(answer(engine, [start], 20))
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(serve_one, range(8)))
+    assert answers == [expected_tokens([start], 20) for start in range(8)]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_every_client_is_told_why_a_stage_failed(failing: int) -> None:
+    """Whatever comes first: the reason around the ring, or the broken link to the first stage."""
+    stages = fake_stages(3, num_kv_blocks=100)
+    stages[failing].fail_at_step = 20
+
+    async def run(engine: Engine) -> list[object]:
+        clients = (answer(engine, [start], 200) for start in range(6))
+        async with asyncio.timeout(TIMEOUT_S):
+            return list(await asyncio.gather(*clients, return_exceptions=True))
+
+    with running_engine(stages, num_kv_blocks=100) as (engine, _):
+        outcomes = asyncio.run(run(engine))
+        with pytest.raises(StageLostError, match="told to fail"):
+            engine.wait(TIMEOUT_S)
+    for outcome in outcomes:
+        assert isinstance(outcome, StageLostError)
+        assert "told to fail" in str(outcome)
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -125,4 +247,46 @@ def test_stopping_fails_what_runs_and_leaves_no_thread() -> None:
 
     with running_engine(fake_stages(2, num_kv_blocks=100), num_kv_blocks=100) as (engine, _):
         asyncio.run(run(engine))
+        assert engine.wait(TIMEOUT_S)
+        with pytest.raises(StageLostError, match="stopping"):
+            asyncio.run(engine.probe())
+        engine.stop()
     assert set(threading.enumerate()) == before
+
+
+def test_a_ring_that_brings_nothing_back_is_lost() -> None:
+    now = [0.0]
+    engine, first, last = bare_engine(clock=lambda: now[0])
+    engine.start()
+
+    async def run() -> None:
+        waiting = asyncio.create_task(answer(engine, [1], 1))
+        await asyncio.to_thread(first.receive, TIMEOUT_S)
+        now[0] = STALL_S + 1
+        with pytest.raises(StageLostError, match="no step came back"):
+            await waiting
+
+    asyncio.run(run())
+    engine.stop()
+    first.close()
+    last.close()
+
+
+def test_an_answer_to_what_was_not_asked_ends_the_engine() -> None:
+    engine, first, last = bare_engine()
+    engine.start()
+    last.send(Frame(kind="result", epoch=0, step_id=0, body=b"[]"))
+    with pytest.raises(StageLostError, match="out of turn"):
+        engine.wait(TIMEOUT_S)
+    engine.stop()
+    first.close()
+    last.close()
+
+
+def test_an_engine_that_never_started_can_be_stopped() -> None:
+    engine, first, last = bare_engine()
+    engine.stop()
+    with pytest.raises(StageLostError, match="stopping"):
+        asyncio.run(answer(engine, [1], 1))
+    first.close()
+    last.close()
