@@ -29,9 +29,9 @@ if __name__ == "__main__" and not __package__:
     _spec.loader.exec_module(_package)
     __package__ = "magnetar"
 
-from .console import Console
+from .commands.console import Console
+from .commands.options import build_parser
 from .errors import InterruptedByUserError, MagnetarError
-from .options import build_parser
 
 # What can be taken up again where it was left, by running the same command.
 _RESUMABLE = frozenset({"up", "demo", "fetch", "verify", "plan", "inspect"})
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _send_logs_to(console, debug=args.debug)
     try:
         with console, _stopping(stop, console):
-            from .commands import COMMANDS
+            from .commands.verbs import COMMANDS
 
             COMMANDS[args.verb](args, console, stop)
     except BrokenPipeError:

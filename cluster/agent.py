@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from ..fetcher.checkpoint.release import facts_to_json
 from ..fetcher.config import ReleaseHints
 from ..fetcher.fetch import Fetch
 from ..fetcher.progress import Progress
-from ..fetcher.release import facts_to_json
 from ..fetcher.store import Store
 from .inventory import probe_node
 from .plan import Node

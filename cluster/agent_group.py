@@ -4,8 +4,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
+from ..fetcher.checkpoint.release import ReleaseFacts, facts_from_json
 from ..fetcher.progress import ProgressSink
-from ..fetcher.release import ReleaseFacts, facts_from_json
 from .agent import NodeAgent
 from .plan import Inventory
 from .ray_calls import call, gather

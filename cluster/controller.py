@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import Final
 
 from ..errors import InterruptedByUserError, MagnetarError
+from ..fetcher.checkpoint.release import ReleaseFacts, facts_to_json
 from ..fetcher.progress import Phase, Progress
-from ..fetcher.release import ReleaseFacts, facts_to_json
 from .agent_group import AgentGroup
 from .assignment import PipelineRoles
 from .journal import controller_journal

@@ -15,22 +15,22 @@ from ..errors import (
     ReleaseError,
     VerifyError,
 )
-from .bencode import decode, encode
 from .config import ReleaseHints
-from .download import Download
 from .layout import Selection, select_files
-from .libtorrent_session import LibtorrentSession
-from .magnet import Magnet, parse_magnet, split_peer
-from .metainfo import MAX_METAINFO_BYTES, Metainfo, parse_metainfo
-from .pieces import PieceReader
 from .progress import Phase, Progress, ProgressSink
-from .session import SessionSettings, TorrentSession
 from .store import ReleaseFolder, Store
 from .tensors import MissingRangeError
+from .torrent.bencode import decode, encode
+from .torrent.download import Download
+from .torrent.libtorrent_session import LibtorrentSession
+from .torrent.magnet import Magnet, parse_magnet, split_peer
+from .torrent.metainfo import MAX_METAINFO_BYTES, Metainfo, parse_metainfo
+from .torrent.pieces import PieceReader
+from .torrent.session import SessionSettings, TorrentSession
 from .verify import check_release_sums
 
 if TYPE_CHECKING:
-    from .release import ReleaseFacts
+    from .checkpoint.release import ReleaseFacts
 
 FetchKind = Literal["magnet", "torrent", "folder"]
 
@@ -145,7 +145,7 @@ class Fetch:
         Raises:
             What `read_release` raises about the release, and `download` about the network.
         """
-        from .release import FolderReader, read_release
+        from .checkpoint.release import FolderReader, read_release
 
         self.metadata()
         if self._kind == "folder":

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DownloadError, PreflightError, ReleaseError
-from .metainfo import Metainfo, parse_metainfo
+from .torrent.metainfo import Metainfo, parse_metainfo
 
 RECORD_VERSION = 1
 

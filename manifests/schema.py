@@ -35,13 +35,13 @@ def _checked(check: Callable[[str], object]) -> AfterValidator:
 
 
 def _check_magnet(text: str) -> None:
-    from ..fetcher.magnet import parse_magnet
+    from ..fetcher.torrent.magnet import parse_magnet
 
     parse_magnet(text)
 
 
 def _check_peer(text: str) -> None:
-    from ..fetcher.magnet import split_peer
+    from ..fetcher.torrent.magnet import split_peer
 
     split_peer(text)
 

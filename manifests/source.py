@@ -76,7 +76,7 @@ def release_name(source: SourceSpec) -> str:
     if source.kind == "torrent":
         info_hash, name = _info_hash_of(Path(source.location)), Path(source.location).stem
     else:
-        from ..fetcher.magnet import parse_magnet
+        from ..fetcher.torrent.magnet import parse_magnet
 
         magnet = parse_magnet(source.location)
         info_hash, name = magnet.info_hash, magnet.name
@@ -107,7 +107,7 @@ def _magnet_source(
     given: ReleaseHints,
     note: Callable[[str], None],
 ) -> SourceSpec:
-    from ..fetcher.magnet import parse_magnet
+    from ..fetcher.torrent.magnet import parse_magnet
 
     magnet = parse_magnet(f"magnet:?xt=urn:btih:{text}" if _INFO_HASH.fullmatch(text) else text)
     for repair in magnet.repairs:
@@ -123,7 +123,7 @@ def _magnet_source(
 
 
 def _info_hash_of(path: Path) -> str:
-    from ..fetcher.metainfo import parse_metainfo
+    from ..fetcher.torrent.metainfo import parse_metainfo
 
     if path.suffix != ".torrent":
         raise UsageError(

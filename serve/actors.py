@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..cluster.assignment import GatewayAssignment, LinkSetup, StageAssignment
-from ..fetcher.release import ReleaseFacts, facts_from_json
-from .server import Server, bind
-from .tokenizer import Tokenizer, load_tokenizer
+from ..fetcher.checkpoint.release import ReleaseFacts, facts_from_json
+from .api.server import Server, bind
+from .text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ..cluster.link import LinkListener, TcpLink
-    from .engine import Engine
-    from .stage import Stage
-    from .stage_worker import StageWorker
+    from .engine.engine import Engine
+    from .engine.stage import Stage
+    from .engine.stage_worker import StageWorker
 
 LINK_TIMEOUT_S = 60.0
 """For a neighbour in the ring to dial or to answer; all are told to at the same time."""
@@ -41,8 +41,8 @@ class StageActor:
         """Read the weights of the stage from the verified files."""
         import torch
 
-        from ..fetcher.source import FileTensorSource
-        from .stage import Stage
+        from ..fetcher.checkpoint.source import FileTensorSource
+        from .engine.stage import Stage
 
         given, plan = self._assignment, self._assignment.stage
         # Ray leaves one thread to an actor without reserved CPUs; the planner knows better.
@@ -73,7 +73,7 @@ class StageActor:
 
     def connect(self, downstream: str) -> None:
         """Join the ring and begin to execute steps."""
-        from .stage_worker import StageWorker
+        from .engine.stage_worker import StageWorker
 
         assert self._listener is not None
         assert self._stage is not None
@@ -135,7 +135,7 @@ class GatewayActor:
         """Close the ring and start the engine."""
         import torch
 
-        from .engine import Engine
+        from .engine.engine import Engine
 
         torch.set_num_threads(1)  # the stages compute
         given, facts = self._assignment, self._facts
@@ -163,7 +163,7 @@ class GatewayActor:
 
     def serve(self) -> str:
         """Answer requests from now on."""
-        from .api import create_app
+        from .api.app import create_app
 
         given, facts = self._assignment, self._facts
         assert given is not None

@@ -17,8 +17,8 @@ from ..cluster.status import DeploymentStatus
 from ..errors import NotFoundError, StageLostError, TimedOutError, UsageError
 from ..fetcher.progress import ProgressSink
 from ..settings import data_dir
+from .api.server import bind
 from .preview import PlanPreview, plan_only
-from .server import bind
 from .session import (
     POLL_S,
     STOP_TIMEOUT_S,

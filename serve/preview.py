@@ -12,9 +12,9 @@ from ..cluster.planner import plan as place_model
 from ..cluster.ray_runtime import home_node, joined_ray, ray_nodes
 from ..cluster.spec import DeploymentSpec
 from ..cluster.workload import workload_of
+from ..fetcher.checkpoint.release import ReleaseFacts
 from ..fetcher.fetch import Fetch
 from ..fetcher.progress import ProgressSink
-from ..fetcher.release import ReleaseFacts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,14 +5,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
+from openai import DefaultHttpxClient, OpenAI
+
 from magnetar.fetcher.config import ChatFormat
-from magnetar.serve.api import create_app
-from magnetar.serve.sentencepiece_tokenizer import SentencePieceTokenizer
-from magnetar.serve.server import Server, bind
-from magnetar.serve.tokenizer import Tokenizer
+from magnetar.serve.api.app import create_app
+from magnetar.serve.api.server import Server, bind
+from magnetar.serve.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from magnetar.serve.text.tokenizer import Tokenizer
 from magnetar.tests.fake_engine import FakeEngine
 from magnetar.tests.tokenizers_for_tests import mistral_tokenizer_file
-from openai import DefaultHttpxClient, OpenAI
 
 MODEL = "tiny/mixtral"
 MISTRAL = SentencePieceTokenizer(mistral_tokenizer_file())

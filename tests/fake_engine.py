@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from magnetar.errors import QueueFullError, StageLostError
-from magnetar.serve.request import GenerationParams, TokenEvent
+from magnetar.serve.engine.request import GenerationParams, TokenEvent
 
 Reply = Callable[[Sequence[int], GenerationParams], Iterable[int]]
 

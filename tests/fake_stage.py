@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+
 from magnetar.cluster.link import LinkListener, TcpLink, dial
 from magnetar.fetcher.config import ModelConfig
-from magnetar.serve.engine import Engine
-from magnetar.serve.stage_worker import StageWorker
-from magnetar.serve.step import Sample, StepPlan, StepResult
+from magnetar.serve.engine.engine import Engine
+from magnetar.serve.engine.stage_worker import StageWorker
+from magnetar.serve.engine.step import Sample, StepPlan, StepResult
 from magnetar.settings import KV_BLOCK_TOKENS
 
 VOCAB_SIZE = 1000

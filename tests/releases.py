@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
 from magnetar.fetcher.config import ReleaseHints
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from magnetar.fetcher.seed import SeedInfo, seed
+from magnetar.fetcher.torrent.seed import SeedInfo, seed
 
 READY_S = 60.0
 END_S = 20.0

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+
 from magnetar.fetcher.config import ModelConfig
 from magnetar.fetcher.tensors import StoredDtype, TensorEntry, TensorIndex, TensorSource
-from magnetar.serve.stage import Stage
-from magnetar.serve.step import Sample, SamplingParams, StepPlan, StepResult, StepRow
+from magnetar.serve.engine.stage import Stage
+from magnetar.serve.engine.step import Sample, SamplingParams, StepPlan, StepResult, StepRow
 from magnetar.settings import KV_BLOCK_TOKENS
 from magnetar.tests.releases import mistral_tensors
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import magnetar
 import pytest
+
+import magnetar
 
 VERBS = ("up", "demo", "plan", "fetch", "verify", "seed", "inspect", "status", "down")
 Run = subprocess.CompletedProcess[str]

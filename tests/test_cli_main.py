@@ -9,8 +9,10 @@ import sys
 import threading
 
 import pytest
-from magnetar import cli, commands, errors
-from magnetar.console import Console
+
+from magnetar import cli, errors
+from magnetar.commands import verbs as commands
+from magnetar.commands.console import Console
 
 
 def ends_with(error: BaseException | None) -> commands.Command:
@@ -89,7 +91,8 @@ def test_signal_sets_the_event_and_leaves_the_handlers_as_they_were(
 
 BODY = """
 import sys
-from magnetar import cli, commands
+from magnetar import cli
+from magnetar.commands import verbs as commands
 def body(args, console, stop):
     {}
 commands.COMMANDS = {{"down": body}}

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from magnetar.demo import Seed, seeded
+
+from magnetar.commands.demo import Seed, seeded
 from magnetar.errors import MagnetarError
-from magnetar.fetcher.magnet import parse_magnet
+from magnetar.fetcher.torrent.magnet import parse_magnet
 from magnetar.tests.command import END_S, magnetar
 from magnetar.tests.releases import MAX_CONTEXT_TOKENS, ROPE_THETA, write_release
 from magnetar.tests.seeder import seeding

@@ -6,13 +6,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from magnetar.cluster.spec import DeploymentSpec
-from magnetar.commands import wanted
-from magnetar.console import Console
+from magnetar.commands.console import Console
+from magnetar.commands.options import build_parser
+from magnetar.commands.serving import how_to_ask, status_table
+from magnetar.commands.verbs import wanted
 from magnetar.errors import UsageError
 from magnetar.fetcher.config import ReleaseHints
-from magnetar.options import build_parser
-from magnetar.serving import how_to_ask, status_table
 from magnetar.settings import default_store
 
 SILENT = Console("none", out=io.StringIO(), err=io.StringIO())

@@ -7,10 +7,11 @@ import threading
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from magnetar.console import PROGRESS_MODES, BarView, Console, JsonView, PlainView
-from magnetar.fetcher.progress import Progress
-from magnetar.phases import PhaseState, format_bytes, format_duration
 from rich.console import Console as RichConsole
+
+from magnetar.commands.console import PROGRESS_MODES, BarView, Console, JsonView, PlainView
+from magnetar.commands.phases import PhaseState, format_bytes, format_duration
+from magnetar.fetcher.progress import Progress
 
 
 class FakeClock:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from magnetar.demo import QUESTION, ask
+
+from magnetar.commands.demo import QUESTION, ask
 from magnetar.errors import MagnetarError
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("fetcher", "cluster", "serve", "manifests")
+ROOMS = ("fetcher", "cluster", "serve", "manifests", "commands")
 # What each room may import of the package besides itself.
 ALLOWED = {
     "fetcher": {"errors", "settings"},
     "cluster": {"errors", "settings", "fetcher"},
     "serve": {"errors", "settings", "fetcher", "cluster"},
     "manifests": {"errors", "settings", "fetcher", "cluster"},
+    "commands": {"__version__", "errors", "settings", "fetcher", "cluster", "serve", "manifests"},
 }
 HEAVY = ("torch", "ray", "libtorrent", "transformers", "starlette", "uvicorn", "numpy")
 LIGHT = (
@@ -27,7 +28,7 @@ LIGHT = (
     "magnetar.cluster.plan",
     "magnetar.cluster.spec",
     "magnetar.manifests.load",
-    "magnetar.serve.step",
+    "magnetar.serve.engine.step",
 )
 
 

@@ -6,8 +6,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-import magnetar
 import pytest
+
+import magnetar
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

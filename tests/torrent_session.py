@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from magnetar.fetcher.session import (
+from magnetar.fetcher.torrent.session import (
     Address,
     Checked,
     Event,

@@ -11,7 +11,7 @@ import torch
 
 from ...fetcher.config import ModelConfig
 from ...settings import KV_BLOCK_TOKENS
-from ..step import StepRow
+from ..engine.step import StepRow
 from .rope import rotations
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from magnetar.cluster.assignment import PipelineRoles
 from magnetar.cluster.controller import Controller
 from magnetar.cluster.journal import controller_journal

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from magnetar.cluster.journal import FileJournal, deployment_record, deployment_records
 from magnetar.errors import MagnetarError
 

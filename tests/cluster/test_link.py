@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.cluster.frame import (
     HEADER_BYTES,
     MAX_BODY_BYTES,

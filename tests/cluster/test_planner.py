@@ -6,6 +6,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from magnetar.cluster.footprint import footprint, stored_dtype
 from magnetar.cluster.plan import Device, Inventory, Node, Plan, Workload
 from magnetar.cluster.plan_view import plan_json, plan_table

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from magnetar.cluster.ray_head import start_head, stop_head
 from magnetar.errors import InterruptedByUserError
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from magnetar.cluster.process_mark import ProcessMark
 from magnetar.cluster.ray_runtime import joined_ray, token_file
 from magnetar.errors import NotFoundError, UsageError

@@ -1,6 +1,7 @@
 """Conditions, failures and progress: what a controller tells."""
 
 import pytest
+
 from magnetar.cluster.progress_board import ProgressBoard
 from magnetar.cluster.status import PARTS, Condition, DeploymentStatus, Failure, with_condition
 from magnetar.errors import DiskSpaceError, MagnetarError, TimedOutError

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.cluster.workload import MIN_CONTEXT_TOKENS, workload_of
 from magnetar.errors import UsageError

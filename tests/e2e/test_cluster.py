@@ -10,12 +10,13 @@ from typing import Any
 
 import psutil
 import pytest
+from openai import OpenAI
+
 from magnetar.cluster.ray_runtime import token_file
 from magnetar.tests.command import END_S, magnetar
 from magnetar.tests.ray_cluster import ray_cluster
 from magnetar.tests.releases import write_release
 from magnetar.tests.seeder import seeding
-from openai import OpenAI
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -12,11 +12,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from openai import OpenAI
+
 from magnetar.settings import data_dir
 from magnetar.tests.command import END_S, magnetar
 from magnetar.tests.releases import MAX_CONTEXT_TOKENS, ROPE_THETA, write_release
 from magnetar.tests.seeder import seeding
-from openai import OpenAI
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

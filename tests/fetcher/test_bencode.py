@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.errors import ReleaseError
-from magnetar.fetcher.bencode import MAX_DEPTH, Decoder, decode, encode
+from magnetar.fetcher.torrent.bencode import MAX_DEPTH, Decoder, decode, encode
 
 values = st.recursive(
     st.integers() | st.binary(max_size=20),

@@ -10,11 +10,12 @@ import pytest
 import regex  # type: ignore[import-untyped]
 from hypothesis import given
 from hypothesis import strategies as st
-from magnetar.errors import TokenizerError
-from magnetar.fetcher.byte_level_bpe import tokenizer_json
-from magnetar.fetcher.demo import find_weights
-from magnetar.fetcher.gguf_llama import LlamaGGUF
 from tokenizers import Tokenizer
+
+from magnetar.errors import TokenizerError
+from magnetar.fetcher.demo.build import find_weights
+from magnetar.fetcher.demo.byte_level_bpe import tokenizer_json
+from magnetar.fetcher.demo.gguf_llama import LlamaGGUF
 
 GPT2 = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 TEXTS = [

@@ -4,15 +4,16 @@ from dataclasses import replace
 import pytest
 from hypothesis import given as draw
 from hypothesis import strategies as st
+
 from magnetar.errors import CheckpointError, ReleaseError
-from magnetar.fetcher.canonical import (
+from magnetar.fetcher.checkpoint.canonical import (
     Naming,
     canonical_index,
     detect_naming,
     expected_tensors,
 )
+from magnetar.fetcher.checkpoint.stored_tensor import StoredTensor
 from magnetar.fetcher.config import ModelConfig
-from magnetar.fetcher.stored_tensor import StoredTensor
 
 MOE = ModelConfig(
     dim=64,

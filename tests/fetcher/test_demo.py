@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.errors import (
     CheckpointError,
     DiskSpaceError,
@@ -23,14 +24,14 @@ from magnetar.errors import (
     TokenizerError,
     UsageError,
 )
-from magnetar.fetcher import demo
+from magnetar.fetcher.checkpoint.release import FolderReader, ReleaseFacts, read_release
+from magnetar.fetcher.checkpoint.source import FileTensorSource, interleave_rotary_rows
 from magnetar.fetcher.config import ReleaseHints
-from magnetar.fetcher.demo import DemoWeights, build_demo_release, find_weights
-from magnetar.fetcher.demo_release import write_release
-from magnetar.fetcher.gguf_llama import split_rotary_rows
+from magnetar.fetcher.demo import build as demo
+from magnetar.fetcher.demo.build import DemoWeights, build_demo_release, find_weights
+from magnetar.fetcher.demo.gguf_llama import split_rotary_rows
+from magnetar.fetcher.demo.release import write_release
 from magnetar.fetcher.progress import Progress
-from magnetar.fetcher.release import FolderReader, ReleaseFacts, read_release
-from magnetar.fetcher.source import FileTensorSource, interleave_rotary_rows
 
 DIM, HIDDEN, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "Ġ", "1", "ab", "Ġab"]

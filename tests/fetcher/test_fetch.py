@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import libtorrent
 import pytest
+
 from magnetar.errors import (
     DiskSpaceError,
     InterruptedByUserError,
@@ -29,20 +30,20 @@ from magnetar.errors import (
     UsageError,
     VerifyError,
 )
+from magnetar.fetcher.checkpoint.release import FolderReader, read_release
 from magnetar.fetcher.config import ReleaseHints
 from magnetar.fetcher.fetch import Fetch, FetchKind
-from magnetar.fetcher.libtorrent_session import LibtorrentSession
-from magnetar.fetcher.metainfo import parse_metainfo
 from magnetar.fetcher.progress import Progress
-from magnetar.fetcher.release import FolderReader, read_release
-from magnetar.fetcher.seed import SeedInfo
-from magnetar.fetcher.session import (
+from magnetar.fetcher.store import Store
+from magnetar.fetcher.torrent.libtorrent_session import LibtorrentSession
+from magnetar.fetcher.torrent.metainfo import parse_metainfo
+from magnetar.fetcher.torrent.seed import SeedInfo
+from magnetar.fetcher.torrent.session import (
     SessionSettings,
     TorrentJob,
     TorrentSession,
     listening_address,
 )
-from magnetar.fetcher.store import Store
 from magnetar.tests.releases import HINTS, Layout, write_release
 from magnetar.tests.seeder import seeding
 

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.errors import ReleaseError
 from magnetar.fetcher.layout import MAX_CONFIG_BYTES, select_files
 

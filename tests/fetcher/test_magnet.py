@@ -1,8 +1,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.errors import MagnetError, UsageError
-from magnetar.fetcher.magnet import Magnet, parse_magnet, split_peer
+from magnetar.fetcher.torrent.magnet import Magnet, parse_magnet, split_peer
 
 HASH = "5546272da9065eddeb6fcd7ffddeef5b75be79a7"
 BASE32 = "KVDCOLNJAZPN323PZV773XXPLN2346NH"

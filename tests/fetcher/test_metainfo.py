@@ -7,9 +7,10 @@ import libtorrent
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.errors import InterruptedByUserError, NotFoundError, ReleaseError, UsageError
-from magnetar.fetcher.bencode import encode
-from magnetar.fetcher.metainfo import create_torrent, parse_metainfo
+from magnetar.fetcher.torrent.bencode import encode
+from magnetar.fetcher.torrent.metainfo import create_torrent, parse_metainfo
 
 PIECE = 16_384
 

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.errors import MagnetarError, ReleaseError, UsageError
+from magnetar.fetcher.checkpoint.params import read_config, read_params
 from magnetar.fetcher.config import ModelConfig, ReleaseHints
-from magnetar.fetcher.params import read_config, read_params
 
 NOTHING = ReleaseHints()
 MIXTRAL_PARAMS: dict[str, Any] = {

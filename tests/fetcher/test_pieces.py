@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import pytest
+
 from magnetar.errors import ReleaseError
-from magnetar.fetcher.metainfo import create_torrent, parse_metainfo
-from magnetar.fetcher.pieces import PieceReader
 from magnetar.fetcher.tensors import MissingRangeError
+from magnetar.fetcher.torrent.metainfo import create_torrent, parse_metainfo
+from magnetar.fetcher.torrent.pieces import PieceReader
 
 PIECE = 16_384
 DATA = bytes(i * 7 % 251 for i in range(3 * PIECE))

@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from magnetar.errors import CheckpointError, UnsafePickleError
-from magnetar.fetcher.canonical import canonical_index, expected_tensors
+from magnetar.fetcher.checkpoint.canonical import canonical_index, expected_tensors
+from magnetar.fetcher.checkpoint.pth import data_offset, read_pth, read_zip_directory
+from magnetar.fetcher.checkpoint.release import FolderReader
 from magnetar.fetcher.config import ModelConfig
-from magnetar.fetcher.pth import data_offset, read_pth, read_zip_directory
-from magnetar.fetcher.release import FolderReader
 from magnetar.fetcher.tensors import DTYPE_BYTES, MissingRangeError
 from magnetar.tests.readers import ArrivingReader, MemoryReader
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from magnetar.errors import CheckpointError, NotFoundError, ReleaseError, UsageError
-from magnetar.fetcher.config import ReleaseHints
-from magnetar.fetcher.release import (
+from magnetar.fetcher.checkpoint.release import (
     FolderReader,
     ReleaseFacts,
     detect_layout,
@@ -17,7 +17,8 @@ from magnetar.fetcher.release import (
     facts_to_json,
     read_release,
 )
-from magnetar.fetcher.source import FileTensorSource
+from magnetar.fetcher.checkpoint.source import FileTensorSource
+from magnetar.fetcher.config import ReleaseHints
 from magnetar.fetcher.tensors import MissingRangeError
 from magnetar.tests.readers import ArrivingReader
 from magnetar.tests.releases import (

@@ -5,14 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
+
 from magnetar.errors import CheckpointError
-from magnetar.fetcher.safetensors_header import (
+from magnetar.fetcher.checkpoint.safetensors_header import (
     MAX_HEADER_BYTES,
     parse_safetensors_header,
     read_safetensors,
 )
 from magnetar.tests.readers import MemoryReader
-from safetensors.torch import save
 
 FILE = "model.safetensors"
 SMALL = {

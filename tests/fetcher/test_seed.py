@@ -3,11 +3,12 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from magnetar.errors import InterruptedByUserError, NotFoundError, PortInUseError, UsageError
-from magnetar.fetcher.magnet import parse_magnet
-from magnetar.fetcher.metainfo import parse_metainfo
 from magnetar.fetcher.progress import Progress
-from magnetar.fetcher.seed import SeedInfo, make_torrent, seed
+from magnetar.fetcher.torrent.magnet import parse_magnet
+from magnetar.fetcher.torrent.metainfo import parse_metainfo
+from magnetar.fetcher.torrent.seed import SeedInfo, make_torrent, seed
 from magnetar.tests.seeder import seeding
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import libtorrent
 import pytest
+
 from magnetar.errors import PortInUseError, ReleaseError
-from magnetar.fetcher.libtorrent_session import LibtorrentSession
-from magnetar.fetcher.metainfo import Metainfo, TorrentFile, create_torrent, parse_metainfo
-from magnetar.fetcher.session import (
+from magnetar.fetcher.torrent.libtorrent_session import LibtorrentSession
+from magnetar.fetcher.torrent.metainfo import Metainfo, TorrentFile, create_torrent, parse_metainfo
+from magnetar.fetcher.torrent.session import (
     Checked,
     Event,
     Flushed,

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.errors import CheckpointError
-from magnetar.fetcher.source import FileTensorSource, interleave_rotary_rows
+from magnetar.fetcher.checkpoint.source import FileTensorSource, interleave_rotary_rows
 from magnetar.fetcher.tensors import TensorEntry, TensorIndex
 
 ENTRY = TensorEntry(

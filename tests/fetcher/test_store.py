@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from magnetar.errors import DownloadError, PreflightError, ReleaseError
-from magnetar.fetcher.metainfo import Metainfo, create_torrent, parse_metainfo
 from magnetar.fetcher.store import (
     Fingerprint,
     Record,
@@ -15,6 +15,7 @@ from magnetar.fetcher.store import (
     fingerprints,
     replace_file,
 )
+from magnetar.fetcher.torrent.metainfo import Metainfo, create_torrent, parse_metainfo
 
 HASH = "a" * 40
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from magnetar.errors import DownloadError, InterruptedByUserError, TimedOutError
-from magnetar.fetcher.contacts import Contacts
 from magnetar.fetcher.progress import Progress
-from magnetar.fetcher.session import (
+from magnetar.fetcher.torrent.contacts import Contacts
+from magnetar.fetcher.torrent.session import (
     Checked,
     MetadataArrived,
     PeerLost,
@@ -17,7 +18,7 @@ from magnetar.fetcher.session import (
     TorrentStatus,
     TrackerFailed,
 )
-from magnetar.fetcher.swarm import RESUME_S, STALL_S, Swarm
+from magnetar.fetcher.torrent.swarm import RESUME_S, STALL_S, Swarm
 from magnetar.tests.torrent_session import FakeTorrentSession
 
 JOB = TorrentJob(info_hash="a" * 40, save_path=Path("unused"))

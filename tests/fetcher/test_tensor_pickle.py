@@ -8,14 +8,15 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import magnetar
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import magnetar
 from magnetar.errors import CheckpointError, UnsafePickleError
-from magnetar.fetcher.pickle_machine import MAX_OPCODES, PickledStorage, PickledTensor
-from magnetar.fetcher.tensor_pickle import MAX_PICKLE_BYTES, read_tensor_pickle
+from magnetar.fetcher.checkpoint.pickle_machine import MAX_OPCODES, PickledStorage, PickledTensor
+from magnetar.fetcher.checkpoint.tensor_pickle import MAX_PICKLE_BYTES, read_tensor_pickle
 
 
 def pickled_by_torch(value: object, **options: Any) -> bytes:
@@ -182,8 +183,8 @@ def test_escapes_what_a_hostile_name_would_do_to_a_terminal() -> None:
 
 def test_nothing_in_the_package_unpickles_with_torch_or_pickle() -> None:
     root = Path(magnetar.__file__).parent
-    rooms = ("", "fetcher", "cluster", "serve", "serve/model", "manifests")
-    sources = [path for room in rooms for path in (root / room).glob("*.py")]
+    rooms = ("fetcher", "cluster", "serve", "manifests", "commands")
+    sources = [path for room in rooms for path in (root / room).rglob("*.py")]
 
     assert len(sources) > 20
     for path in sources:

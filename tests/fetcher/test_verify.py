@@ -3,6 +3,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from magnetar.errors import InterruptedByUserError, ReleaseError, VerifyError
 from magnetar.fetcher import verify
 from magnetar.fetcher.progress import Progress

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.manifests.environment import expand
 
 ENVIRONMENT = {"NAME": "value", "EMPTY": ""}

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.errors import ManifestError, NotFoundError
 from magnetar.manifests.load import MAX_REPORTED, load_deployment, parse_deployment
 from magnetar.manifests.schema import Deployment, Placement, Serve

@@ -5,6 +5,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.manifests.yaml_loader import MAX_BYTES, MAX_NODES, Document, Mark, load_yaml
 
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from magnetar.fetcher.config import ReleaseHints
-from magnetar.fetcher.demo import build_demo_release
-from magnetar.fetcher.release import FolderReader, ReleaseFacts, read_release
-from magnetar.fetcher.source import FileTensorSource
-from magnetar.tests.stages import Pipeline
 from tokenizers import Tokenizer
+
+from magnetar.fetcher.checkpoint.release import FolderReader, ReleaseFacts, read_release
+from magnetar.fetcher.checkpoint.source import FileTensorSource
+from magnetar.fetcher.config import ReleaseHints
+from magnetar.fetcher.demo.build import build_demo_release
+from magnetar.tests.stages import Pipeline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

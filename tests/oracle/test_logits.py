@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+from magnetar.fetcher.checkpoint.release import FolderReader, read_release
+from magnetar.fetcher.checkpoint.source import FileTensorSource
 from magnetar.fetcher.config import ModelConfig, ReleaseHints
-from magnetar.fetcher.release import FolderReader, read_release
-from magnetar.fetcher.source import FileTensorSource
 from magnetar.tests.releases import HINTS, LAYOUTS, Dtype, Layout, write_release
 from magnetar.tests.stages import MemorySource, Pipeline, config_of, source_of
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from magnetar.fetcher.config import ModelConfig
-from magnetar.serve.step import Sample, SamplingParams
+from magnetar.serve.engine.step import Sample, SamplingParams
 from magnetar.tests.releases import write_release
 from magnetar.tests.stages import GREEDY, MemorySource, Pipeline, config_of, source_of
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import openai
 import pytest
+
 from magnetar.errors import StageLostError
-from magnetar.serve.readiness import CACHE_S, NotReady, Readiness
+from magnetar.serve.api.readiness import CACHE_S, NotReady, Readiness
 from magnetar.tests.api_server import MODEL, Service, saying, serving
 
 
@@ -68,7 +69,7 @@ def test_a_lost_stage_makes_it_not_ready_but_alive() -> None:
 
 
 def test_a_probe_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("magnetar.serve.readiness.PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("magnetar.serve.api.readiness.PROBE_TIMEOUT_S", 0.05)
     engine = saying(" x")
     engine.probe_hangs = True
     with serving(engine) as service:

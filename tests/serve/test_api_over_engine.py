@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
-from magnetar.serve.api import create_app
-from magnetar.serve.engine import Engine
-from magnetar.serve.server import Server, bind
+
+from magnetar.serve.api.app import create_app
+from magnetar.serve.api.server import Server, bind
+from magnetar.serve.engine.engine import Engine
 from magnetar.tests.api_server import MISTRAL
 from magnetar.tests.fake_stage import expected_tokens, fake_stages, running_engine
 

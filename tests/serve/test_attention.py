@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
+
 from magnetar.fetcher.config import ModelConfig
+from magnetar.serve.engine.step import StepRow
 from magnetar.serve.model.attention import Attention
 from magnetar.serve.model.batch import lay_out
 from magnetar.serve.model.kv_cache import KVCache
 from magnetar.serve.model.linear import plain_linear
 from magnetar.serve.model.rope import rotate, rotations
-from magnetar.serve.step import StepRow
 
 CONFIG = ModelConfig(
     dim=24,

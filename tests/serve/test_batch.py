@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.fetcher.config import ModelConfig
+from magnetar.serve.engine.step import StepRow
 from magnetar.serve.model.batch import Batch, Span, lay_out
-from magnetar.serve.step import StepRow
 from magnetar.settings import KV_BLOCK_TOKENS
 
 CONFIG = ModelConfig(

@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from magnetar.serve.blocks import BlockPool, blocks_for
+
+from magnetar.serve.engine.blocks import BlockPool, blocks_for
 from magnetar.settings import KV_BLOCK_TOKENS
 
 

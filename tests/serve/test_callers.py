@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
+
 from magnetar.errors import StageLostError
-from magnetar.serve.callers import Callers, Stream
-from magnetar.serve.request import TokenEvent
+from magnetar.serve.engine.callers import Callers, Stream
+from magnetar.serve.engine.request import TokenEvent
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.errors import UsageError
-from magnetar.serve.chat import ChatMessage, encode_chat
-from magnetar.serve.json_tokenizer import JsonTokenizer
-from magnetar.serve.sentencepiece_tokenizer import SentencePieceTokenizer
+from magnetar.serve.text.chat import ChatMessage, encode_chat
+from magnetar.serve.text.json_tokenizer import JsonTokenizer
+from magnetar.serve.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from magnetar.tests.tokenizers_for_tests import chatml_tokenizer_json, mistral_tokenizer_file
 
 MISTRAL = SentencePieceTokenizer(mistral_tokenizer_file())

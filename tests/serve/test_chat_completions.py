@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
-from magnetar.serve.chat import SAFETY_PROMPT, ChatMessage, encode_chat
-from magnetar.serve.json_tokenizer import JsonTokenizer
+
+from magnetar.serve.text.chat import SAFETY_PROMPT, ChatMessage, encode_chat
+from magnetar.serve.text.json_tokenizer import JsonTokenizer
 from magnetar.tests.api_server import EOS, MISTRAL, MODEL, saying, serving
 from magnetar.tests.fake_engine import FakeEngine
 from magnetar.tests.tokenizers_for_tests import chatml_tokenizer_json

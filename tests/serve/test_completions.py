@@ -6,10 +6,11 @@ from typing import Any
 
 import httpx
 import pytest
-from magnetar.serve.request import GenerationParams
+from openai import APIError, AsyncOpenAI, DefaultAsyncHttpxClient
+
+from magnetar.serve.engine.request import GenerationParams
 from magnetar.tests.api_server import EOS, MISTRAL, MODEL, Service, saying, serving
 from magnetar.tests.fake_engine import FakeEngine
-from openai import APIError, AsyncOpenAI, DefaultAsyncHttpxClient
 
 HELLO = [6312, 28709]
 

@@ -5,8 +5,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from magnetar.serve.detokenizer import Detokenizer, StopFilter
-from magnetar.serve.sentencepiece_tokenizer import SentencePieceTokenizer
+
+from magnetar.serve.text.detokenizer import Detokenizer, StopFilter
+from magnetar.serve.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from magnetar.tests.tokenizers_for_tests import mistral_tokenizer_file
 
 MISTRAL = SentencePieceTokenizer(mistral_tokenizer_file())

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
 from magnetar.cluster.link import Frame, TcpLink
 from magnetar.errors import QueueFullError, StageLostError, UsageError
-from magnetar.serve.engine import MAX_WAITING, Engine
-from magnetar.serve.pipeline import STALL_S
-from magnetar.serve.request import GenerationParams
-from magnetar.serve.step import StepPlan, StepResult
+from magnetar.serve.engine.engine import MAX_WAITING, Engine
+from magnetar.serve.engine.pipeline import STALL_S
+from magnetar.serve.engine.request import GenerationParams
+from magnetar.serve.engine.step import StepPlan, StepResult
 from magnetar.tests.fake_stage import (
     FakeStage,
     expected_tokens,

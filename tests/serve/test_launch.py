@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from magnetar.cluster.journal import deployment_record
 from magnetar.cluster.process_mark import ProcessMark
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+
 from magnetar.serve.model import linear
 from magnetar.serve.model.linear import (
     LINEAR_KERNELS,

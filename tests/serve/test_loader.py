@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+
 from magnetar.errors import CheckpointError, UsageError
 from magnetar.fetcher.config import ModelConfig
-from magnetar.serve.stage import Stage
+from magnetar.serve.engine.stage import Stage
 from magnetar.tests.stages import MemorySource, random_tensors
 
 CONFIG = ModelConfig(

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.model.feed_forward import FeedForward
 from magnetar.serve.model.linear import plain_linear

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from magnetar.serve.api_errors import ApiError
-from magnetar.serve.protocol import ChatBody, CompletionBody, GenerationBody, parse_body
+
+from magnetar.serve.api.errors import ApiError
+from magnetar.serve.api.protocol import ChatBody, CompletionBody, GenerationBody, parse_body
 
 ANY_JSON: Any = st.recursive(
     st.none()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from magnetar.serve.model.rope import rotate, rotations
 
 

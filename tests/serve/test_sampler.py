@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.errors import MagnetarError
-from magnetar.serve.sampler import candidates, sample, uniform
-from magnetar.serve.step import Sample, SamplingParams, StepRow
+from magnetar.serve.engine.sampler import candidates, sample, uniform
+from magnetar.serve.engine.step import Sample, SamplingParams, StepRow
 
 NUM_DRAWS = 20_000
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.0, 1.0])

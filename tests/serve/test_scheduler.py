@@ -8,10 +8,11 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from magnetar.errors import UsageError
-from magnetar.serve.request import GenerationParams, Request, TokenEvent
-from magnetar.serve.scheduler import Scheduler
-from magnetar.serve.step import Sample, StepPlan, StepResult
+from magnetar.serve.engine.request import GenerationParams, Request, TokenEvent
+from magnetar.serve.engine.scheduler import Scheduler
+from magnetar.serve.engine.step import Sample, StepPlan, StepResult
 from magnetar.tests.fake_stage import expected_tokens, fake_stages, run_step
 
 ROOMY = 64

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import httpx
 import pytest
+
 from magnetar.errors import NotFoundError, PortInUseError, UsageError
-from magnetar.serve.server import Server, bind, is_loopback
+from magnetar.serve.api.server import Server, bind, is_loopback
 from magnetar.tests.api_server import Service, saying, serving
 from magnetar.tests.fake_engine import FakeEngine
 
@@ -181,8 +182,8 @@ def test_stop_refuses_an_answer_that_takes_too_long() -> None:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("magnetar.serve.slow_request_guard.HEADERS_S", 0.3)
-    monkeypatch.setattr("magnetar.serve.slow_request_guard.BODY_S", 0.3)
+    monkeypatch.setattr("magnetar.serve.api.slow_request_guard.HEADERS_S", 0.3)
+    monkeypatch.setattr("magnetar.serve.api.slow_request_guard.BODY_S", 0.3)
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n"
@@ -227,7 +228,7 @@ def test_an_answer_may_take_longer_than_a_request() -> None:
 
 
 def test_a_silent_stream_sends_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("magnetar.serve.sse.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("magnetar.serve.api.sse.HEARTBEAT_S", 0.05)
     engine = endless()
     engine.hold_after = 0
     with serving(engine) as service:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from magnetar.fetcher.config import ModelConfig
 from magnetar.fetcher.tensors import TensorIndex
-from magnetar.serve.stage import Stage
-from magnetar.serve.step import StepPlan, StepResult, StepRow
+from magnetar.serve.engine.stage import Stage
+from magnetar.serve.engine.step import StepPlan, StepResult, StepRow
 from magnetar.tests.stages import GREEDY, MemorySource, Pipeline, random_tensors
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 CONFIG = ModelConfig(
     dim=32,

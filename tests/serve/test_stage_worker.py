@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+
 from magnetar.cluster.link import Frame, TcpLink
 from magnetar.errors import StageLostError
-from magnetar.serve import stage_worker
-from magnetar.serve.stage_worker import Executor, StageWorker
-from magnetar.serve.step import SamplingParams, StepPlan, StepResult, StepRow
-from magnetar.serve.step_codec import decode_error, decode_result, encode_error, encode_plan
+from magnetar.serve.engine import stage_worker
+from magnetar.serve.engine.stage_worker import Executor, StageWorker
+from magnetar.serve.engine.step import SamplingParams, StepPlan, StepResult, StepRow
+from magnetar.serve.engine.step_codec import decode_error, decode_result, encode_error, encode_plan
 from magnetar.tests.fake_stage import FakeStage, linked_pair, next_token
 
 TIMEOUT_S = 20.0

@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from magnetar.serve.step import Sample, SamplingParams, StepPlan, StepResult, StepRow
-from magnetar.serve.step_codec import (
+
+from magnetar.serve.engine.step import Sample, SamplingParams, StepPlan, StepResult, StepRow
+from magnetar.serve.engine.step_codec import (
     decode_error,
     decode_plan,
     decode_result,

@@ -1,0 +1,1 @@
+"""Weights files: readers that run nothing, canonical names, facts, tensors on demand."""

@@ -1,0 +1,92 @@
+"""Tensors read from the files of a complete release."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from ...errors import CheckpointError
+from ..tensors import TensorEntry, TensorIndex
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB less a page at once
+
+
+class FileTensorSource:
+    """A `TensorSource` over a release folder whose files are complete and verified.
+
+    It holds no file open and no bytes, so any number of threads may read from it.
+    """
+
+    def __init__(self, folder: Path, index: TensorIndex) -> None:
+        self._folder = folder
+        self._index = index
+
+    @property
+    def index(self) -> TensorIndex:
+        """What there is."""
+        return self._index
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU in its stored dtype, freshly allocated; blocks on the disk.
+
+        Rows that the file holds in half-split rotary order come out interleaved.
+
+        Raises:
+            CheckpointError: the name is unknown or its bytes cannot be read.
+        """
+        import torch
+
+        if name not in self._index:
+            raise CheckpointError(f"The release has no tensor {name!r}; it has {len(self._index)}.")
+        entry = self._index[name]
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[entry.dtype]
+        tensor = torch.empty(entry.shape, dtype=dtype)
+        if tensor.numel():
+            self._read_into(entry, tensor.view(-1).view(torch.uint8).numpy().data)
+        if entry.rope_permuted_heads:
+            return interleave_rotary_rows(tensor, entry.rope_permuted_heads)
+        return tensor
+
+    def _read_into(self, entry: TensorEntry, buffer: memoryview) -> None:
+        relative = PurePosixPath(entry.file)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise CheckpointError(f"{entry.name} points outside the release: {entry.file!r}.")
+        path = self._folder / relative
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as cause:
+            raise CheckpointError(
+                f"Cannot open {path} for {entry.name}: {cause.strerror}; verify the release."
+            ) from cause
+        try:
+            done = 0
+            while done < len(buffer):
+                part = buffer[done : done + _MAX_READ_BYTES]
+                num_read = os.preadv(descriptor, [part], entry.offset + done)
+                if num_read == 0:
+                    raise CheckpointError(
+                        f"{path} ends at byte {entry.offset + done}, inside {entry.name}; "
+                        "verify the release."
+                    )
+                done += num_read
+        except OSError as cause:
+            raise CheckpointError(
+                f"Cannot read {entry.name} from {path}: {cause.strerror}; check the disk."
+            ) from cause
+        finally:
+            os.close(descriptor)
+
+
+def interleave_rotary_rows(weight_OI: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Rows of q or k from half-split order (Hugging Face) to pairs side by side (the release).
+
+    ``O`` is heads times head size, ``I`` the input size. The inverse of what the converters of
+    transformers do to the release's weights.
+    """
+    rows, columns = weight_OI.shape
+    halves_H2PI = weight_OI.view(num_heads, 2, rows // num_heads // 2, columns)
+    return halves_H2PI.transpose(1, 2).reshape(rows, columns)

@@ -1,0 +1,1 @@
+"""BitTorrent: magnet, metainfo, the seam to libtorrent, the swarm, seeding."""

@@ -1,0 +1,298 @@
+"""`TorrentSession` by libtorrent 2.1.
+
+libtorrent's alerts are valid until the next pop only, so they become events here, at once; a kept
+alert is a segmentation fault (libtorrent #6437). Requests that the library answers by an alert are
+preferred to getters, which block on its network thread.
+"""
+
+import errno
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from ...errors import DownloadError, ReleaseError
+from .metainfo import Metainfo
+from .session import (
+    Address,
+    BadPiece,
+    Checked,
+    Event,
+    Flushed,
+    ListenFailed,
+    Listening,
+    MetadataArrived,
+    PeerConnected,
+    PeerLost,
+    PeersFound,
+    PeerView,
+    Removed,
+    ResumeData,
+    SessionSettings,
+    StorageFailed,
+    TorrentJob,
+    TorrentStatus,
+    TrackerFailed,
+    WebSeedFailed,
+)
+
+STATUS_INTERVAL_S = 0.2
+
+
+class LibtorrentSession:
+    """A `TorrentSession` that announces itself to nobody unasked."""
+
+    def __init__(self, settings: SessionSettings) -> None:
+        import libtorrent
+
+        self._lt: Any = libtorrent
+        params = self._lt.session_params()
+        params.settings = {**params.settings, **_pack(settings, self._lt)}
+        # mmap writes were the default of 2.0 and grew memory without bound (libtorrent #6667).
+        params.disk_io_constructor = "pread_disk_io_constructor"
+        self._session: Any = self._lt.session(params)
+        self._dht = settings.dht
+        self._handle: Any = None
+        self._status: TorrentStatus | None = None
+        self._asked_s = 0.0
+        self._earlier_bytes = 0
+        self._readers: Mapping[type, Callable[[Any], Event | None]] = self._alert_readers()
+
+    def add(self, job: TorrentJob) -> None:
+        try:
+            handle = self._session.add_torrent(self._params(job))
+        except RuntimeError as error:
+            raise DownloadError(f"libtorrent refuses {job.info_hash}: {error}") from error
+        if job.upload_bytes_per_s:
+            handle.set_upload_limit(job.upload_bytes_per_s)
+        self._handle = handle
+        self._status = None
+        self._asked_s = 0.0
+        self._earlier_bytes = 0
+
+    def _params(self, job: TorrentJob) -> Any:
+        lt = self._lt
+        if job.metainfo is None:
+            kind = "btih:" if len(job.info_hash) == 40 else "btmh:1220"
+            params = lt.parse_magnet_uri(f"magnet:?xt=urn:{kind}{job.info_hash}")
+        else:
+            loaded = lt.load_torrent_buffer(job.metainfo.raw)
+            _refuse_disagreement(loaded.ti, job.metainfo)
+            params = loaded
+            if job.resume is not None:
+                params = lt.read_resume_data(job.resume)
+                params.ti = loaded.ti
+        # Not paused and not queued by libtorrent; what a resume file says about peers is dropped.
+        flags = lt.torrent_flags.disable_lsd
+        if job.metainfo is None:
+            flags |= lt.torrent_flags.default_dont_download
+        if job.is_seed:
+            flags |= lt.torrent_flags.seed_mode
+        if not self._dht:
+            flags |= lt.torrent_flags.disable_dht
+        params.flags = flags
+        params.save_path = str(job.save_path)
+        params.trackers = list(job.trackers)
+        params.tracker_tiers = list(range(len(job.trackers)))
+        params.url_seeds = list(job.web_seeds)
+        params.peers = list(job.peers)
+        params.piece_priorities = list(job.piece_priorities)
+        if job.metainfo is not None:
+            layout = params.ti.layout()
+            params.file_priorities = [
+                0 if layout.file_path(i) in job.unwanted else 4 for i in range(layout.num_files())
+            ]
+        return params
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        now_s = time.monotonic()
+        if self._handle is not None and now_s - self._asked_s >= STATUS_INTERVAL_S:
+            self._asked_s = now_s
+            self._handle.post_status(self._lt.status_flags_t.query_pieces)
+        self._session.wait_for_alert(max(1, int(timeout_s * 1000)))
+        events: list[Event] = []
+        for alert in self._session.pop_alerts():
+            reader = self._readers.get(type(alert))
+            event = reader(alert) if reader is not None else None
+            if event is not None:
+                events.append(event)
+        return events
+
+    def status(self) -> TorrentStatus | None:
+        return self._status
+
+    def peers(self) -> list[PeerView]:
+        flags = self._lt.peer_info
+        return [
+            PeerView(
+                has_needed=bool(peer.flags & flags.interesting),
+                chokes_us=bool(peer.flags & flags.remote_choked),
+            )
+            for peer in self._handle.get_peer_info()
+            if not peer.flags & (flags.connecting | flags.handshake)
+        ]
+
+    def connect(self, peers: Iterable[Address]) -> None:
+        for peer in peers:
+            self._handle.connect_peer(peer)
+
+    def prioritize(self, priorities: Sequence[int]) -> None:
+        self._handle.prioritize_pieces(list(priorities))
+
+    def urge(self, pieces: Iterable[int]) -> None:
+        for piece in pieces:
+            self._handle.set_piece_deadline(piece, 0)
+
+    def flush(self) -> None:
+        self._handle.flush_cache()
+
+    def request_resume_data(self) -> None:
+        flags = self._lt.save_resume_flags_t
+        self._handle.save_resume_data(flags.flush_disk_cache)
+
+    def recheck(self) -> None:
+        # libtorrent counts from zero after it.
+        self._earlier_bytes = self._status.downloaded_bytes if self._status else 0
+        self._status = None
+        self._handle.force_recheck()
+
+    def remove(self) -> None:
+        handle, self._handle = self._handle, None
+        self._status = None
+        self._session.remove_torrent(handle)
+
+    def close(self) -> None:
+        self._handle = None
+        self._session = None
+
+    def _alert_readers(self) -> Mapping[type, Callable[[Any], Event | None]]:
+        lt = self._lt
+        return {
+            lt.state_update_alert: self._read_status,
+            lt.metadata_received_alert: lambda alert: MetadataArrived(
+                bytes(alert.handle.torrent_file().info_section())
+            ),
+            lt.peer_connect_alert: lambda alert: PeerConnected(alert.endpoint),
+            lt.peer_disconnected_alert: lambda alert: PeerLost(
+                alert.endpoint, alert.error.message()
+            ),
+            lt.peer_error_alert: lambda alert: PeerLost(alert.endpoint, alert.error.message()),
+            lt.tracker_reply_alert: lambda alert: PeersFound(alert.url, alert.num_peers),
+            lt.dht_reply_alert: lambda alert: PeersFound("DHT", alert.num_peers),
+            lt.tracker_error_alert: lambda alert: TrackerFailed(
+                alert.url, alert.failure_reason() or alert.error.message()
+            ),
+            lt.url_seed_alert: lambda alert: WebSeedFailed(
+                alert.server_url(), alert.error_message() or alert.error.message()
+            ),
+            lt.file_error_alert: lambda alert: StorageFailed(
+                alert.filename(), alert.error.message(), _is_full(alert.error)
+            ),
+            lt.torrent_error_alert: lambda alert: StorageFailed(
+                "", alert.error.message(), _is_full(alert.error)
+            ),
+            lt.listen_succeeded_alert: lambda alert: (
+                # One alert for each protocol on the port; peers connect to TCP.
+                Listening((str(alert.address), int(alert.port)))
+                if int(alert.socket_type) == int(lt.socket_type_t.tcp)
+                else None
+            ),
+            lt.listen_failed_alert: lambda alert: ListenFailed(alert.message()),
+            lt.save_resume_data_alert: lambda alert: ResumeData(
+                bytes(lt.write_resume_data_buf(alert.params))
+            ),
+            lt.save_resume_data_failed_alert: lambda alert: ResumeData(b""),
+            lt.hash_failed_alert: lambda alert: BadPiece(alert.piece_index),
+            lt.cache_flushed_alert: lambda alert: Flushed(),
+            lt.torrent_checked_alert: self._read_checked,
+            lt.torrent_removed_alert: lambda alert: Removed(),
+        }
+
+    def _read_checked(self, alert: Any) -> Event:
+        # A reading that was under way before the check ended must not pass for its outcome.
+        self._status = None
+        self._asked_s = 0.0
+        return Checked()
+
+    def _read_status(self, alert: Any) -> None:
+        states = self._lt.torrent_status.states
+        for status in alert.status:
+            if self._handle is None or status.handle != self._handle:
+                continue
+            if status.state in (states.checking_files, states.checking_resume_data):
+                state: Literal["metadata", "checking", "active"] = "checking"
+            elif status.has_metadata:
+                state = "active"
+            else:
+                state = "metadata"
+            self._status = TorrentStatus(
+                state=state,
+                is_paused=bool(status.flags & self._lt.torrent_flags.paused),
+                num_peers=status.num_peers,
+                num_seeds=status.num_seeds,
+                have=tuple(status.pieces),
+                checked=status.progress if state == "checking" else 0.0,
+                wanted_bytes=status.total_wanted,
+                wanted_done_bytes=status.total_wanted_done,
+                downloaded_bytes=self._earlier_bytes + status.total_payload_download,
+                uploaded_bytes=status.total_payload_upload,
+                wasted_bytes=status.total_redundant_bytes + status.total_failed_bytes,
+                rate_bytes_per_s=status.download_payload_rate,
+            )
+
+
+def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
+    category = lt.alert.category_t
+    return {
+        "alert_mask": category.error_notification
+        | category.status_notification
+        | category.storage_notification
+        | category.tracker_notification
+        | category.connect_notification
+        | category.dht_notification,
+        "alert_queue_size": 100_000,
+        "listen_interfaces": settings.listen,
+        # A port that is taken is an error, not a reason to listen on another one.
+        "max_retry_port_bind": 0,
+        "listen_system_port_fallback": False,
+        "enable_dht": settings.dht,
+        "enable_lsd": False,
+        "enable_upnp": False,
+        "enable_natpmp": False,
+        "enable_incoming_utp": settings.utp,
+        "enable_outgoing_utp": settings.utp,
+        "upload_rate_limit": settings.upload_bytes_per_s,
+        "unchoke_slots_limit": -1,
+        # Several nodes may share one address, and nodes that have finished stay in touch.
+        "allow_multiple_connections_per_ip": True,
+        "close_redundant_connections": False,
+        "auto_sequential": False,
+        "max_out_request_queue": 1000,
+        "request_queue_time": 2,
+        "send_buffer_watermark": 4 << 20,
+        "send_buffer_low_watermark": 1 << 20,
+        "max_queued_disk_bytes": 256 << 20,
+        "file_pool_size": 100,
+        # A named peer that is not up yet is asked again soon.
+        "min_reconnect_time": 1,
+        "max_failcount": 1000,
+        "stop_tracker_timeout": 1,
+        "user_agent": f"Magnetar libtorrent/{lt.__version__}",
+    }
+
+
+def _refuse_disagreement(info: Any, metainfo: Metainfo) -> None:
+    """Our reading of the torrent and the library's must name the same files and pieces."""
+    layout = info.layout()
+    theirs = {
+        layout.file_path(i)
+        for i in range(layout.num_files())
+        if not layout.file_flags(i) & layout.flag_pad_file
+    }
+    if theirs != {file.path for file in metainfo.files} or info.num_pieces() != metainfo.num_pieces:
+        raise ReleaseError(
+            f"unsafe torrent {metainfo.name}: libtorrent would save other file names than it lists"
+        )
+
+
+def _is_full(error: Any) -> bool:
+    return error.value() in (errno.ENOSPC, errno.EDQUOT) and error.category().name() == "system"

@@ -1,0 +1,283 @@
+"""The seam to BitTorrent: one torrent in one session, called from one thread."""
+
+import ipaddress
+import socket
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from ...errors import PortInUseError
+from .metainfo import Metainfo
+
+WAN_UPLOAD_BYTES_PER_S = 4 << 20
+"""libtorrent does not count peers of the local network against this limit."""
+
+Address = tuple[str, int]
+"""IP address and port."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionSettings:
+    """How a session meets the network."""
+
+    listen: str
+    """Comma-separated ``IP:PORT`` in libtorrent's form; port 0 takes a free one."""
+    utp: bool
+    """uTP crawls on fast links (8.5 MB/s on loopback against 67-125), but passes through NAT."""
+    dht: bool
+    upload_bytes_per_s: int = WAN_UPLOAD_BYTES_PER_S
+    """0: no limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorrentJob:
+    """What to add to a session: a torrent, or an info-hash whose metadata is wanted."""
+
+    info_hash: str
+    save_path: Path
+    metainfo: Metainfo | None = None
+    trackers: tuple[str, ...] = ()
+    web_seeds: tuple[str, ...] = ()
+    peers: tuple[Address, ...] = ()
+    piece_priorities: Sequence[int] = ()
+    """One per piece, 0 (never) to 7; without any all are wanted. Exact from the first moment,
+    which priorities set later are not."""
+    unwanted: Collection[str] = ()
+    """Paths of files that are not created, even where they share a piece with a wanted one."""
+    resume: bytes | None = None
+    is_seed: bool = False
+    """The files are all there: serve them, checking each piece when it is first asked for."""
+    upload_bytes_per_s: int = 0
+    """Limit for this torrent, for local peers too; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorrentStatus:
+    """A reading of the torrent; amounts count since it was added, unless said otherwise."""
+
+    state: Literal["metadata", "checking", "active"] = "metadata"
+    is_paused: bool = False
+    num_peers: int = 0
+    num_seeds: int = 0
+    have: Sequence[bool] = ()
+    """By piece: it has the right hash. It may still be in a write queue: `flush` first."""
+    checked: float = 0.0
+    """Fraction of a check of the files on disk."""
+    wanted_bytes: int = 0
+    """All pieces with a priority, and what is there of them."""
+    wanted_done_bytes: int = 0
+    downloaded_bytes: int = 0
+    """Payload received."""
+    uploaded_bytes: int = 0
+    wasted_bytes: int = 0
+    """Payload received twice or with a wrong hash."""
+    rate_bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerView:
+    """One connected peer, as far as it explains why nothing moves."""
+
+    has_needed: bool
+    """It has pieces that we want."""
+    chokes_us: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataArrived:
+    """The info dictionary, with the right hash."""
+
+    info: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConnected:
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    address: Address
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeersFound:
+    source: str
+    num_peers: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerFailed:
+    url: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WebSeedFailed:
+    url: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StorageFailed:
+    path: str
+    reason: str
+    is_full: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class ListenFailed:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeData:
+    """Empty when libtorrent could not make it."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BadPiece:
+    """A piece arrived with a wrong hash and is fetched again."""
+
+    piece: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """Everything that was verified when `flush` was called is in the files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The files on disk were looked at; `TorrentStatus.have` is right from the next reading."""
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The torrent is gone and its files are closed."""
+
+
+Event = (
+    MetadataArrived
+    | PeerConnected
+    | PeerLost
+    | PeersFound
+    | TrackerFailed
+    | WebSeedFailed
+    | StorageFailed
+    | Listening
+    | ListenFailed
+    | ResumeData
+    | BadPiece
+    | Flushed
+    | Checked
+    | Removed
+)
+
+
+class TorrentSession(Protocol):
+    """One torrent in one session. Requests return at once; their outcome is an event."""
+
+    def add(self, job: TorrentJob) -> None:
+        """Adds the torrent; Checked follows when it has metainfo.
+
+        Raises:
+            ReleaseError: the library sees other files in it than we do.
+            DownloadError: the library refuses it.
+        """
+        ...
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """Waits up to `timeout_s` for events and returns them, oldest first."""
+        ...
+
+    def status(self) -> TorrentStatus | None:
+        """The last reading, at most about a second old; None before the first. Does not block."""
+        ...
+
+    def peers(self) -> list[PeerView]:
+        """The connected peers; blocks for a moment."""
+        ...
+
+    def connect(self, peers: Iterable[Address]) -> None:
+        """Asks these peers (again)."""
+        ...
+
+    def prioritize(self, priorities: Sequence[int]) -> None:
+        """One priority per piece, 0..7."""
+        ...
+
+    def urge(self, pieces: Iterable[int]) -> None:
+        """Wants these few pieces before all others."""
+        ...
+
+    def flush(self) -> None:
+        """Writes queued pieces to the files; Flushed follows."""
+        ...
+
+    def request_resume_data(self) -> None:
+        """Flushes and makes resume data; ResumeData follows."""
+        ...
+
+    def recheck(self) -> None:
+        """Hashes everything on disk again; Checked follows."""
+        ...
+
+    def remove(self) -> None:
+        """Takes the torrent out and leaves its files; Removed follows."""
+        ...
+
+    def close(self) -> None:
+        """Ends the session; blocks up to about a second."""
+        ...
+
+
+def is_local(address: str) -> bool:
+    """Whether an IP address is on this machine or in a private network."""
+    ip = ipaddress.ip_address(address)
+    return ip.is_loopback or ip.is_private or ip.is_link_local
+
+
+def own_interfaces(peers: Iterable[Address], *, reaches_out: bool) -> str:
+    """Where to listen: only on the addresses from which these peers, or the world, are reached."""
+    targets = [host for host, _ in peers]
+    if reaches_out or not targets:
+        # Addresses of documentation networks: only the routing table is asked, nothing is sent.
+        targets += ["192.0.2.1", "2001:db8::1"]
+    found: dict[str, None] = {}
+    for target in targets:
+        family = socket.AF_INET6 if ":" in target else socket.AF_INET
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((target, 9))
+                address = str(probe.getsockname()[0])
+        except OSError:
+            continue  # No route there: nothing could reach us by it either.
+        found[f"[{address}]:0" if ":" in address else f"{address}:0"] = None
+    return ",".join(found) or "127.0.0.1:0"
+
+
+def listening_address(session: TorrentSession, timeout_s: float = 10.0) -> Address:
+    """Waits until the session listens, and says where.
+
+    Raises:
+        PortInUseError: it cannot.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        for event in session.poll(0.1):
+            if isinstance(event, Listening):
+                return event.address
+            if isinstance(event, ListenFailed):
+                raise PortInUseError(f"cannot listen for peers: {event.reason}; name a free port")
+    raise PortInUseError("cannot listen for peers; name a free port with --listen")

@@ -1,0 +1,263 @@
+"""One torrent moving: waiting for it, telling about it, and giving up with the reason."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ...errors import DownloadError, InterruptedByUserError, TimedOutError
+from ..progress import Phase, Progress, ProgressSink
+from .contacts import Contacts
+from .session import (
+    Address,
+    Checked,
+    Event,
+    Flushed,
+    MetadataArrived,
+    Removed,
+    ResumeData,
+    StorageFailed,
+    TorrentJob,
+    TorrentSession,
+    TorrentStatus,
+)
+
+POLL_S = 0.1
+REPORT_S = 0.25
+STALL_S = 5.0
+RECONNECT_S = 2.0
+RESUME_S = 30.0
+ANSWER_S = 60.0
+"""How long the session itself may take for what needs no network."""
+
+
+class Swarm:
+    """A `TorrentSession` with its owner's patience. Methods block; called from one thread."""
+
+    def __init__(
+        self,
+        *,
+        session: TorrentSession,
+        contacts: Contacts,
+        named_peers: tuple[Address, ...],
+        timeout_s: float | None,
+        on_progress: ProgressSink,
+        on_resume_data: Callable[[bytes], None],
+        stop: threading.Event,
+        node: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._session = session
+        self._contacts = contacts
+        self._named_peers = named_peers
+        self._timeout_s = timeout_s
+        self._on_progress = on_progress
+        self._on_resume_data = on_resume_data
+        self._stop = stop
+        self._node = node
+        self._clock = clock
+        self._metadata: bytes | None = None
+        self._seen: set[type] = set()
+        self._reconnected_s = clock()
+        self._resumed_s = clock()
+        self._earlier_bytes = 0
+        self._is_checking = False
+        self._has_files = False
+
+    @property
+    def received_bytes(self) -> int:
+        """Payload received in all, also under torrents that were removed."""
+        status = self._session.status()
+        return self._earlier_bytes + (status.downloaded_bytes if status else 0)
+
+    def fetch_metadata(self, job: TorrentJob) -> bytes:
+        """Adds a torrent known by its hash only, waits for the info dictionary, removes it again.
+
+        Raises:
+            TimedOutError: it did not come in time. InterruptedByUserError: `stop` was set.
+        """
+        self._session.add(job)
+        self._wait(lambda: self._metadata is not None, phase="metadata", doing="metadata")
+        self.remove()
+        assert self._metadata is not None
+        return self._metadata
+
+    def add(self, job: TorrentJob) -> TorrentStatus:
+        """Adds a torrent and waits until what is on disk is known."""
+        self._seen.discard(Checked)
+        self._session.add(job)
+        return self._checked()
+
+    def recheck(self) -> TorrentStatus:
+        """Hashes what is on disk again."""
+        self._seen.discard(Checked)
+        self._session.recheck()
+        return self._checked()
+
+    def fetch(
+        self, priorities: list[int], *, urgent: tuple[int, ...] = (), phase: Phase, doing: str
+    ) -> TorrentStatus:
+        """Waits until every piece with a priority is verified and in the files.
+
+        Raises:
+            TimedOutError: nothing arrived for the given time. DownloadError: the disk failed.
+            InterruptedByUserError: `stop` was set.
+        """
+        self._session.prioritize(priorities)
+        if urgent:
+            self._session.urge(urgent)
+        wanted = [piece for piece, priority in enumerate(priorities) if priority]
+
+        def is_there() -> bool:
+            status = self._session.status()
+            return (
+                status is not None
+                and len(status.have) == len(priorities)
+                and all(status.have[piece] for piece in wanted)
+            )
+
+        self._wait(is_there, phase=phase, doing=doing)
+        status = self._session.status()
+        assert status is not None
+        self.flush()
+        return status
+
+    def flush(self) -> None:
+        """Waits until verified pieces are in the files."""
+        self._answer(Flushed, self._session.flush)
+
+    def save_resume_data(self) -> None:
+        """Has resume data made and handed to `on_resume_data`."""
+        self._answer(ResumeData, self._session.request_resume_data)
+
+    def remove(self) -> None:
+        """Takes the torrent out of the session; its files are then closed."""
+        self._earlier_bytes = self.received_bytes
+        self._has_files = False
+        self._answer(Removed, self._session.remove)
+
+    def close(self) -> None:
+        """Ends the session."""
+        self._earlier_bytes = self.received_bytes
+        self._session.close()
+
+    def _checked(self) -> TorrentStatus:
+        self._is_checking = True
+
+        def is_checked() -> bool:
+            status = self._session.status()
+            return Checked in self._seen and status is not None and status.state == "active"
+
+        self._wait(is_checked, phase="verify", doing="the files on disk")
+        self._is_checking = False
+        self._has_files = True
+        status = self._session.status()
+        assert status is not None
+        return status
+
+    def _answer(self, kind: type, request: Callable[[], None]) -> None:
+        """Asks the session for something that depends on nobody else, and waits for it."""
+        for event in self._session.poll(0.0):
+            self._take(event)
+        self._seen.discard(kind)
+        request()
+        deadline_s = self._clock() + ANSWER_S
+        while kind not in self._seen:
+            for event in self._session.poll(POLL_S):
+                self._take(event)
+            if self._clock() > deadline_s:
+                raise DownloadError(
+                    f"the disk did not take the download within {ANSWER_S:.0f} s: is it stuck?"
+                )
+
+    def _take(self, event: Event) -> None:
+        self._seen.add(type(event))
+        self._contacts.note(event)
+        if isinstance(event, MetadataArrived):
+            self._metadata = event.info
+        elif isinstance(event, ResumeData) and event.data:
+            self._on_resume_data(event.data)
+        elif isinstance(event, StorageFailed):
+            where = f" at {Path(event.path).name}" if event.path else ""
+            if event.is_full:
+                self._report("download", f"the disk is full{where}")
+                raise DownloadError(
+                    f"the disk is full{where}; what arrived is kept: make room and run it again"
+                )
+            raise DownloadError(
+                f"the disk failed{where}: {event.reason}; what arrived is kept: run it again"
+            )
+
+    def _wait(self, is_done: Callable[[], bool], *, phase: Phase, doing: str) -> None:
+        moved_s = reported_s = self._clock()
+        last: object = None
+        while True:
+            if self._stop.is_set():
+                raise InterruptedByUserError(
+                    "stopped; what arrived is kept: run the same command again to go on"
+                )
+            for event in self._session.poll(POLL_S):
+                self._take(event)
+            if is_done():
+                return
+            now_s = self._clock()
+            status = self._session.status()
+            if (mark := _moving_parts(status)) != last:
+                last, moved_s = mark, now_s
+            idle_s = now_s - moved_s
+            if self._timeout_s is not None and idle_s >= self._timeout_s and not self._is_checking:
+                raise self._timed_out(doing, status)
+            if now_s - reported_s >= REPORT_S:
+                reported_s = now_s
+                if idle_s >= STALL_S or (status is not None and status.state == "metadata"):
+                    doing_now = self._contacts.waiting_for(status, self._session.peers())
+                    if idle_s >= STALL_S:
+                        doing_now += f"; nothing for {idle_s:.0f} s"
+                else:
+                    doing_now = doing
+                self._report(phase, doing_now)
+            self._keep_up(now_s)
+
+    def _keep_up(self, now_s: float) -> None:
+        if self._is_checking:
+            return
+        if now_s - self._reconnected_s >= RECONNECT_S:
+            self._reconnected_s = now_s
+            status = self._session.status()
+            if status is not None and status.num_peers < len(self._named_peers):
+                self._session.connect(self._named_peers)
+        if now_s - self._resumed_s >= RESUME_S and self._has_files:
+            self._resumed_s = now_s
+            self._session.request_resume_data()
+
+    def _timed_out(self, doing: str, status: TorrentStatus | None) -> TimedOutError:
+        cause = self._contacts.waiting_for(status, self._session.peers())
+        return TimedOutError(
+            f"{doing}: nothing arrived within {self._timeout_s:g} s: {cause}; "
+            f"{self._contacts.asked()}. Name a peer that has it with --peer HOST:PORT, "
+            "or wait longer with --timeout"
+        )
+
+    def _report(self, phase: Phase, message: str) -> None:
+        status = self._session.status() or TorrentStatus()
+        done, total = status.wanted_done_bytes, status.wanted_bytes
+        rate = status.rate_bytes_per_s
+        if status.state == "checking":
+            # The reading counts what was found good; a person waits for what was looked at.
+            done, rate = int(status.checked * total), 0.0
+        self._on_progress(
+            Progress(
+                phase=phase,
+                done_bytes=done,
+                total_bytes=total,
+                rate_bytes_per_s=rate,
+                message=message,
+                node=self._node,
+            )
+        )
+
+
+def _moving_parts(status: TorrentStatus | None) -> object:
+    if status is None:
+        return None
+    return (status.downloaded_bytes, status.wanted_done_bytes, status.checked, status.state)

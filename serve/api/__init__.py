@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's and Mistral's endpoints over one engine."""

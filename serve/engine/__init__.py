@@ -1,0 +1,1 @@
+"""Requests to steps and back: scheduler, KV blocks, stages and their workers, sampler."""

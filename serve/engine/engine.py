@@ -1,0 +1,337 @@
+"""The engine of one pipeline: requests in, tokens out, steps around the ring in between.
+
+One thread owns the scheduler. What happens to it comes through one inbox: a request, a client that
+left, a result, the end. asyncio lives only on the callers' side; tokens are handed to their loops.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+from ...cluster.link import ALIVE_S, StageLink
+from ...errors import QueueFullError, StageLostError, UsageError
+from ...fetcher.config import ModelConfig
+from .callers import Callers, Probe, Stream
+from .pipeline import Arrival, Pipeline
+from .request import GenerationParams, Request, TokenEvent
+from .scheduler import Scheduler
+from .step import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+MAX_RUNNING = 64
+"""Requests that hold KV blocks at once, where the plan does not ask for more. That they may not all
+fit at full length is meant: most are short, and the scheduler preempts when blocks run out."""
+MAX_WAITING = 256
+"""Requests that may wait for KV blocks; beyond, `QueueFullError`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """A snapshot between two steps."""
+
+    running: int = 0
+    """Requests that hold KV blocks."""
+    waiting: int = 0
+    steps_in_flight: int = 0
+    num_kv_blocks: int
+    kv_blocks_free: int
+    num_preemptions: int = 0
+    """Since the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request: Request
+    stream: Stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+_Message = _Add | _Abort | Probe | _Stop | Arrival | StageLostError
+
+
+class _Stopped(Exception):
+    """`stop` was called."""
+
+
+class Engine:
+    """Serves requests over one ring of stages until it breaks, or `stop`. An engine runs once."""
+
+    def __init__(
+        self,
+        *,
+        config: ModelConfig,
+        num_kv_blocks: int,
+        max_context_tokens: int,
+        max_concurrency: int,
+        num_stages: int,
+        downstream: StageLink,
+        upstream: StageLink,
+        eos_token_ids: Collection[int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Takes both links over: `downstream` to the first stage, `upstream` from the last."""
+        self._scheduler = Scheduler(
+            num_kv_blocks=num_kv_blocks,
+            max_context_tokens=max_context_tokens,
+            max_running=max(MAX_RUNNING, max_concurrency),
+            num_stages=num_stages,
+            eos_token_ids=frozenset(eos_token_ids),
+        )
+        # Unbounded in type only: at most MAX_WAITING requests and their aborts, the results of
+        # num_stages + 1 steps, and the probes that somebody waits for.
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._pipeline = Pipeline(
+            downstream=downstream, upstream=upstream, on_arrival=self._inbox.put, clock=clock
+        )
+        self._vocab_size = config.vocab_size
+        self._num_kv_blocks = num_kv_blocks
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        # What the engine's thread alone touches.
+        self._callers = Callers()
+        self._probes: list[Probe] = []
+        self._num_taken = 0
+        """Requests taken from the inbox since the last statistics."""
+        # What callers touch too, under the lock.
+        self._lock = threading.Lock()
+        self._next_request_id = 0
+        self._num_unseen = 0
+        """Requests that the last statistics do not count yet."""
+        self._stats = EngineStats(num_kv_blocks=num_kv_blocks, kv_blocks_free=num_kv_blocks)
+        self._over: StageLostError | None = None
+        self._was_stopped = False
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._pipeline.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Fail what still runs, close the links, and wait for the threads."""
+        self._inbox.put(_Stop())
+        if self._thread.ident is None:
+            self._end(_stopping(), was_stopped=True)
+        else:
+            self._thread.join()
+        self._pipeline.close()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end; False when `timeout_s` passes first, True after `stop`.
+
+        Raises:
+            StageLostError: the ring broke.
+        """
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
+        with self._lock:
+            if not self._was_stopped:
+                self._check_open()
+        return True
+
+    def stats(self) -> EngineStats:
+        """How busy the engine is; requests count from the moment they are accepted."""
+        with self._lock:
+            return replace(self._stats, waiting=self._stats.waiting + self._num_unseen)
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: GenerationParams
+    ) -> AsyncGenerator[TokenEvent, None]:
+        """One event per token, the last with a finish reason. Closing it aborts the request.
+
+        Raises:
+            UsageError: the prompt is empty, has an unknown token, or cannot fit with its answer.
+            QueueFullError: too many requests wait already.
+            StageLostError: a stage or its link died, or the engine stopped.
+        """
+        stream = self._add(tuple(prompt_ids), params)
+        is_over = False
+        try:
+            while not is_over:
+                event = await stream.next()
+                is_over = event.finish_reason is not None
+                yield event
+        finally:
+            if not is_over:
+                self._inbox.put(_Abort(stream.request_id))
+
+    async def probe(self) -> float:
+        """Seconds that a step takes around the ring: the next one, or one of its own when idle.
+
+        Raises:
+            StageLostError: the ring is broken.
+        """
+        loop = asyncio.get_running_loop()
+        probe = Probe(loop, loop.create_future())
+        with self._lock:
+            self._check_open()
+            self._inbox.put(probe)
+        return await probe.seconds
+
+    def _add(self, prompt_ids: tuple[int, ...], params: GenerationParams) -> Stream:
+        if unknown := [token for token in prompt_ids if not 0 <= token < self._vocab_size]:
+            raise UsageError(
+                f"token {unknown[0]} is not in the vocabulary of {self._vocab_size} tokens"
+            )
+        self._scheduler.check(len(prompt_ids), params.max_tokens)
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self._check_open()
+            num_waiting = self._stats.waiting + self._num_unseen
+            if num_waiting >= MAX_WAITING:
+                raise QueueFullError(f"{num_waiting} requests wait already; try again later")
+            # Ids ascend in the order of the inbox, because both are under the lock.
+            stream = Stream(self._new_request_id(), loop)
+            request = Request(request_id=stream.request_id, prompt_ids=prompt_ids, params=params)
+            self._num_unseen += 1
+            self._inbox.put(_Add(request, stream))
+        return stream
+
+    def _new_request_id(self) -> int:
+        request_id = self._next_request_id
+        self._next_request_id += 1
+        return request_id
+
+    def _check_open(self) -> None:
+        if self._over is not None:
+            # A fresh one for each caller: a raised error carries its traceback along.
+            raise StageLostError(str(self._over))
+
+    def _run(self) -> None:
+        try:
+            while True:
+                # Full stages come first; callers can wait for the moment that this takes.
+                self._send_steps()
+                self._publish()
+                self._deliver()
+                self._pipeline.check()
+                self._take_messages()
+        except _Stopped:
+            self._end(_stopping(), was_stopped=True)
+        except StageLostError as error:
+            logger.error("the engine ends: %s", error)
+            self._end(error)
+        except Exception as error:  # a defect; the callers must not wait for ever
+            logger.exception("the engine failed")
+            self._end(StageLostError(f"the engine failed: {error!r}"))
+        self._pipeline.close()
+
+    def _take_messages(self) -> None:
+        """Wait for one, then take all there are."""
+        try:
+            self._handle(self._inbox.get(timeout=ALIVE_S))
+            while True:
+                self._handle(self._inbox.get_nowait())
+        except queue.Empty:
+            return
+
+    def _handle(self, message: _Message) -> None:
+        match message:
+            case Arrival():
+                self._complete(message)
+            case _Add():
+                self._num_taken += 1
+                self._callers.attach(message.stream)
+                self._scheduler.add(message.request)
+            case _Abort():
+                self._callers.detach(message.request_id)
+                self._scheduler.abort(message.request_id)
+            case Probe():
+                self._probes.append(message)
+            case _Stop():
+                raise _Stopped
+            case StageLostError():
+                raise message
+
+    def _complete(self, arrival: Arrival) -> None:
+        try:
+            events = self._scheduler.complete(arrival.result)
+        except ValueError as error:
+            raise StageLostError(f"the stages answer what was not asked: {error}") from error
+        for request_id, event in events:
+            self._callers.collect(request_id, event)
+        seconds = self._pipeline.took(arrival)
+        for probe in self._probes:
+            if probe.step_id == arrival.result.step_id:
+                probe.measured_s = seconds
+
+    def _send_steps(self) -> None:
+        unmeasured = [probe for probe in self._probes if probe.step_id is None]
+        if unmeasured and not self._scheduler.has_requests:
+            self._add_probe_request()
+        while (plan := self._scheduler.schedule()) is not None:
+            for probe in unmeasured:
+                probe.step_id = plan.step_id
+            unmeasured = []
+            self._pipeline.send(plan)
+
+    def _add_probe_request(self) -> None:
+        """One token for nobody; the engine is idle, so there is room."""
+        with self._lock:
+            request_id = self._new_request_id()
+        params = GenerationParams(
+            max_tokens=1, ignore_eos=True, sampling=SamplingParams(temperature=0.0)
+        )
+        self._scheduler.add(Request(request_id=request_id, prompt_ids=(0,), params=params))
+
+    def _publish(self) -> None:
+        scheduler = self._scheduler
+        with self._lock:
+            self._num_unseen -= self._num_taken
+            self._num_taken = 0
+            self._stats = EngineStats(
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                steps_in_flight=scheduler.num_in_flight,
+                num_kv_blocks=self._num_kv_blocks,
+                kv_blocks_free=scheduler.num_free_blocks,
+                num_preemptions=scheduler.num_preemptions,
+            )
+
+    def _deliver(self) -> None:
+        """Tell callers what is new, after the statistics say so too."""
+        for request_id in self._callers.deliver():
+            self._handle(_Abort(request_id))
+        for probe in [probe for probe in self._probes if probe.measured_s is not None]:
+            self._probes.remove(probe)
+            probe.resolve()
+
+    def _end(self, error: StageLostError, *, was_stopped: bool = False) -> None:
+        """Fail every request, probe and later caller."""
+        with self._lock:
+            self._over = error
+            self._was_stopped = was_stopped
+            self._num_unseen = 0
+            self._stats = EngineStats(
+                num_kv_blocks=self._num_kv_blocks, kv_blocks_free=self._num_kv_blocks
+            )
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(message, _Add):
+                self._callers.attach(message.stream)
+            elif isinstance(message, Probe):
+                self._probes.append(message)
+        self._callers.fail(error)
+        for probe in self._probes:
+            probe.reject(StageLostError(str(error)))
+        self._probes.clear()
+
+
+def _stopping() -> StageLostError:
+    return StageLostError("the server is stopping; send the request again later")

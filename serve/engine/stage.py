@@ -1,0 +1,162 @@
+"""One stage of the pipeline: executes step plans and decides nothing.
+
+Shapes: T tokens of the step, S tokens whose successor is sampled, D model width (`dim`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ...errors import UsageError
+from ...fetcher.config import ModelConfig
+from ...fetcher.tensors import TensorSource
+from ..model.batch import lay_out
+from ..model.kv_cache import KVCache
+from ..model.loader import COMPUTE_DTYPES, load_transformer
+from ..model.transformer import Transformer
+from .sampler import sample
+from .step import StepPlan, StepResult
+
+
+class Stage:
+    """Consecutive layers with their KV cache, and the block table of every live request.
+
+    Not thread-safe: one thread calls `step`. Steps must come in the order of the engine.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        *,
+        caches: Mapping[int, KVCache],
+        dtype: torch.dtype,
+        device: torch.device,
+        loaded_bytes: int,
+    ) -> None:
+        self.hidden_dtype = dtype
+        """Dtype of the hidden states that travel between stages."""
+        self.loaded_bytes = loaded_bytes
+        """Memory that the weights occupy."""
+        self._transformer = transformer
+        self._caches = caches
+        self._device = device
+        self._tables: dict[int, list[int]] = {}
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        config: ModelConfig,
+        source: TensorSource,
+        first_layer: int,
+        end_layer: int,
+        has_embeddings: bool,
+        has_output: bool,
+        dtype: str,
+        device: str,
+        num_kv_blocks: int,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Stage:
+        """Read the weights of the layers ``first_layer .. end_layer`` and make room for their KV.
+
+        `dtype` is ``bf16``, ``fp16`` or ``fp32``, `device` as torch names it. Blocks on the disk.
+        `on_layer` hears the bytes loaded so far, counted in `dtype`; at the end they are
+        `loaded_bytes`.
+
+        Raises:
+            CheckpointError: a tensor is missing, surplus, of another shape, or beyond fp16.
+            UsageError: there is no such compute dtype.
+        """
+        if dtype not in COMPUTE_DTYPES:
+            raise UsageError(f"no dtype {dtype!r}; choose one of {', '.join(COMPUTE_DTYPES)}")
+        torch_dtype, torch_device = COMPUTE_DTYPES[dtype], torch.device(device)
+        transformer, loaded_bytes = load_transformer(
+            config,
+            source,
+            first_layer=first_layer,
+            end_layer=end_layer,
+            has_embeddings=has_embeddings,
+            has_output=has_output,
+            dtype=torch_dtype,
+            device=torch_device,
+            on_layer=on_layer,
+        )
+        caches = {
+            layer_id: KVCache(
+                config, num_blocks=num_kv_blocks, dtype=torch_dtype, device=torch_device
+            )
+            for layer_id in transformer.layers
+        }
+        return cls(
+            transformer,
+            caches=caches,
+            dtype=torch_dtype,
+            device=torch_device,
+            loaded_bytes=loaded_bytes,
+        )
+
+    def step(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor | StepResult:
+        """Compute the plan's rows: hidden states [T, D] on the CPU, or the last stage's samples.
+
+        `hidden_TD` comes from the stage before, and is None exactly on the first; it is not
+        modified. Block tables change first: released requests are forgotten, then each row's new
+        blocks are appended. Keys and values of the rows are written into their blocks.
+
+        Raises:
+            ValueError: hidden states that do not fit the plan, or a row without room in its
+                blocks: a defect of the engine, not of the request.
+            MagnetarError: logits that are not finite.
+        """
+        computed = self.forward(plan, hidden_TD)
+        if self._transformer.output is None:
+            return computed.cpu()
+        samples = sample(computed, [row for row in plan.rows if row.sampling is not None])
+        return StepResult(step_id=plan.step_id, samples=samples)
+
+    def forward(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor:
+        """`step` without sampling: hidden states [T, D], or logits [S, V] on the last stage.
+
+        Both stay on the stage's device, in its dtype.
+        """
+        with torch.inference_mode():
+            return self._forward(plan, hidden_TD)
+
+    def _forward(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor:
+        self._update_tables(plan)
+        transformer = self._transformer
+        if (hidden_TD is None) != (transformer.tok_embeddings is not None):
+            raise ValueError("hidden states are for every stage but the first, and only for those")
+        if hidden_TD is None:
+            token_ids = [token for row in plan.rows for token in row.token_ids]
+            tokens_T = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+            hidden_TD = transformer.embed(tokens_T)
+        elif len(hidden_TD) != plan.num_tokens:
+            raise ValueError(
+                f"step {plan.step_id} has {plan.num_tokens} tokens, but {len(hidden_TD)} came"
+            )
+        hidden_TD = hidden_TD.to(self._device, self.hidden_dtype)
+        ends: list[int] = []
+        if plan.rows:  # else it only releases
+            batch = lay_out(
+                plan.rows,
+                self._tables,
+                config=transformer.config,
+                dtype=self.hidden_dtype,
+                device=self._device,
+            )
+            hidden_TD = transformer.forward(hidden_TD, batch, self._caches)
+            for row, span in zip(plan.rows, batch.spans, strict=True):
+                if row.sampling is not None:
+                    ends.append(span.start + span.num_tokens - 1)
+        if transformer.output is None:
+            return hidden_TD
+        ends_S = torch.tensor(ends, dtype=torch.int64, device=self._device)
+        return transformer.logits(hidden_TD.index_select(0, ends_S))
+
+    def _update_tables(self, plan: StepPlan) -> None:
+        for request_id in plan.released:
+            self._tables.pop(request_id, None)
+        for row in plan.rows:
+            self._tables.setdefault(row.request_id, []).extend(row.new_block_ids)

@@ -1,0 +1,1 @@
+"""Tokenizers, chat formats, and tokens back to text."""
