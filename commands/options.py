@@ -118,6 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = verb("inspect", "print the facts and the tensors of a release")
     _add_source(inspect)
     _add_facts(inspect)
+    inspect.add_argument(
+        "--nodes", type=_positive, metavar="N", help="also what each of N nodes would fetch"
+    )
     _add_output(inspect)
 
     status = verb("status", "print what is deployed")

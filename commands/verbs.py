@@ -119,12 +119,19 @@ def seed(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
 def inspect(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Prints the facts and the tensors of a release, from its heads and tails alone."""
     from ..fetcher.checkpoint.release_view import release_json, release_table
+    from ..fetcher.split import split_costs, split_json, split_table
 
     source = _source(args, console)
     with fetching(source, _store(args), console, stop) as fetch:
         fetch.metadata()
         facts = fetch.facts(given=source.given, known=source.known)
-    console.data(_json(release_json(facts)) if args.output == "json" else release_table(facts))
+        sizes, own = fetch.sizes(), fetch.piece_map()
+    told, table = release_json(facts), release_table(facts)
+    if args.nodes is not None:
+        costs = split_costs(facts.index, sizes, args.nodes, own)
+        told["split"] = split_json(costs)
+        table += "\n\n" + split_table(costs, has_own=own is not None)
+    console.data(_json(told) if args.output == "json" else table)
 
 
 def status(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:

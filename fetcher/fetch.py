@@ -17,6 +17,7 @@ from ..errors import (
 )
 from .config import ReleaseHints
 from .layout import Selection, select_files
+from .piece_map import PieceMap
 from .progress import Phase, Progress, ProgressSink
 from .store import ReleaseFolder, Store
 from .tensors import MissingRangeError
@@ -170,6 +171,25 @@ class Fetch:
                 if not more:
                     raise ReleaseError(f"{missing}, though their pieces have") from missing
                 needed |= more
+
+    def piece_map(self) -> PieceMap | None:
+        """Where the release's files lie among the pieces; None for a folder. Does `metadata`."""
+        self.metadata()
+        if self._kind == "folder":
+            return None
+        return PieceMap.of_torrent(self._torrent, root=self._chosen.root)
+
+    def sizes(self) -> dict[str, int]:
+        """The release's files and their full sizes in bytes. Does `metadata`."""
+        self.metadata()
+        if self._kind == "folder":
+            from .checkpoint.release import FolderReader
+
+            return dict(FolderReader(Path(self._location)).files())
+        return {
+            path.removeprefix(self._chosen.root): self._torrent.file(path).length
+            for path in self._chosen.wanted
+        }
 
     def check_disk(self) -> None:
         """Whether the rest of the release fits on the disk.

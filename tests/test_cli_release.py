@@ -105,7 +105,9 @@ def test_inspect_needs_heads_and_tails_alone(seed: str, tmp_path: Path) -> None:
     assert told["bytes"] == sum(group["bytes"] for group in told["groups"].values())
     assert told["bytes"] == sum(told["files"].values()) == 2 * told["parameters"]
     assert told["active_parameters"] < told["parameters"]
-    table = data_of("inspect", seed, store, *FACTS)
+    table = data_of("inspect", seed, store, *FACTS, "--nodes=2")
+    assert "layers over 2 nodes, pieces of 16 KiB (this torrent's)" in table
+    assert "experts over 2 nodes" in table
     assert "8, 2 per token" in table
     assert "none (a base model)" in table
 
