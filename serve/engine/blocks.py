@@ -1,5 +1,14 @@
-"""The KV blocks that are free. Every stage has the same blocks, so their ids are global."""
+"""The KV blocks: which are free, how many requests read each, and what the full ones hold.
 
+Every stage has the same blocks, so their ids are global. A full block is known by the digest of all
+tokens up to its end, so that a later request that begins alike takes the block instead of computing
+it again. Digests are cryptographic and chained: equal ones mean equal tokens from the first on, and
+no prompt can be crafted to be taken for somebody else's.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from ...settings import KV_BLOCK_TOKENS
@@ -10,8 +19,22 @@ def blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // KV_BLOCK_TOKENS)
 
 
+def root_digest(cache_salt: str) -> bytes:
+    """What the first block of a prompt is chained to; other salts never share a block."""
+    return hashlib.blake2b(cache_salt.encode(), digest_size=32).digest()
+
+
+def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """What is known of a full block: its tokens, and through `parent` all those before."""
+    return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=32).digest()
+
+
 class BlockPool:
-    """Hands out block ids ``0 .. num_blocks``; knows which are free, not who holds the others.
+    """Hands out block ids ``0 .. num_blocks``, several times where requests share a block.
+
+    A block that nobody reads any more is free, and keeps its contents until it is needed for
+    others: the one that was given back first goes first, and of one request the last. Blocks
+    without reusable contents go before all of them.
 
     A run of blocks comes out in ascending order where it can: stages read blocks that lie side by
     side without copying them.
@@ -21,41 +44,93 @@ class BlockPool:
         if num_blocks < 1:
             raise ValueError(f"a pool of {num_blocks} blocks")
         self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))  # taken from the end
-        self._is_free = bytearray(b"\1" * num_blocks)
+        self._blank = list(range(num_blocks - 1, -1, -1))  # taken from the end
+        self._kept: OrderedDict[int, None] = OrderedDict()  # free with contents, oldest first
+        self._num_readers = [0] * num_blocks
+        self._digests: list[bytes | None] = [None] * num_blocks
+        self._by_digest: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
+        """Blocks that nobody reads."""
+        return len(self._blank) + len(self._kept)
 
-    def can_allocate(self, count: int) -> bool:
-        """Whether so many blocks are free."""
-        return count <= len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks; ValueError unless `can_allocate` them."""
-        if not 0 <= count <= len(self._free):
-            raise ValueError(f"{count} blocks of {len(self._free)} free ones")
-        first_kept = len(self._free) - count
-        block_ids = self._free[first_kept:][::-1]
-        del self._free[first_kept:]
-        for block_id in block_ids:
-            self._is_free[block_id] = 0
+    def match(self, digests: Iterable[bytes]) -> list[int]:
+        """The blocks that hold the longest known beginning of a prompt, given by its digests."""
+        block_ids = []
+        for digest in digests:
+            block_id = self._by_digest.get(digest)
+            if block_id is None:
+                break
+            block_ids.append(block_id)
         return block_ids
 
-    def free(self, block_ids: Sequence[int]) -> None:
-        """Give blocks back; ValueError when one of them is free already."""
+    def can_allocate(self, count: int, shared: Sequence[int] = ()) -> bool:
+        """Whether so many blocks are free beside those of `shared` that are."""
+        num_free = len(self._blank) + len(self._kept)
+        return count + sum(block_id in self._kept for block_id in shared) <= num_free
+
+    def allocate(self, count: int, shared: Sequence[int] = ()) -> list[int]:
+        """One more reader for the blocks `shared`, and `count` blocks to write into after them.
+
+        Raises:
+            ValueError: `can_allocate` denies it.
+        """
+        if count < 0 or not self.can_allocate(count, shared):
+            raise ValueError(f"{count} blocks of {self.num_free} free ones")
+        for block_id in shared:
+            self._kept.pop(block_id, None)
+            self._num_readers[block_id] += 1
+        first_kept = max(len(self._blank) - count, 0)
+        block_ids = self._blank[first_kept:][::-1]
+        del self._blank[first_kept:]
+        if len(block_ids) < count:
+            block_ids = sorted(block_ids + self._evict(count - len(block_ids)))
         for block_id in block_ids:
-            if self._is_free[block_id]:
+            self._num_readers[block_id] = 1
+        return [*shared, *block_ids]
+
+    def publish(self, block_id: int, digest: bytes) -> None:
+        """Let others share a block that is full; where another holds the same, that one stays."""
+        if self._digests[block_id] is None and digest not in self._by_digest:
+            self._digests[block_id] = digest
+            self._by_digest[digest] = block_id
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """End the reading of a request's blocks; ValueError when nobody reads one of them."""
+        for block_id in reversed(block_ids):
+            if self._num_readers[block_id] == 0:
                 raise ValueError(f"block {block_id} is free already")
-            self._is_free[block_id] = 1
-        self._free.extend(reversed(block_ids))
+            self._num_readers[block_id] -= 1
+            if self._num_readers[block_id]:
+                continue
+            if self._digests[block_id] is None:
+                self._blank.append(block_id)
+            else:
+                self._kept[block_id] = None
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Assert that every block is either free or once among `held`. For tests: slow."""
-        held = list(held)
-        assert len(set(held)) == len(held), "a block is held twice"
-        assert sorted([*held, *self._free]) == list(range(self.num_blocks)), "a block is lost"
-        assert all(self._is_free[block_id] for block_id in self._free)
-        assert not any(self._is_free[block_id] for block_id in held)
+        """Assert that `held`, with repetitions, are the readers of all blocks. For tests: slow."""
+        num_readers = [0] * self.num_blocks
+        for block_id in held:
+            num_readers[block_id] += 1
+        assert num_readers == self._num_readers, "a block has lost a reader, or has one too many"
+        free = [*self._blank, *self._kept]
+        unread = [block_id for block_id, count in enumerate(num_readers) if count == 0]
+        assert sorted(free) == unread, "a block is lost"
+        assert all(self._digests[block_id] is None for block_id in self._blank)
+        known = {digest: id for id, digest in enumerate(self._digests) if digest is not None}
+        assert known == self._by_digest
+        assert all(self._digests[block_id] is not None for block_id in self._kept)
+
+    def _evict(self, count: int) -> list[int]:
+        """Take free blocks and forget what they hold."""
+        block_ids = []
+        for _ in range(count):
+            block_id, _ = self._kept.popitem(last=False)
+            digest = self._digests[block_id]
+            assert digest is not None
+            del self._by_digest[digest]
+            self._digests[block_id] = None
+            block_ids.append(block_id)
+        return block_ids

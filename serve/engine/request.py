@@ -1,9 +1,12 @@
 """What is asked of the engine, what comes back, and the state of a request in between."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .step import SamplingParams
+from ...settings import KV_BLOCK_TOKENS
+from .blocks import block_digest, root_digest
+from .step import Pooling, SamplingParams, ScoredToken
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -18,6 +21,18 @@ class GenerationParams:
     """Tokens that end the answer besides the model's own; the ending token is still reported."""
     ignore_eos: bool = False
     """Go on past the model's own end-of-text tokens, not past `stop_token_ids`."""
+    min_tokens: int = 0
+    """Tokens of the answer before which nothing may end it."""
+    num_prompt_logprobs: int | None = None
+    """None: the prompt is not scored; k: with the k most likely tokens. Wants every token computed:
+    set `reads_cache` to false."""
+    pooling: Pooling | None = None
+    """Pool the prompt's hidden states; the same holds. The answer is nobody's then: ask for 1."""
+    cache_salt: str = ""
+    """Only requests of one salt share KV blocks: nobody else can tell from the time to the first
+    token what was asked before."""
+    reads_cache: bool = True
+    """False computes every token of the prompt anew, for whoever wants what each of them gives."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +43,10 @@ class TokenEvent:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """Token ids and their log-probabilities, most likely first."""
+    scored: tuple[ScoredToken, ...] = ()
+    """The prompt from its second token on; on the first event, if it was asked for."""
+    vector: tuple[float, ...] = ()
+    """The pooled prompt, of length 1; on the first event, if it was asked for."""
     finish_reason: FinishReason | None = None
 
 
@@ -45,15 +64,37 @@ class Request:
     """KV blocks it holds, in the order of its positions."""
     num_blocks_sent: int = 0
     """Leading `block_ids` that the stages know of."""
+    num_published: int = 0
+    """Leading `block_ids` that are full and were offered to others, or come from them."""
+    num_cached_tokens: int | None = None
+    """Tokens of the prompt that were in the KV cache when it was first admitted."""
     num_scheduled: int = 0
     """Leading tokens whose keys and values are computed or on their way through the stages."""
     awaits_sample: bool = False
     """A step in flight will bring its next token."""
     last_step_id: int = -1
     """The last step it took part in."""
+    sent_history: bool = False
+    """The last stage knows all its tokens, if its parameters count them."""
+
+    _digests: list[bytes] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
+
+    def digest(self, index: int) -> bytes:
+        """What the full block `index` of its tokens is known by; computed once."""
+        digests = self._digests
+        while len(digests) <= index:
+            start = len(digests) * KV_BLOCK_TOKENS
+            parent = digests[-1] if digests else root_digest(self.params.cache_salt)
+            digests.append(block_digest(parent, self.token_ids[start : start + KV_BLOCK_TOKENS]))
+        return digests[index]
+
+    def cacheable_digests(self) -> Iterator[bytes]:
+        """Of its full blocks but the one with its last token, which must be computed in any case:
+        the next one is sampled from it."""
+        return map(self.digest, range((len(self.token_ids) - 1) // KV_BLOCK_TOKENS))
 
     @property
     def num_unscheduled(self) -> int:

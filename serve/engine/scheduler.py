@@ -12,19 +12,27 @@ and stages keep the order of steps. Wherever a later step writes into a block, e
 has been computed already, reads and writes included; and a request reads only slots that it has
 written itself, in the same or an earlier step. The stages must merely forget the old table before
 a request gets a new one, which `StepPlan.released` says in the very next step.
+
+For the same reason a full block may be shared as soon as the step that fills it is *scheduled*,
+long before its result: whoever takes it is part of a later step, which every stage computes after
+that one. It is not shared within one step, where the order of rows is the stages' own affair; and
+that the request that fills it is aborted or preempted meanwhile changes nothing, because a step
+that was sent is computed whole. Nobody writes into a shared block: it is full, and a request's own
+tokens begin after it.
 """
 
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from ...cluster.footprint import STEP_TOKENS
 from ...errors import UsageError
+from ...settings import KV_BLOCK_TOKENS
 from .blocks import BlockPool, blocks_for
-from .request import FinishReason, Request, TokenEvent
-from .step import Sample, StepPlan, StepResult, StepRow
+from .request import FinishReason, GenerationParams, Request, TokenEvent
+from .step import Sample, Scoring, StepPlan, StepResult, StepRow, TokenHistory
 
 _BY_ARRIVAL = attrgetter("request_id")
 _BY_LAST_STEP = attrgetter("last_step_id", "request_id")
@@ -71,8 +79,14 @@ class Scheduler:
         self._requests: dict[int, Request] = {}
         self._in_flight: deque[_Flight] = deque()
         self._released: list[int] = []
+        self._filling: list[Request] = []
+        """Requests with blocks that the step in the making fills."""
         self._next_step_id = 0
         self.num_preemptions = 0
+        self.num_cache_queries = 0
+        """Tokens of prompts that were looked for in the KV cache."""
+        self.num_cache_hits = 0
+        """Those that were there."""
 
     @property
     def num_running(self) -> int:
@@ -91,7 +105,7 @@ class Scheduler:
 
     @property
     def num_free_blocks(self) -> int:
-        """KV blocks that nobody holds."""
+        """KV blocks that nobody reads; their contents may still be found by others."""
         return self._pool.num_free
 
     @property
@@ -154,6 +168,7 @@ class Scheduler:
         rows += self._prefill_rows(self._max_step_tokens - len(rows), may_sample=may_sample)
         if not rows:
             return None
+        self._publish()
         plan = StepPlan(
             step_id=self._next_step_id, rows=tuple(rows), released=tuple(self._released)
         )
@@ -201,7 +216,11 @@ class Scheduler:
         for request in together:
             assert request.awaits_sample == (request.request_id in awaited)
             assert request.num_blocks_sent <= len(request.block_ids)
-            assert blocks_for(request.num_scheduled) <= request.num_blocks_sent
+            assert request.num_published <= request.num_scheduled // KV_BLOCK_TOKENS
+            if request.num_blocks_sent:
+                assert blocks_for(request.num_scheduled) <= request.num_blocks_sent
+            else:
+                assert request.num_scheduled == request.num_published * KV_BLOCK_TOKENS
             assert not (request.awaits_sample and request.block_ids and request.num_unscheduled)
         for request in self._waiting:
             assert not request.block_ids
@@ -245,40 +264,67 @@ class Scheduler:
         """
         self._running.remove(request)
         self._give_back(request)
-        request.num_scheduled = 0
+        request.num_scheduled = request.num_published = 0
         insort(self._waiting, request, key=_BY_ARRIVAL)
         self.num_preemptions += 1
 
     def _prefill_rows(self, budget: int, *, may_sample: bool) -> Iterator[StepRow]:
-        """Chunks of what is not computed yet, in order of arrival."""
-        position = 0
-        while budget > 0:
-            if position == len(self._running) and not self._admit():
-                return
-            request = self._running[position]
-            position += 1
+        """Chunks of what is not computed yet."""
+        if budget == 0:
+            return
+        for request in self._prefilling():
             num_tokens = min(request.num_unscheduled, budget)
-            if request.decodes or num_tokens == 0:
-                continue
             if num_tokens == request.num_unscheduled and not may_sample:
                 continue
-            budget -= num_tokens
             yield self._row(request, num_tokens)
+            budget -= num_tokens
+            if budget == 0:
+                return
 
-    def _admit(self) -> bool:
+    def _prefilling(self) -> Iterator[Request]:
+        """Running requests whose prompts are not computed, and then as many more as there is room
+        for, even those of which only one token is left to compute."""
+        yield from [request for request in self._running if not request.decodes]
+        while (request := self._admit()) is not None:
+            yield request
+
+    def _admit(self) -> Request | None:
         """Give the first waiting request the blocks of all its tokens, if there is room."""
-        if not self._waiting or len(self._running) == self._max_running:
-            return False
+        num_running = len(self._running)
+        # At least one block is its own; there is no use in looking for the others before.
+        if (
+            not self._waiting
+            or num_running == self._max_running
+            or not self._pool.can_allocate(1 + num_running)
+        ):
+            return None
         request = self._waiting[0]
-        needed = blocks_for(len(request.token_ids))
-        # A block for each running request to grow into, else one is soon preempted again. And a
-        # preempted request must know all its tokens, or the awaited one would be sampled twice.
-        if request.awaits_sample or not self._pool.can_allocate(needed + len(self._running)):
-            return False
+        # A preempted request must know all its tokens, or the awaited one would be sampled twice.
+        if request.awaits_sample:
+            return None
+        shared = []
+        if request.params.reads_cache:
+            shared = self._pool.match(request.cacheable_digests())
+        needed = blocks_for(len(request.token_ids)) - len(shared)
+        # A block for each running request to grow into, else one is soon preempted again.
+        if not self._pool.can_allocate(needed + num_running, shared):
+            return None
         del self._waiting[0]
-        request.block_ids = self._pool.allocate(needed)
+        request.block_ids = self._pool.allocate(needed, shared)
+        request.num_published = len(shared)
+        request.num_scheduled = len(shared) * KV_BLOCK_TOKENS
+        self._count_hit(request)
         insort(self._running, request, key=_BY_ARRIVAL)
-        return True
+        return request
+
+    def _count_hit(self, request: Request) -> None:
+        """Once for each request: what it finds after a preemption is mostly its own."""
+        if request.num_cached_tokens is not None:
+            return
+        request.num_cached_tokens = request.num_scheduled
+        if request.params.reads_cache:
+            self.num_cache_queries += len(request.prompt_ids)
+            self.num_cache_hits += request.num_scheduled
 
     def _row(self, request: Request, num_tokens: int) -> StepRow:
         """The request's next tokens as part of the step that is being made."""
@@ -290,20 +336,56 @@ class Scheduler:
             new_block_ids=tuple(request.block_ids[request.num_blocks_sent :]),
             sampling=request.params.sampling if end == len(request.token_ids) else None,
         )
+        row = self._with_wishes(row, request)
         request.num_scheduled = end
         request.num_blocks_sent = len(request.block_ids)
         request.awaits_sample = row.sampling is not None
         request.last_step_id = self._next_step_id
+        if end // KV_BLOCK_TOKENS > request.num_published:
+            self._filling.append(request)
         return row
+
+    def _publish(self) -> None:
+        """Share the blocks that the step, now that it is made, fills."""
+        for request in self._filling:
+            for index in range(request.num_published, request.num_scheduled // KV_BLOCK_TOKENS):
+                self._pool.publish(request.block_ids[index], request.digest(index))
+            request.num_published = request.num_scheduled // KV_BLOCK_TOKENS
+        self._filling.clear()
+
+    def _with_wishes(self, row: StepRow, request: Request) -> StepRow:
+        """The row with what few requests ask of the last stage."""
+        params = request.params
+        if row.sampling is not None:
+            if params.sampling.counts_tokens and not request.sent_history:
+                request.sent_history = True
+                answer_ids = tuple(request.token_ids[len(request.prompt_ids) :])
+                history = TokenHistory(prompt_ids=request.prompt_ids, answer_ids=answer_ids)
+                row = replace(row, history=history)
+            if request.num_generated < params.min_tokens:
+                row = replace(row, banned_ids=tuple(sorted(self._ends_of(params))))
+        if request.num_generated == 0:
+            if params.num_prompt_logprobs is not None:
+                end = row.position + len(row.token_ids) + 1
+                next_ids = request.prompt_ids[row.position + 1 : end]
+                scoring = Scoring(next_ids=next_ids, num_top=params.num_prompt_logprobs)
+                row = replace(row, scoring=scoring)
+            if params.pooling is not None:
+                row = replace(row, pooling=params.pooling)
+        return row
+
+    def _ends_of(self, params: GenerationParams) -> frozenset[int]:
+        """The tokens that end an answer."""
+        if params.ignore_eos:
+            return params.stop_token_ids
+        return params.stop_token_ids | self._eos_token_ids
 
     def _append(self, request: Request, sample: Sample) -> TokenEvent:
         request.token_ids.append(sample.token_id)
         request.awaits_sample = False
         params = request.params
         finish_reason: FinishReason | None = None
-        if sample.token_id in params.stop_token_ids or (
-            not params.ignore_eos and sample.token_id in self._eos_token_ids
-        ):
+        if sample.token_id in self._ends_of(params):
             finish_reason = "stop"
         elif request.num_generated == params.max_tokens:
             finish_reason = "length"
@@ -313,6 +395,8 @@ class Scheduler:
             token_id=sample.token_id,
             logprob=sample.logprob,
             top_logprobs=sample.top_logprobs,
+            scored=sample.scored,
+            vector=sample.vector,
             finish_reason=finish_reason,
         )
 
@@ -326,3 +410,4 @@ class Scheduler:
             self._released.append(request.request_id)
         self._pool.free(request.block_ids)
         request.block_ids, request.num_blocks_sent = [], 0
+        request.sent_history = False

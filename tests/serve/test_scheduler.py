@@ -43,11 +43,12 @@ def add(
     num_prompt_tokens: int = 1,
     params: GenerationParams | None = None,
 ) -> None:
+    """Without the cache, unless `params` want it: single decisions are easier told so."""
     scheduler.add(
         Request(
             request_id=request_id,
             prompt_ids=tuple(range(1, num_prompt_tokens + 1)),
-            params=params or GenerationParams(max_tokens=30),
+            params=params or GenerationParams(max_tokens=30, reads_cache=False),
         )
     )
 
@@ -270,6 +271,92 @@ def test_results_must_be_those_of_the_oldest_step() -> None:
         scheduler.complete(StepResult(step_id=plan.step_id, samples=stray))
 
 
+CACHED = GenerationParams(max_tokens=30)
+
+
+def test_a_later_request_computes_only_what_no_earlier_one_has() -> None:
+    scheduler = make_scheduler(max_step_tokens=64)
+    add(scheduler, 0, 40, CACHED)
+    first = next_plan(scheduler)
+    answer(scheduler, first)
+    scheduler.abort(0)
+    add(scheduler, 1, 50, CACHED)
+    plan = next_plan(scheduler)
+    assert rows_of(plan) == [(1, 32, 18)]
+    assert plan.rows[0].new_block_ids[:2] == first.rows[0].new_block_ids[:2]
+    assert (scheduler.num_cache_queries, scheduler.num_cache_hits) == (90, 32)
+
+
+def test_generated_tokens_are_found_too() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, 0, 10, GenerationParams(max_tokens=8))
+    while scheduler.has_requests:
+        answer(scheduler, next_plan(scheduler), token_id=5)
+    follow_up = Request(request_id=1, prompt_ids=(*range(1, 11), *[5] * 8, 9), params=CACHED)
+    scheduler.add(follow_up)
+    assert rows_of(next_plan(scheduler)) == [(1, 16, 3)]
+
+
+@pytest.mark.parametrize(("num_tokens", "num_cached"), [(32, 16), (33, 32)])
+def test_at_least_one_token_of_a_known_prompt_is_computed(num_tokens: int, num_cached: int) -> None:
+    scheduler = make_scheduler(max_step_tokens=64)
+    add(scheduler, 0, 40, CACHED)
+    answer(scheduler, next_plan(scheduler))
+    scheduler.abort(0)
+    add(scheduler, 1, num_tokens, CACHED)
+    plan = next_plan(scheduler)
+    assert rows_of(plan) == [(1, num_cached, num_tokens - num_cached)]
+    assert plan.rows[0].sampling is not None
+
+
+def test_a_block_is_shared_once_the_step_that_fills_it_is_scheduled() -> None:
+    """Its result need not have come, and its request may be gone: order is enough."""
+    scheduler = make_scheduler(num_stages=2, max_step_tokens=64)
+    add(scheduler, 0, 40, CACHED)
+    add(scheduler, 1, 40, CACHED)
+    together = next_plan(scheduler)
+    # Not within one step: the order of its rows is the stages' affair.
+    assert rows_of(together) == [(0, 0, 40), (1, 0, 24)]
+    scheduler.abort(0)
+    add(scheduler, 2, 40, CACHED)
+    plan = next_plan(scheduler)
+    assert rows_of(plan) == [(1, 24, 16), (2, 32, 8)]
+    assert plan.rows[1].new_block_ids[:2] == together.rows[0].new_block_ids[:2]
+
+
+@pytest.mark.parametrize(
+    "params", [replace(CACHED, cache_salt="mine"), replace(CACHED, reads_cache=False)]
+)
+def test_another_salt_and_whoever_wants_every_token_share_nothing(params: GenerationParams) -> None:
+    scheduler = make_scheduler(max_step_tokens=64)
+    add(scheduler, 0, 40, CACHED)
+    answer(scheduler, next_plan(scheduler))
+    scheduler.abort(0)
+    add(scheduler, 1, 40, params)
+    assert rows_of(next_plan(scheduler)) == [(1, 0, 40)]
+    assert scheduler.num_cache_hits == 0
+
+
+def test_requests_that_share_blocks_fit_where_they_would_not_apart() -> None:
+    scheduler = make_scheduler(num_kv_blocks=6, max_step_tokens=64)
+    add(scheduler, 0, 50, CACHED)
+    answer(scheduler, next_plan(scheduler))
+    add(scheduler, 1, 50, CACHED)
+    assert rows_of(next_plan(scheduler)) == [(0, 50, 1), (1, 48, 2)]
+    assert scheduler.num_free_blocks == 1
+
+
+def test_a_preempted_request_finds_its_own_blocks_again() -> None:
+    scheduler = make_scheduler(num_kv_blocks=5)
+    add(scheduler, 0, 30, GenerationParams(max_tokens=30, reads_cache=False))
+    scheduler.add(Request(request_id=1, prompt_ids=tuple(range(100, 130)), params=CACHED))
+    while not scheduler.num_preemptions:
+        answer(scheduler, next_plan(scheduler))
+    scheduler.abort(0)
+    assert [position for _, position, _ in rows_of(next_plan(scheduler))] == [16]
+    assert scheduler.num_cache_queries == 30
+
+
 EOS = frozenset(range(0, 1000, 250))
 
 
@@ -343,13 +430,25 @@ class Simulation:
                 assert events[-1].finish_reason in ("stop", "length")
 
 
+def shared_start(stem: int, length: int, tail: list[int]) -> list[int]:
+    """A prompt that begins like others of its stem."""
+    return [*((stem * 331 + 7 * index) % 1000 for index in range(length)), *tail]
+
+
 REQUESTS = st.tuples(
-    st.lists(st.integers(0, 999), min_size=1, max_size=50),
+    st.builds(
+        shared_start,
+        st.integers(0, 1),
+        st.integers(0, 50),
+        st.lists(st.integers(0, 999), min_size=1, max_size=20),
+    ),
     st.builds(
         GenerationParams,
-        max_tokens=st.integers(1, 40),
+        max_tokens=st.integers(1, 20),
         ignore_eos=st.booleans(),
         stop_token_ids=st.frozensets(st.integers(0, 999), max_size=4),
+        cache_salt=st.sampled_from(["", "", "mine"]),
+        reads_cache=st.booleans(),
     ),
 )
 MOVES = st.lists(
@@ -403,8 +502,11 @@ def test_every_request_gets_the_tokens_of_a_lone_one_and_every_block_comes_back(
 
 
 def test_nothing_is_lost_when_blocks_are_short_and_clients_leave() -> None:
-    """Random load under pressure, which hypothesis seldom finds: its examples are small."""
-    num_preemptions = 0
+    """Random load under pressure, which hypothesis seldom finds: its examples are small.
+
+    The fake model's every token depends on all before it, so that a wrong block would show.
+    """
+    num_preemptions = num_cache_hits = 0
     for seed in range(60):
         random = Random(seed)
         num_stages, num_kv_blocks = random.randint(1, 4), random.randint(8, 14)
@@ -419,8 +521,14 @@ def test_nothing_is_lost_when_blocks_are_short_and_clients_leave() -> None:
         for _ in range(300):
             chance = random.random()
             if chance < 0.05 and len(run.answers) < 12:
-                prompt = [random.randrange(1000) for _ in range(random.randint(1, 40))]
-                params = GenerationParams(max_tokens=random.randint(20, 80), ignore_eos=True)
+                length = random.randint(0, 39)
+                prompt = shared_start(random.randrange(2), length, [random.randrange(1000)])
+                params = GenerationParams(
+                    max_tokens=random.randint(20, 80),
+                    ignore_eos=True,
+                    cache_salt=random.choice(["", "", "mine"]),
+                    reads_cache=seed % 3 > 0,
+                )
                 run.add(prompt, params)
             elif chance < 0.06 and run.answers:
                 run.abort(random.randrange(len(run.answers)))
@@ -430,7 +538,9 @@ def test_nothing_is_lost_when_blocks_are_short_and_clients_leave() -> None:
                 run.complete()
         run.finish()
         num_preemptions += scheduler.num_preemptions
+        num_cache_hits += scheduler.num_cache_hits
     assert num_preemptions > 50
+    assert num_cache_hits > 1000
 
 
 def test_the_fake_stages_can_tell_a_block_with_two_owners() -> None:
