@@ -103,6 +103,8 @@ def plan_jobs(
                 max_tokens=room,
                 stop_token_ids=frozenset(body.stop_token_ids),
                 ignore_eos=body.ignore_eos,
+                priority=body.priority,
+                cache_salt=body.cache_salt,
             )
             jobs.append(
                 Job(

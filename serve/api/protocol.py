@@ -16,6 +16,7 @@ MAX_SEQUENCES = 64
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
+MAX_SALT_CHARS = 1024
 MAX_MESSAGES = 4096
 
 
@@ -55,6 +56,10 @@ class GenerationBody(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
+    priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+    """vLLM's: lower ones are served first."""
+    cache_salt: str = Field(default="", max_length=MAX_SALT_CHARS)
+    """vLLM's: only requests of one salt share keys and values."""
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "GenerationBody":

@@ -21,7 +21,8 @@ def blocks_for(num_tokens: int) -> int:
 
 def root_digest(cache_salt: str) -> bytes:
     """What the first block of a prompt is chained to; other salts never share a block."""
-    return hashlib.blake2b(cache_salt.encode(), digest_size=32).digest()
+    # Half a surrogate pair is no reason to fail: it salts as well as anything.
+    return hashlib.blake2b(cache_salt.encode("utf-8", "surrogatepass"), digest_size=32).digest()
 
 
 def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:

@@ -28,6 +28,8 @@ class GenerationParams:
     set `reads_cache` to false."""
     pooling: Pooling | None = None
     """Pool the prompt's hidden states; the same holds. The answer is nobody's then: ask for 1."""
+    priority: int = 0
+    """Lower ones are admitted first and give up their KV blocks last; equal ones by arrival."""
     cache_salt: str = ""
     """Only requests of one salt share KV blocks: nobody else can tell from the time to the first
     token what was asked before."""
@@ -58,6 +60,8 @@ class Request:
     """Ascending in order of arrival; never used twice."""
     prompt_ids: tuple[int, ...]
     params: GenerationParams
+    rank: tuple[int, int] = field(init=False)
+    """Lower ones come first: by priority, then by arrival."""
     token_ids: list[int] = field(init=False)
     """The prompt and the answer so far."""
     block_ids: list[int] = field(default_factory=list)
@@ -80,6 +84,7 @@ class Request:
     _digests: list[bytes] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.rank = (self.params.priority, self.request_id)
         self.token_ids = list(self.prompt_ids)
 
     def digest(self, index: int) -> bytes:

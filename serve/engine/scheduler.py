@@ -34,7 +34,7 @@ from .blocks import BlockPool, blocks_for
 from .request import FinishReason, GenerationParams, Request, TokenEvent
 from .step import Sample, Scoring, StepPlan, StepResult, StepRow, TokenHistory
 
-_BY_ARRIVAL = attrgetter("request_id")
+_BY_RANK = attrgetter("rank")
 _BY_LAST_STEP = attrgetter("last_step_id", "request_id")
 
 
@@ -48,11 +48,12 @@ class _Flight:
 
 
 class Scheduler:
-    """Requests in order of arrival, their KV blocks, and the steps in flight.
+    """Requests by rank, their KV blocks, and the steps in flight.
 
-    First come, first served: nobody overtakes a waiting request, and when blocks run out, the
-    newest running request gives its own back and is computed again later. So the oldest request
-    always advances.
+    A request's rank is its priority and, among equals, its arrival. Nobody overtakes a waiting
+    request of better rank, and when blocks run out, the running request of the worst rank gives its
+    own back and is computed again later. So the best of the running requests always advances. One
+    that waits takes blocks from nobody, whatever its rank.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Scheduler:
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id} is here already")
         self._requests[request.request_id] = request
-        insort(self._waiting, request, key=_BY_ARRIVAL)
+        insort(self._waiting, request, key=_BY_RANK)
 
     def abort(self, request_id: int) -> None:
         """Forget a request now, whatever of it is in flight; unknown ones are ignored."""
@@ -204,10 +205,10 @@ class Scheduler:
         self._pool.check_integrity(
             block_id for request in self._running for block_id in request.block_ids
         )
-        together = sorted([*self._running, *self._waiting], key=_BY_ARRIVAL)
-        assert together == [self._requests[key] for key in sorted(self._requests)]
+        together = sorted([*self._running, *self._waiting], key=_BY_RANK)
+        assert together == sorted(self._requests.values(), key=_BY_RANK)
         for queue in (self._running, self._waiting):
-            assert queue == sorted(queue, key=_BY_ARRIVAL)
+            assert queue == sorted(queue, key=_BY_RANK)
         assert len(self._running) <= self._max_running
         assert len(self._in_flight) <= self._num_stages + 1
         assert len(set(self._released)) == len(self._released)
@@ -244,12 +245,12 @@ class Scheduler:
                 yield self._row(request, 1)
 
     def _make_room(self, request: Request) -> bool:
-        """Have a block for the request's last token; newer requests may have to give theirs."""
+        """Have a block for the request's last token; worse-ranked ones may have to give theirs."""
         missing = blocks_for(len(request.token_ids)) - len(request.block_ids)
         while not self._pool.can_allocate(missing):
             victim = self._running[-1]
-            # It waits when all newer ones are part of this very step, or there are none: an older
-            # request will end, or preempt it.
+            # It waits when there is no worse one, or the worst is part of this very step: a better
+            # one will end, or preempt it.
             if victim is request or victim.last_step_id == self._next_step_id:
                 return False
             self._preempt(victim)
@@ -265,7 +266,7 @@ class Scheduler:
         self._running.remove(request)
         self._give_back(request)
         request.num_scheduled = request.num_published = 0
-        insort(self._waiting, request, key=_BY_ARRIVAL)
+        insort(self._waiting, request, key=_BY_RANK)
         self.num_preemptions += 1
 
     def _prefill_rows(self, budget: int, *, may_sample: bool) -> Iterator[StepRow]:
@@ -314,7 +315,7 @@ class Scheduler:
         request.num_published = len(shared)
         request.num_scheduled = len(shared) * KV_BLOCK_TOKENS
         self._count_hit(request)
-        insort(self._running, request, key=_BY_ARRIVAL)
+        insort(self._running, request, key=_BY_RANK)
         return request
 
     def _count_hit(self, request: Request) -> None:

@@ -85,6 +85,8 @@ def test_sampling_parameters_reach_the_engine() -> None:
                 "seed": 7,
                 "stop_token_ids": [13],
                 "ignore_eos": True,
+                "priority": -3,
+                "cache_salt": "mine",
                 "max_tokens": 3,
                 "logprobs": 2,
             },
@@ -94,6 +96,7 @@ def test_sampling_parameters_reach_the_engine() -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 40)
     assert (sampling.seed, sampling.num_logprobs) == (7, 2)
     assert (params.max_tokens, params.ignore_eos) == (3, True)
+    assert (params.priority, params.cache_salt) == (-3, "mine")
     assert params.stop_token_ids == frozenset({13})
 
 

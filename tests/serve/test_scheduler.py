@@ -219,6 +219,39 @@ def test_waiting_requests_do_not_overtake() -> None:
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)
 
 
+def test_a_lower_priority_value_is_admitted_first_and_equal_ones_by_arrival() -> None:
+    scheduler = make_scheduler(max_running=1)
+    for request_id, priority in enumerate([0, 0, 7, -1, -1]):
+        add(scheduler, request_id, params=GenerationParams(max_tokens=1, priority=priority))
+    order = []
+    while scheduler.has_requests:
+        plan = next_plan(scheduler)
+        order += [row.request_id for row in plan.rows]
+        answer(scheduler, plan)
+    assert order == [3, 4, 0, 1, 2]
+
+
+def test_the_worst_priority_gives_its_blocks_although_it_came_first() -> None:
+    scheduler = make_scheduler(num_kv_blocks=4)
+    for request_id, priority in enumerate([1, 0]):
+        params = GenerationParams(max_tokens=30, reads_cache=False, priority=priority)
+        add(scheduler, request_id, 16, params)
+    while not scheduler.num_preemptions:
+        plan = next_plan(scheduler)
+        answer(scheduler, plan)
+    assert rows_of(plan) == [(1, 32, 1)]
+    assert plan.released == (0,)
+
+
+def test_a_better_request_that_arrives_takes_no_blocks_from_running_ones() -> None:
+    scheduler = make_scheduler(num_kv_blocks=4, max_step_tokens=64)
+    add(scheduler, 0, 30)
+    answer(scheduler, next_plan(scheduler))
+    add(scheduler, 1, 30, GenerationParams(max_tokens=9, priority=-5, reads_cache=False))
+    assert rows_of(next_plan(scheduler)) == [(0, 30, 1)]
+    assert (scheduler.num_waiting, scheduler.num_preemptions) == (1, 0)
+
+
 def test_an_aborted_request_is_forgotten_at_once_and_its_token_dropped() -> None:
     scheduler = make_scheduler()
     add(scheduler, 0)
@@ -447,8 +480,9 @@ REQUESTS = st.tuples(
         max_tokens=st.integers(1, 20),
         ignore_eos=st.booleans(),
         stop_token_ids=st.frozensets(st.integers(0, 999), max_size=4),
-        cache_salt=st.sampled_from(["", "", "mine"]),
+        cache_salt=st.sampled_from(["", "", "mine", "\ud800"]),
         reads_cache=st.booleans(),
+        priority=st.integers(-1, 1),
     ),
 )
 MOVES = st.lists(
@@ -528,6 +562,7 @@ def test_nothing_is_lost_when_blocks_are_short_and_clients_leave() -> None:
                     ignore_eos=True,
                     cache_salt=random.choice(["", "", "mine"]),
                     reads_cache=seed % 3 > 0,
+                    priority=random.choice([-1, 0, 0, 0, 5]),
                 )
                 run.add(prompt, params)
             elif chance < 0.06 and run.answers:
