@@ -1,52 +1,89 @@
 """From logits to the next tokens; runs on the last stage only.
 
-A token depends on its logits, its request's parameters and the random number of (seed, position):
-not on the batch it was computed in, nor on how many stages there are.
+A token depends on its logits, its request's parameters, the tokens before it where these count
+(penalties), and the random number of (seed, position): not on the batch it was computed in, nor on
+how many stages there are.
 
 Shapes: S rows to sample, V vocabulary, M tokens that may be chosen, most likely first.
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ...errors import MagnetarError
+from .penalties import TokenCounts, adjust
 from .step import Sample, SamplingParams, StepRow
 
 _FIRST_TRY = 256
 """Most likely tokens that are sorted before the whole vocabulary is, to find the top-p set."""
 
 
-def sample(logits_SV: torch.Tensor, rows: Sequence[StepRow]) -> tuple[Sample, ...]:
-    """The token that follows each row, in the order of `rows`; every row must have `sampling`.
+class Sampler:
+    """Chooses tokens, and counts those of requests whose parameters ask for it."""
 
-    Log-probabilities are those of the model itself, before temperature, top-k and top-p.
+    def __init__(self) -> None:
+        self._counts: dict[int, TokenCounts] = {}
 
-    Raises:
-        MagnetarError: a row's logits are not finite.
-    """
-    if not rows:
-        return ()
-    logits_SV = logits_SV.float().cpu()
-    # max gives NaN where there is any, and the lowest of equally good ids.
-    best = logits_SV.max(dim=-1)
-    samples = []
-    for logits_V, value, greedy_id, row in zip(
-        logits_SV, best.values.tolist(), best.indices.tolist(), rows, strict=True
-    ):
-        if not -float("inf") < value < float("inf"):
-            raise MagnetarError(
-                f"the logits of request {row.request_id} are not finite: the numbers overflowed; "
-                "serve the model with --dtype bf16 or fp32"
-            )
+    def forget(self, request_ids: Iterable[int]) -> None:
+        """Drop what is known of requests; unknown ones are ignored."""
+        for request_id in request_ids:
+            self._counts.pop(request_id, None)
+
+    def sample(self, logits_SV: torch.Tensor, rows: Sequence[StepRow]) -> tuple[Sample, ...]:
+        """The token that follows each row, in the order of `rows`; each must have `sampling`.
+
+        Log-probabilities are those of the model itself, before bias, penalties, temperature,
+        min-p, top-k and top-p.
+
+        Raises:
+            MagnetarError: a row's logits are not finite.
+            ValueError: a request counts tokens and its history never came.
+        """
+        if not rows:
+            return ()
+        logits_SV = logits_SV.float().cpu()
+        # max gives NaN where there is any, and the lowest of equally good ids.
+        best = logits_SV.max(dim=-1)
+        samples = []
+        for logits_V, value, token_id, row in zip(
+            logits_SV, best.values.tolist(), best.indices.tolist(), rows, strict=True
+        ):
+            if not -float("inf") < value < float("inf"):
+                raise MagnetarError(
+                    f"the logits of request {row.request_id} are not finite: the numbers"
+                    " overflowed; serve the model with --dtype bf16 or fp32"
+                )
+            assert row.sampling is not None
+            adjusted_V = logits_V
+            if row.sampling.counts_tokens or row.sampling.logit_bias or row.banned_ids:
+                adjusted_V = adjust(
+                    logits_V,
+                    row.sampling,
+                    counts=self._count(row, len(logits_V)),
+                    banned_ids=row.banned_ids,
+                )
+                value, token_id = (x.item() for x in adjusted_V.max(dim=-1))
+            if row.sampling.temperature > 0:
+                position = row.position + len(row.token_ids)
+                token_id = _draw(adjusted_V - value, row.sampling, position)
+            samples.append(_report(logits_V, int(token_id), row))
+        return tuple(samples)
+
+    def _count(self, row: StepRow, vocab_size: int) -> TokenCounts | None:
+        """The row's tokens counted in; None where nothing is to be counted."""
         assert row.sampling is not None
-        token_id = greedy_id
-        if row.sampling.temperature > 0:
-            position = row.position + len(row.token_ids)
-            token_id = _draw(logits_V - value, row.sampling, position)
-        samples.append(_report(logits_V, token_id, row))
-    return tuple(samples)
+        if not row.sampling.counts_tokens:
+            return None
+        if row.history is not None:
+            self._counts[row.request_id] = TokenCounts(row.history, vocab_size)
+        elif row.request_id in self._counts:
+            self._counts[row.request_id].add(row.token_ids)
+        else:
+            raise ValueError(f"request {row.request_id} counts tokens and brought no history")
+        return self._counts[row.request_id]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -81,6 +118,9 @@ def candidates(
 def _draw(shifted_V: torch.Tensor, params: SamplingParams, position: int) -> int:
     """One token at a temperature above 0 by inversion of the cumulative distribution."""
     scaled_V = shifted_V / params.temperature
+    if params.min_p > 0:
+        # The likeliest stands at 0, so that this is the share of its probability.
+        scaled_V = scaled_V.masked_fill(scaled_V < math.log(params.min_p), -float("inf"))
     if params.top_k <= 0 and params.top_p >= 1:
         ids_M, weights_M = None, scaled_V.double().exp()
     else:

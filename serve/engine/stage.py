@@ -16,7 +16,7 @@ from ..model.batch import lay_out
 from ..model.kv_cache import KVCache
 from ..model.loader import COMPUTE_DTYPES, load_transformer
 from ..model.transformer import Transformer
-from .sampler import sample
+from .readout import Readout
 from .step import StepPlan, StepResult
 
 
@@ -43,6 +43,7 @@ class Stage:
         self._caches = caches
         self._device = device
         self._tables: dict[int, list[int]] = {}
+        self._readout = None if transformer.output is None else Readout(transformer)
 
     @classmethod
     def load(
@@ -109,14 +110,15 @@ class Stage:
                 blocks: a defect of the engine, not of the request.
             MagnetarError: logits that are not finite.
         """
-        computed = self.forward(plan, hidden_TD)
-        if self._transformer.output is None:
-            return computed.cpu()
-        samples = sample(computed, [row for row in plan.rows if row.sampling is not None])
+        with torch.inference_mode():
+            computed_TD = self._compute(plan, hidden_TD)
+            if self._readout is None:
+                return computed_TD.cpu()
+            samples = self._readout.read(plan, computed_TD)
         return StepResult(step_id=plan.step_id, samples=samples)
 
     def forward(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor:
-        """`step` without sampling: hidden states [T, D], or logits [S, V] on the last stage.
+        """`step` without reading out: hidden states [T, D], or logits [S, V] on the last stage.
 
         Both stay on the stage's device, in its dtype.
         """
@@ -124,6 +126,10 @@ class Stage:
             return self._forward(plan, hidden_TD)
 
     def _forward(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor:
+        computed_TD = self._compute(plan, hidden_TD)
+        return computed_TD if self._readout is None else self._readout.logits(plan, computed_TD)
+
+    def _compute(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor:
         self._update_tables(plan)
         transformer = self._transformer
         if (hidden_TD is None) != (transformer.tok_embeddings is not None):
@@ -137,7 +143,6 @@ class Stage:
                 f"step {plan.step_id} has {plan.num_tokens} tokens, but {len(hidden_TD)} came"
             )
         hidden_TD = hidden_TD.to(self._device, self.hidden_dtype)
-        ends: list[int] = []
         if plan.rows:  # else it only releases
             batch = lay_out(
                 plan.rows,
@@ -147,13 +152,7 @@ class Stage:
                 device=self._device,
             )
             hidden_TD = transformer.forward(hidden_TD, batch, self._caches)
-            for row, span in zip(plan.rows, batch.spans, strict=True):
-                if row.sampling is not None:
-                    ends.append(span.start + span.num_tokens - 1)
-        if transformer.output is None:
-            return hidden_TD
-        ends_S = torch.tensor(ends, dtype=torch.int64, device=self._device)
-        return transformer.logits(hidden_TD.index_select(0, ends_S))
+        return hidden_TD
 
     def _update_tables(self, plan: StepPlan) -> None:
         for request_id in plan.released:

@@ -5,9 +5,19 @@ The step id is not part of it: frames carry it.
 
 import json
 import math
+from dataclasses import replace
 from typing import Any, NoReturn
 
-from .step import Sample, SamplingParams, StepPlan, StepResult, StepRow
+from .step import (
+    Sample,
+    SamplingParams,
+    ScoredToken,
+    Scoring,
+    StepPlan,
+    StepResult,
+    StepRow,
+    TokenHistory,
+)
 
 MAX_ERROR_CHARS = 2000
 
@@ -15,7 +25,14 @@ MAX_ERROR_CHARS = 2000
 def encode_plan(plan: StepPlan) -> bytes:
     """The rows and the released requests."""
     rows = [
-        [row.request_id, row.position, row.token_ids, row.new_block_ids, _sampling(row.sampling)]
+        [
+            row.request_id,
+            row.position,
+            row.token_ids,
+            row.new_block_ids,
+            _sampling(row.sampling),
+            _extras(row),
+        ]
         for row in plan.rows
     ]
     return _dump([rows, plan.released])
@@ -31,7 +48,14 @@ def encode_result(result: StepResult) -> bytes:
     """The samples."""
     return _dump(
         [
-            [sample.request_id, sample.token_id, sample.logprob, sample.top_logprobs]
+            [
+                sample.request_id,
+                sample.token_id,
+                sample.logprob,
+                sample.top_logprobs,
+                [[s.token_id, s.logprob, s.rank, s.top_logprobs] for s in sample.scored],
+                sample.vector,
+            ]
             for sample in result.samples
         ]
     )
@@ -56,40 +80,120 @@ def decode_error(body: bytes) -> str:
 def _sampling(params: SamplingParams | None) -> list[Any] | None:
     if params is None:
         return None
-    return [params.temperature, params.top_p, params.top_k, params.seed, params.num_logprobs]
+    return [
+        params.temperature,
+        params.top_p,
+        params.top_k,
+        params.seed,
+        params.num_logprobs,
+        params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.logit_bias,
+    ]
+
+
+def _extras(row: StepRow) -> list[Any] | None:
+    """What few rows have."""
+    history, scoring = row.history, row.scoring
+    if history is None and scoring is None and row.pooling is None and not row.banned_ids:
+        return None
+    return [
+        None if history is None else [history.prompt_ids, history.answer_ids],
+        row.banned_ids,
+        None if scoring is None else [scoring.next_ids, scoring.num_top],
+        row.pooling,
+    ]
 
 
 def _row(value: Any) -> StepRow:
-    request_id, position, token_ids, new_block_ids, sampling = _list(value, 5)
-    return StepRow(
+    request_id, position, token_ids, new_block_ids, sampling, extras = _list(value, 6)
+    row = StepRow(
         request_id=_count(request_id),
         position=_count(position),
         token_ids=_counts(token_ids),
         new_block_ids=_counts(new_block_ids),
         sampling=None if sampling is None else _sampling_params(sampling),
     )
+    return row if extras is None else _with_extras(row, extras)
+
+
+def _with_extras(row: StepRow, value: Any) -> StepRow:
+    history, banned_ids, scoring, pooling = _list(value, 4)
+    if pooling not in (None, "last", "mean"):
+        _refuse(pooling)
+    return replace(
+        row,
+        history=None if history is None else _history(history),
+        banned_ids=_counts(banned_ids),
+        scoring=None if scoring is None else _scoring(scoring),
+        pooling=pooling,
+    )
+
+
+def _history(value: Any) -> TokenHistory:
+    prompt_ids, answer_ids = _list(value, 2)
+    return TokenHistory(prompt_ids=_counts(prompt_ids), answer_ids=_counts(answer_ids))
+
+
+def _scoring(value: Any) -> Scoring:
+    next_ids, num_top = _list(value, 2)
+    return Scoring(next_ids=_counts(next_ids), num_top=_count(num_top))
 
 
 def _sampling_params(value: Any) -> SamplingParams:
-    temperature, top_p, top_k, seed, num_logprobs = _list(value, 5)
+    (
+        temperature,
+        top_p,
+        top_k,
+        seed,
+        num_logprobs,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+    ) = _list(value, 10)
     return SamplingParams(
         temperature=_number(temperature),
         top_p=_number(top_p),
         top_k=_count(top_k),
         seed=_count(seed),
         num_logprobs=None if num_logprobs is None else _count(num_logprobs),
+        min_p=_number(min_p),
+        repetition_penalty=_number(repetition_penalty),
+        presence_penalty=_number(presence_penalty),
+        frequency_penalty=_number(frequency_penalty),
+        logit_bias=_pairs(logit_bias),
     )
 
 
 def _sample(value: Any) -> Sample:
-    request_id, token_id, logprob, top_logprobs = _list(value, 4)
-    pairs = [_list(pair, 2) for pair in _list(top_logprobs)]
+    request_id, token_id, logprob, top_logprobs, scored, vector = _list(value, 6)
     return Sample(
         request_id=_count(request_id),
         token_id=_count(token_id),
         logprob=None if logprob is None else _number(logprob),
-        top_logprobs=tuple((_count(top_id), _number(top)) for top_id, top in pairs),
+        top_logprobs=_pairs(top_logprobs),
+        scored=tuple(map(_scored_token, _list(scored))),
+        vector=tuple(map(_number, _list(vector))),
     )
+
+
+def _scored_token(value: Any) -> ScoredToken:
+    token_id, logprob, rank, top_logprobs = _list(value, 4)
+    return ScoredToken(
+        token_id=_count(token_id),
+        logprob=_number(logprob),
+        rank=_count(rank),
+        top_logprobs=_pairs(top_logprobs),
+    )
+
+
+def _pairs(value: Any) -> tuple[tuple[int, float], ...]:
+    pairs = [_list(pair, 2) for pair in _list(value)]
+    return tuple((_count(token_id), _number(number)) for token_id, number in pairs)
 
 
 def _dump(value: Any) -> bytes:

@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magnetar.errors import MagnetarError
-from magnetar.serve.engine.sampler import candidates, sample, uniform
-from magnetar.serve.engine.step import Sample, SamplingParams, StepRow
+from magnetar.serve.engine.sampler import Sampler, candidates, uniform
+from magnetar.serve.engine.step import Sample, SamplingParams, StepRow, TokenHistory
 
 NUM_DRAWS = 20_000
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.0, 1.0])
@@ -18,6 +20,11 @@ LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.0, 1.0])
 
 def row_of(params: SamplingParams, *, position: int = 0, request_id: int = 0) -> StepRow:
     return StepRow(request_id=request_id, position=position, token_ids=(1,), sampling=params)
+
+
+def sample(logits: torch.Tensor, rows: Sequence[StepRow]) -> tuple[Sample, ...]:
+    """As the first step of a stage."""
+    return Sampler().sample(logits, rows)
 
 
 def draws(params: SamplingParams, logits: torch.Tensor = LOGITS) -> list[Sample]:
@@ -46,6 +53,8 @@ def kept_by_definition(logits: list[float], top_k: int, top_p: float) -> list[in
         (SamplingParams(top_k=3, seed=3), [1, 3, 5]),
         (SamplingParams(top_p=0.6, seed=4), [1, 3]),
         (SamplingParams(top_k=4, top_p=0.9, temperature=2.0, seed=5), [0, 1, 3, 5]),
+        (SamplingParams(min_p=0.2, seed=6), [0, 1, 3, 5]),
+        (SamplingParams(min_p=0.3, temperature=2.0, top_p=0.8, seed=7), [0, 1, 3, 5]),
     ],
 )
 def test_draws_follow_the_distribution(params: SamplingParams, allowed: list[int]) -> None:
@@ -154,3 +163,77 @@ def test_logits_that_overflowed_are_an_error(bad: float) -> None:
 
 def test_no_rows_give_no_samples() -> None:
     assert sample(torch.empty(0, 8), []) == ()
+
+
+def test_min_p_of_1_keeps_the_likeliest_alone() -> None:
+    assert {s.token_id for s in draws(SamplingParams(min_p=1.0, temperature=5.0))} == {1}
+
+
+def adjusted_by_definition(
+    logits: Sequence[float], params: SamplingParams, prompt: Sequence[int], answer: Sequence[int]
+) -> list[float]:
+    adjusted = [x + dict(params.logit_bias).get(i, 0.0) for i, x in enumerate(logits)]
+    for token in {*prompt, *answer}:
+        by = params.repetition_penalty
+        adjusted[token] = adjusted[token] / by if adjusted[token] > 0 else adjusted[token] * by
+    for token, count in Counter(answer).items():
+        adjusted[token] -= params.frequency_penalty * count + params.presence_penalty
+    return adjusted
+
+
+TOKENS = st.lists(st.integers(0, 5), max_size=8)
+AMOUNTS = st.integers(-8, 8).map(lambda n: n / 4)
+
+
+@given(
+    params=st.builds(
+        SamplingParams,
+        temperature=st.just(0.0),
+        repetition_penalty=st.sampled_from([0.5, 1.0, 1.5]),
+        presence_penalty=AMOUNTS,
+        frequency_penalty=AMOUNTS,
+        logit_bias=st.dictionaries(st.integers(0, 5), AMOUNTS).map(lambda d: tuple(d.items())),
+        num_logprobs=st.just(0),
+    ),
+    prompt=TOKENS,
+    answer=TOKENS,
+    later=TOKENS,
+)
+def test_penalties_and_bias_are_those_of_the_definition(
+    params: SamplingParams, prompt: list[int], answer: list[int], later: list[int]
+) -> None:
+    sampler = Sampler()
+    history = TokenHistory(prompt_ids=tuple(prompt), answer_ids=tuple(answer))
+    row = replace(row_of(params), history=history)
+    (drawn,) = sampler.sample(LOGITS.unsqueeze(0), [row])
+    for token in later:  # one more of the answer each, as a decoding request's rows bring them
+        answer = [*answer, token]
+        row = StepRow(request_id=0, position=9, token_ids=(token,), sampling=params)
+        (drawn,) = sampler.sample(LOGITS.unsqueeze(0), [row])
+    adjusted = adjusted_by_definition(LOGITS.tolist(), params, prompt, answer)
+    assert adjusted[drawn.token_id] == pytest.approx(max(adjusted), abs=1e-5)
+    assert drawn.logprob == pytest.approx(float(LOGITS.log_softmax(0)[drawn.token_id]))
+
+
+def test_a_request_that_begins_again_is_counted_anew() -> None:
+    params = SamplingParams(temperature=0.0, frequency_penalty=1.0)
+    history = TokenHistory(prompt_ids=(1,), answer_ids=())
+    sampler = Sampler()
+    for _ in range(2):
+        (drawn,) = sampler.sample(LOGITS.unsqueeze(0), [replace(row_of(params), history=history)])
+        assert drawn.token_id == 1
+        for expected in (3, 1):  # 2.0 - 1 and 1.5, then 2.0 - 1 and 1.5 - 1
+            last = StepRow(request_id=0, position=9, token_ids=(drawn.token_id,), sampling=params)
+            (drawn,) = sampler.sample(LOGITS.unsqueeze(0), [last])
+            assert drawn.token_id == expected
+    sampler.forget([0, 99])
+    with pytest.raises(ValueError, match="brought no history"):
+        sampler.sample(LOGITS.unsqueeze(0), [row_of(params)])
+
+
+def test_a_bias_can_force_a_token_and_banned_tokens_are_never_drawn() -> None:
+    forced = SamplingParams(logit_bias=((2, 100.0), (99, 100.0)))
+    assert {s.token_id for s in draws(forced)} == {2}
+    row = replace(row_of(SamplingParams(temperature=0.0)), banned_ids=(1, 3, 99))
+    assert sample(LOGITS.unsqueeze(0), [row])[0].token_id == 5
+    assert LOGITS.tolist() == [0.5, 2.0, -1.0, 1.5, 0.0, 1.0], "the logits stay as they were"

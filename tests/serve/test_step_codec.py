@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magnetar.serve.engine.step import Sample, SamplingParams, StepPlan, StepResult, StepRow
+from magnetar.serve.engine.step import (
+    Sample,
+    SamplingParams,
+    ScoredToken,
+    Scoring,
+    StepPlan,
+    StepResult,
+    StepRow,
+    TokenHistory,
+)
 from magnetar.serve.engine.step_codec import (
     decode_error,
     decode_plan,
@@ -20,6 +29,7 @@ from magnetar.serve.engine.step_codec import (
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 ids = st.lists(st.integers(0, 2**40), max_size=5).map(tuple)
+pairs = st.lists(st.tuples(st.integers(0, 10**6), numbers), max_size=3).map(tuple)
 sampling = st.builds(
     SamplingParams,
     temperature=numbers,
@@ -27,6 +37,11 @@ sampling = st.builds(
     top_k=st.integers(0, 10**6),
     seed=st.integers(0, 2**64 - 1),
     num_logprobs=st.none() | st.integers(0, 20),
+    min_p=numbers,
+    repetition_penalty=numbers,
+    presence_penalty=numbers,
+    frequency_penalty=numbers,
+    logit_bias=pairs,
 )
 rows = st.builds(
     StepRow,
@@ -35,6 +50,10 @@ rows = st.builds(
     token_ids=ids,
     new_block_ids=ids,
     sampling=st.none() | sampling,
+    history=st.none() | st.builds(TokenHistory, prompt_ids=ids, answer_ids=ids),
+    banned_ids=ids,
+    scoring=st.none() | st.builds(Scoring, next_ids=ids, num_top=st.integers(0, 20)),
+    pooling=st.sampled_from([None, "last", "mean"]),
 )
 plans = st.builds(
     StepPlan, step_id=st.just(7), rows=st.lists(rows, max_size=4).map(tuple), released=ids
@@ -44,7 +63,18 @@ samples = st.builds(
     request_id=st.integers(0, 2**40),
     token_id=st.integers(0, 10**6),
     logprob=st.none() | numbers,
-    top_logprobs=st.lists(st.tuples(st.integers(0, 10**6), numbers), max_size=3).map(tuple),
+    top_logprobs=pairs,
+    scored=st.lists(
+        st.builds(
+            ScoredToken,
+            token_id=st.integers(0, 10**6),
+            logprob=numbers,
+            rank=st.integers(1, 10**6),
+            top_logprobs=pairs,
+        ),
+        max_size=2,
+    ).map(tuple),
+    vector=st.lists(numbers, max_size=3).map(tuple),
 )
 
 
@@ -95,9 +125,13 @@ def test_bytes_that_are_no_step_are_refused(
         b"[[],[true]]",
         b"[[],[-1]]",
         b'[[],["1"]]',
-        b"[[[1,2,[3],[],null,null]],[]]",
-        b"[[[1,2,[3],[],[0,1,0,0,NaN]]],[]]",
-        b"[[[1,2,[3],[],[NaN,1,0,0,null]]],[]]",
+        b"[[[1,2,[3],[],null]],[]]",
+        b"[[[1,2,[3],[],[0,1,0,0,NaN,0,1,0,0,[]],null]],[]]",
+        b"[[[1,2,[3],[],[NaN,1,0,0,null,0,1,0,0,[]],null]],[]]",
+        b"[[[1,2,[3],[],[0,1,0,0,null,0,1,0,0,[[1]]],null]],[]]",
+        b'[[[1,2,[3],[],null,[null,[],null,"max"]]],[]]',
+        b"[[[1,2,[3],[],null,[null,[],null,[]]]],[]]",
+        b"[[[1,2,[3],[],null,[[[1]],[],null,null]]],[]]",
         b"[[],[],[]]",
     ],
 )
