@@ -37,9 +37,12 @@ class GenerationParams:
     """False computes every token of the prompt anew, for whoever wants what each of them gives."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class TokenEvent:
-    """One generated token; the last of a request has a finish reason."""
+    """One generated token; the last of a request has a finish reason.
+
+    Not frozen, for the reason of `StepRow`.
+    """
 
     token_id: int
     logprob: float | None = None
@@ -81,11 +84,22 @@ class Request:
     sent_history: bool = False
     """The last stage knows all its tokens, if its parameters count them."""
 
+    end_ids: frozenset[int] = frozenset()
+    """Tokens that end the answer; the scheduler knows the model's own."""
+    has_wishes: bool = field(init=False)
+    """Whether the last stage must hear more of it than how to sample."""
     _digests: list[bytes] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.rank = (self.params.priority, self.request_id)
         self.token_ids = list(self.prompt_ids)
+        params = self.params
+        self.has_wishes = (
+            params.sampling.counts_tokens
+            or params.min_tokens > 0
+            or params.num_prompt_logprobs is not None
+            or params.pooling is not None
+        )
 
     def digest(self, index: int) -> bytes:
         """What the full block `index` of its tokens is known by; computed once."""

@@ -3,6 +3,9 @@
 The engine decides everything; stages execute. A stage remembers nothing about a request but its
 KV block table, which it builds from `StepRow.new_block_ids`; the last stage also what it has read
 of the request so far (`Readout`), until the request is released.
+
+Rows and samples are values like the others, but not frozen: a step has 64 of them and a tenth of a
+millisecond, and freezing made one three times as dear (1.2 µs against 0.4).
 """
 
 from dataclasses import dataclass
@@ -64,7 +67,7 @@ class Scoring:
     """Most likely tokens that are told beside."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class StepRow:
     """Consecutive tokens of one request."""
 
@@ -114,7 +117,7 @@ class ScoredToken:
     """Token ids and their log-probabilities, most likely first."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Sample:
     """The token that follows a row."""
 
