@@ -5,6 +5,8 @@ from typing import Literal
 
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
 DeviceKind = Literal["cpu", "cuda"]
+Objective = Literal["latency", "throughput", "fit"]
+"""What a plan optimises where speeds are known; ``fit`` looks at memory alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +18,23 @@ class Device:
     memory_bytes: int
     """Free for us: of a CPU the available memory of the machine or its control group."""
     name: str = ""
+    read_gbps: float | None = None
+    """Gigabytes (1e9) per second that computing one token reads weights with; None: unknown."""
+    dtype_read_gbps: tuple[tuple[ComputeDtype, float], ...] = ()
+    """The same where it depends on the dtype; counts before `read_gbps`."""
+    gemm_gflops: float | None = None
+    """Billions of floating-point operations per second in large products; None: no limit known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """What it takes to send from one node to another, through the transport that serves."""
+
+    source: str
+    target: str
+    rtt_s: float
+    gbps: float
+    """Gigabytes (1e9) per second; a 10 Gbit/s network has 1.25."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +57,8 @@ class Inventory:
     """All nodes of a cluster."""
 
     nodes: tuple[Node, ...]
+    links: tuple[Link, ...] = ()
+    """Those that are known; others are assumed (see `cost.assumed_link`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +74,7 @@ class Workload:
     """None: as few as fit."""
     min_context_tokens: int | None = None
     """Where memory is short the context may shrink down to this, with a note; None: never."""
+    objective: Objective = "latency"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +96,32 @@ class StagePlan:
     kv_bytes: int
     free_bytes: int
     """Memory of the device left after weights, keys and values, and workspace."""
+    step_s: float | None = None
+    """Predicted time of one decode step; None where no speed is known."""
+    hop_s: float | None = None
+    """Predicted time to hand a step on: to the next stage, from the last to the first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What a plan should achieve under the cost model (`cost.py`)."""
+
+    objective: Objective
+    step_tokens: int
+    """Sequences in one decode step."""
+    round_trip_s: float
+    """One decode step through all stages and links and back."""
+    tokens_per_s: float
+    """All streams together: the least of the bottleneck's rate and streams per round trip."""
+    stream_tokens_per_s: float
+    """One stream, alone."""
+    prefill_s: float
+    """A prompt of `prefill_tokens` tokens, alone, to its first token."""
+    prefill_tokens: int
+    bottleneck: int
+    """Index of the stage that takes longest."""
+    assumed: tuple[str, ...] = ()
+    """What was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,3 +144,5 @@ class Plan:
     unused: tuple[UnusedNode, ...] = ()
     notes: tuple[str, ...] = ()
     """What was conceded, for people."""
+    prediction: Prediction | None = None
+    """None where no speed is known."""

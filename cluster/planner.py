@@ -1,11 +1,12 @@
 """Place a model on machines: a pure function from weights, machines and wishes to a plan.
 
-Whole layers, consecutive stages, every byte counted on the device that holds it. Stages are
-balanced by bytes, not by memory size: a large memory is not a fast one.
+Whole layers, consecutive stages, every byte counted on the device that holds it. Where the speeds
+of all nodes are known, the search of `speed_plan.py` decides. Otherwise stages are balanced by
+bytes, not by memory size: a large memory is not a fast one.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..errors import InfeasiblePlanError, UsageError
 from ..fetcher.config import ModelConfig
@@ -13,47 +14,30 @@ from ..fetcher.tensors import TensorIndex
 from ..settings import KV_BLOCK_TOKENS
 from .footprint import Footprint, footprint, stored_dtype
 from .partition import Seat, partition
+from .place import MARGIN, Place, Seating
 from .plan import (
     ComputeDtype,
-    Device,
     Inventory,
-    Node,
     Plan,
     StagePlan,
     UnusedNode,
     Workload,
 )
+from .speed_plan import SpeedPlanner, speeds_known
+from .units import gigabytes
 
-MARGIN = 0.10
-"""Share of every device that stays free; Ray's memory monitor kills at 95 % used."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Place:
-    """A device that may get stages."""
-
-    node: Node
-    device: Device
-
-    @property
-    def usable_bytes(self) -> int:
-        return int(self.device.memory_bytes * (1 - MARGIN))
-
-    @property
-    def device_name(self) -> str:
-        return "cpu" if self.device.kind == "cpu" else f"cuda:{self.device.index}"
-
-
-_Seating = tuple[tuple[_Place, int], ...]
-"""Places in pipeline order, each with its number of stages."""
+__all__ = ["MARGIN", "gigabytes", "plan"]
 
 
 def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload: Workload) -> Plan:
     """Place every layer of the model.
 
-    As few devices as fit (accelerators first), or the number of stages asked for, spread over as
-    many devices as there are; nodes that hold bytes of the release already come first, then those
-    with more memory. Where the keys and values of the wished context do not fit on all devices
+    Where all speeds are known, the placement that decodes fastest under the cost model, for the
+    objective of the workload. Otherwise, or for the objective ``fit``: as few devices as fit
+    (accelerators first), or the number of stages asked for, spread over as many devices as there
+    are; nodes that hold bytes of the release already come first, then those with more memory.
+
+    Where the keys and values of the wished context do not fit on all devices
     together, the context shrinks down to ``workload.min_context_tokens`` and a note says so.
 
     Raises:
@@ -63,7 +47,8 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
     _check(config, inventory, workload)
     dtype = workload.dtype or stored_dtype(index)
     weights = footprint(config, index, dtype)
-    found = _place(weights, inventory, workload)
+    speed = _speed_planner(config, index, weights, inventory, workload, dtype)
+    found = (speed and speed.seating()) or _place(weights, inventory, workload)
     notes: tuple[str, ...] = ()
     if found is None and workload.min_context_tokens is not None:
         shorter = _shorten(weights, inventory, workload, workload.min_context_tokens)
@@ -74,11 +59,12 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
                 f"{shorter.max_concurrency} sequences fit",
             )
             workload = shorter
-            found = _place(weights, inventory, workload)
+            speed = _speed_planner(config, index, weights, inventory, workload, dtype)
+            found = (speed and speed.seating()) or _place(weights, inventory, workload)
     if found is None:
         raise InfeasiblePlanError(_why_not(weights, dtype, inventory, workload))
     seating, ends = found
-    return Plan(
+    placed = Plan(
         stages=_stages(weights, seating, ends, workload, dtype),
         num_kv_blocks=_num_kv_blocks(workload),
         max_context_tokens=workload.max_context_tokens,
@@ -86,6 +72,26 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
         unused=_unused(weights, inventory, workload, seating),
         notes=notes,
     )
+    if speed is None:
+        return placed
+    placed = speed.predicted(placed)
+    if placed.prediction is None:
+        return placed
+    return replace(placed, unused=speed.unused(placed, _smallest_bytes(weights, workload)))
+
+
+def _speed_planner(
+    config: ModelConfig,
+    index: TensorIndex,
+    weights: Footprint,
+    inventory: Inventory,
+    workload: Workload,
+    dtype: ComputeDtype,
+) -> SpeedPlanner | None:
+    if workload.objective == "fit" or not speeds_known(inventory, dtype):
+        return None
+    kv_bytes = _kv_bytes(weights, workload)
+    return SpeedPlanner(config, index, inventory, workload, dtype, kv_bytes=kv_bytes)
 
 
 def _check(config: ModelConfig, inventory: Inventory, workload: Workload) -> None:
@@ -122,7 +128,7 @@ def _layer_costs(weights: Footprint) -> list[int]:
 
 def _place(
     weights: Footprint, inventory: Inventory, workload: Workload
-) -> tuple[_Seating, tuple[int, ...]] | None:
+) -> tuple[Seating, tuple[int, ...]] | None:
     """The first seating in order of preference that fits, with the end layer of every stage."""
     costs = _layer_costs(weights)
     needs = [cost + _kv_bytes(weights, workload) for cost in costs]
@@ -155,7 +161,7 @@ def _shorten(
     return longest
 
 
-def _seatings(inventory: Inventory, num_stages: int | None, num_layers: int) -> Iterator[_Seating]:
+def _seatings(inventory: Inventory, num_stages: int | None, num_layers: int) -> Iterator[Seating]:
     """Ways to seat the stages, best first."""
     for places in _place_pools(inventory):
         orders = _orders(places)
@@ -167,9 +173,9 @@ def _seatings(inventory: Inventory, num_stages: int | None, num_layers: int) -> 
                 yield from (_spread(order[:count], num_stages) for order in orders)
 
 
-def _place_pools(inventory: Inventory) -> Iterator[tuple[_Place, ...]]:
+def _place_pools(inventory: Inventory) -> Iterator[tuple[Place, ...]]:
     """Accelerators and the CPUs of nodes without one; then, if that differs, every device."""
-    every = tuple(_Place(node=node, device=dev) for node in inventory.nodes for dev in node.devices)
+    every = tuple(Place(node=node, device=dev) for node in inventory.nodes for dev in node.devices)
     with_cuda = {place.node.host for place in every if place.device.kind == "cuda"}
     fast = tuple(p for p in every if p.device.kind == "cuda" or p.node.host not in with_cuda)
     yield fast
@@ -177,10 +183,10 @@ def _place_pools(inventory: Inventory) -> Iterator[tuple[_Place, ...]]:
         yield every
 
 
-def _orders(places: tuple[_Place, ...]) -> tuple[tuple[_Place, ...], ...]:
+def _orders(places: tuple[Place, ...]) -> tuple[tuple[Place, ...], ...]:
     """Bytes held first, then memory; then by memory alone, for when the former do not fit."""
 
-    def key(place: _Place) -> tuple[int, str, str]:
+    def key(place: Place) -> tuple[int, str, str]:
         return (-place.usable_bytes, place.node.host, place.device_name)
 
     by_memory = tuple(sorted(places, key=key))
@@ -188,7 +194,7 @@ def _orders(places: tuple[_Place, ...]) -> tuple[tuple[_Place, ...], ...]:
     return (by_held,) if by_held == by_memory else (by_held, by_memory)
 
 
-def _spread(places: tuple[_Place, ...], num_stages: int) -> _Seating:
+def _spread(places: tuple[Place, ...], num_stages: int) -> Seating:
     """At least one stage each, the others in proportion to memory, always to the neediest."""
     counts = [1] * len(places)
     for _ in range(num_stages - len(places)):
@@ -201,7 +207,7 @@ def _spread(places: tuple[_Place, ...], num_stages: int) -> _Seating:
 
 def _stages(
     weights: Footprint,
-    seating: _Seating,
+    seating: Seating,
     ends: tuple[int, ...],
     workload: Workload,
     dtype: ComputeDtype,
@@ -237,22 +243,25 @@ def _stages(
     )
 
 
-def _unused(
-    weights: Footprint, inventory: Inventory, workload: Workload, seating: _Seating
-) -> tuple[UnusedNode, ...]:
-    used = {place.node.host for place, _ in seating}
-    smallest = (
+def _smallest_bytes(weights: Footprint, workload: Workload) -> int:
+    """Of a stage with one layer."""
+    return (
         min(weights.layer_bytes)
         + _kv_bytes(weights, workload)
         + weights.workspace_bytes(workload.max_context_tokens)
     )
+
+
+def _unused(
+    weights: Footprint, inventory: Inventory, workload: Workload, seating: Seating
+) -> tuple[UnusedNode, ...]:
+    used = {place.node.host for place, _ in seating}
+    smallest = _smallest_bytes(weights, workload)
     reasons = []
     for node in inventory.nodes:
         if node.host in used:
             continue
-        usable = max(
-            (_Place(node=node, device=dev).usable_bytes for dev in node.devices), default=0
-        )
+        usable = max((Place(node=node, device=dev).usable_bytes for dev in node.devices), default=0)
         if usable < smallest:
             reason = f"too small: {gigabytes(usable)} usable, one layer takes {gigabytes(smallest)}"
         else:
@@ -285,10 +294,3 @@ def _why_not(
         f"tokens, {gigabytes(overhead)} of workspace); usable ({MARGIN:.0%} stays free): {there}; "
         f"add memory or nodes, or ask for{smaller} a shorter context or fewer sequences at once"
     )
-
-
-def gigabytes(num_bytes: int) -> str:
-    """Decimal gigabytes for people; small amounts in megabytes."""
-    if abs(num_bytes) < 1_000_000_000:
-        return f"{num_bytes / 1e6:.0f} MB"
-    return f"{num_bytes / 1e9:.1f} GB"

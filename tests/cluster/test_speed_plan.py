@@ -1,0 +1,140 @@
+"""Plans where speeds are known: the fast are used, the slow are left out, and it says why."""
+
+import dataclasses
+
+import pytest
+
+from magnetar.cluster.footprint import footprint
+from magnetar.cluster.plan import Device, Inventory, Link, Node, Plan, Workload
+from magnetar.cluster.plan_view import plan_table
+from magnetar.cluster.planner import plan
+from magnetar.tests.planning import GB, MIXTRAL, SMALL
+
+
+def node(host: str, gigabytes: float, read_gbps: float | None, **more: float) -> Node:
+    device = Device(kind="cpu", memory_bytes=int(gigabytes * GB), read_gbps=read_gbps, **more)  # type: ignore[arg-type]
+    return Node(host=host, address="", num_cpus=8, devices=(device,))
+
+
+def linked(*nodes: Node, rtt_s: float = 0.3e-3, gbps: float = 0.117) -> Inventory:
+    hosts = [each.host for each in nodes]
+    links = [
+        Link(source=a, target=b, rtt_s=rtt_s, gbps=gbps) for a in hosts for b in hosts if a != b
+    ]
+    return Inventory(nodes=nodes, links=tuple(links))
+
+
+def asked(**more: object) -> Workload:
+    return Workload(**{"max_context_tokens": 2048, "max_concurrency": 8, **more})  # type: ignore[arg-type]
+
+
+def layers(found: Plan) -> dict[str, int]:
+    return {stage.host: stage.end_layer - stage.first_layer for stage in found.stages}
+
+
+def test_without_speeds_the_plan_is_that_of_memory_alone() -> None:
+    known = linked(node("big", 80, 50), node("quick", 64, 900), node("z", 30, 20))
+    unknown = Inventory(
+        nodes=tuple(
+            dataclasses.replace(
+                each, devices=tuple(dataclasses.replace(d, read_gbps=None) for d in each.devices)
+            )
+            for each in known.nodes
+        )
+    )
+    by_bytes = plan(*MIXTRAL, unknown, asked())
+    assert plan(*MIXTRAL, known, asked(objective="fit")) == by_bytes
+    # One node without a speed is enough: a guess would be worse than none.
+    partly = Inventory(nodes=(*known.nodes[:2], unknown.nodes[2]), links=known.links)
+    assert plan(*MIXTRAL, partly, asked()) == by_bytes
+    assert by_bytes.prediction is None
+    assert {stage.step_s for stage in by_bytes.stages} == {None}
+
+
+def test_one_stream_stays_on_the_fastest_node_that_holds_the_model() -> None:
+    found = plan(*MIXTRAL, linked(node("big", 200, 50), node("quick", 140, 300)), asked())
+    assert layers(found) == {"quick": 32}
+    (idle,) = found.unused
+    assert idle.host == "big"
+    assert "with it a token takes" in idle.reason
+
+
+def test_throughput_spreads_over_nodes_in_proportion_to_speed() -> None:
+    nodes = linked(node("a", 200, 300), node("b", 200, 200), gbps=1.25)
+    found = plan(*MIXTRAL, nodes, asked(objective="throughput", max_concurrency=32))
+    assert set(layers(found)) == {"a", "b"}
+    assert 18 <= layers(found)["a"] <= 20
+
+
+def test_a_slow_link_moves_the_work_to_one_node() -> None:
+    def stages_behind(rtt_s: float, gbps: float) -> int:
+        nodes = linked(node("a", 140, 300), node("b", 140, 300), rtt_s=rtt_s, gbps=gbps)
+        found = plan(*MIXTRAL, nodes, asked(objective="throughput", max_concurrency=32))
+        return len(found.stages)
+
+    assert stages_behind(0.1e-3, 1.25) == 2
+    assert stages_behind(2.0, 1.25) == 1
+    assert stages_behind(0.1e-3, 1e-5) == 1
+
+
+def test_a_weak_device_is_left_out_though_it_has_room() -> None:
+    # The shape of a published home cluster: a small model belongs on one machine, not on four.
+    home = linked(
+        node("m1", 24, 55), node("laptop", 41, 300), node("desktop", 97, 460), node("phone", 19, 20)
+    )
+    found = plan(*SMALL, home, asked(max_concurrency=1))
+    assert set(layers(found)) == {"desktop"}
+    assert {idle.host for idle in found.unused} == {"m1", "laptop", "phone"}
+
+
+def test_half_the_bandwidth_gets_fewer_layers() -> None:
+    nodes = linked(node("a", 80, 400), node("b", 80, 200), gbps=12.5)
+    found = plan(*MIXTRAL, nodes, asked(objective="throughput", max_concurrency=32))
+    assert layers(found)["a"] > layers(found)["b"]
+
+
+def test_the_node_whose_memory_is_too_small_is_said_to_be() -> None:
+    found = plan(*MIXTRAL, linked(node("a", 200, 300), node("pi", 1, 5)), asked())
+    (idle,) = found.unused
+    assert "too small" in idle.reason
+
+
+def test_predicts_what_the_roofline_says() -> None:
+    found = plan(*MIXTRAL, linked(node("a", 200, 100)), asked())
+    assert found.prediction is not None
+    # Per token: attention of 32 layers, two experts each, the head, and half a context of keys.
+    expert = 3 * 4096 * 14336 * 2
+    attention = 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 8 * 4096)
+    read = 32 * (attention + 2 * expert + 1024 * 4096) + 2 * 4096 * 32001
+    assert found.prediction.round_trip_s == pytest.approx(read / 100e9, rel=0.01)
+    assert found.prediction.bottleneck == 0
+    assert found.stages[0].step_s == pytest.approx(found.prediction.round_trip_s, rel=0.01)
+    text = plan_table(found)
+    assert "tokens/s" in text
+    assert "predicted for latency" in text
+
+
+def test_a_number_of_stages_that_is_asked_for_is_kept() -> None:
+    nodes = linked(node("a", 200, 300), node("b", 200, 100))
+    assert len(plan(*MIXTRAL, nodes, asked(num_stages=2)).stages) == 2
+    four = plan(*MIXTRAL, nodes, asked(num_stages=4))
+    assert len(four.stages) == 4
+    assert four.prediction is not None
+
+
+def test_links_that_nobody_measured_are_said_to_be_assumed() -> None:
+    nodes = Inventory(nodes=(node("a", 64, 300), node("b", 64, 300)))
+    found = plan(*MIXTRAL, nodes, asked())
+    assert found.prediction is not None
+    assert any("a to b" in said for said in found.prediction.assumed)
+
+
+def test_every_byte_fits_where_the_search_places_it() -> None:
+    nodes = linked(*(node(name, 32 + 4 * n, 100 + 90 * n) for n, name in enumerate("abcd")))
+    for objective in ("latency", "throughput"):
+        found = plan(*MIXTRAL, nodes, asked(objective=objective))
+        for stage in found.stages:
+            device = next(n for n in nodes.nodes if n.host == stage.host).devices[0]
+            assert stage.free_bytes >= 0.1 * device.memory_bytes - 1
+        total = sum(stage.weights_bytes for stage in found.stages)
+        assert total == footprint(*MIXTRAL, "bf16").weights_bytes
