@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ...cluster.link import ALIVE_S, SILENCE_S, Frame, StageLink
 from ...errors import StageLostError
 from .step import StepPlan, StepResult
-from .step_codec import decode_error, decode_result, encode_plan
+from .step_codec import Known, decode_error, decode_result, encode_plan
 
 STALL_S = 600.0
 """A ring that brings no result for so long is lost, although its links live. The longest steps are
@@ -48,6 +48,7 @@ class Pipeline:
         self._upstream = upstream
         self._on_arrival = on_arrival
         self._clock = clock
+        self._known: Known = {}
         self._sent_at: deque[float] = deque()
         self._last_sent_at = clock()
         self._last_result_at = clock()
@@ -68,7 +69,7 @@ class Pipeline:
             kind="step",
             epoch=self._downstream.epoch,
             step_id=plan.step_id,
-            body=encode_plan(plan),
+            body=encode_plan(plan, self._known),
         )
         self._last_sent_at = self._clock()
         self._sent_at.append(self._last_sent_at)

@@ -31,7 +31,7 @@ from ...cluster.footprint import STEP_TOKENS
 from ...errors import UsageError
 from ...settings import KV_BLOCK_TOKENS
 from .blocks import BlockPool, blocks_for
-from .request import FinishReason, GenerationParams, Request, TokenEvent
+from .request import FinishReason, Request, TokenEvent
 from .step import Sample, Scoring, StepPlan, StepResult, StepRow, TokenHistory
 
 _BY_RANK = attrgetter("rank")

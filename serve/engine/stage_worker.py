@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from ...cluster.link import ALIVE_S, SILENCE_S, Frame, StageLink
 from ...errors import MagnetarError, StageLostError
 from .step import StepPlan, StepResult
-from .step_codec import decode_error, decode_plan, encode_error, encode_result
+from .step_codec import Known, decode_error, decode_plan, encode_error, encode_result
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +93,7 @@ class StageWorker:
                 thread.join()
 
     def _receive(self) -> None:
+        known: Known = {}
         try:
             while True:
                 frame = self._upstream.receive(SILENCE_S)
@@ -102,7 +103,8 @@ class StageWorker:
                     return
                 if frame.kind != "step":
                     raise ValueError(f"it sent a {frame.kind} to a stage")
-                self._put(self._arrived, (decode_plan(frame.step_id, frame.body), frame))
+                plan = decode_plan(frame.step_id, frame.body, known)
+                self._put(self._arrived, (plan, frame))
         except TimeoutError as error:
             self._fail(StageLostError(f"{self._name}: {error} for {SILENCE_S:g} s"))
         except (StageLostError, ValueError) as error:

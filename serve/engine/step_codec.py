@@ -22,15 +22,23 @@ from .step import (
 MAX_ERROR_CHARS = 2000
 
 
-def encode_plan(plan: StepPlan) -> bytes:
-    """The rows and the released requests."""
+Known = dict[int, SamplingParams]
+"""How each request samples, for the two ends of a link that carries steps in order: it is said once
+and not with every token. Both ends update theirs with every step, and forget what is released."""
+
+
+def encode_plan(plan: StepPlan, known: Known | None = None) -> bytes:
+    """The rows and the released requests; without `known`, a message that stands alone."""
+    known = {} if known is None else known
+    for request_id in plan.released:
+        known.pop(request_id, None)
     rows = [
         [
             row.request_id,
             row.position,
             row.token_ids,
             row.new_block_ids,
-            _sampling(row.sampling),
+            _sampling(row, known),
             _extras(row),
         ]
         for row in plan.rows
@@ -38,10 +46,14 @@ def encode_plan(plan: StepPlan) -> bytes:
     return _dump([rows, plan.released])
 
 
-def decode_plan(step_id: int, body: bytes) -> StepPlan:
+def decode_plan(step_id: int, body: bytes, known: Known | None = None) -> StepPlan:
     """The inverse of `encode_plan`; ValueError for anything else."""
-    rows, released = _list(_load(body), 2)
-    return StepPlan(step_id=step_id, rows=tuple(map(_row, _list(rows))), released=_counts(released))
+    known = {} if known is None else known
+    values, released = _list(_load(body), 2)
+    plan = StepPlan(step_id=step_id, rows=(), released=_counts(released))
+    for request_id in plan.released:
+        known.pop(request_id, None)
+    return replace(plan, rows=tuple([_row(value, known) for value in _list(values)]))
 
 
 def encode_result(result: StepResult) -> bytes:
@@ -77,9 +89,16 @@ def decode_error(body: bytes) -> str:
     return message if isinstance(message, str) else _refuse(message)
 
 
-def _sampling(params: SamplingParams | None) -> list[Any] | None:
+_AS_BEFORE = 0
+
+
+def _sampling(row: StepRow, known: Known) -> list[Any] | int | None:
+    params = row.sampling
     if params is None:
         return None
+    if known.get(row.request_id) is params:
+        return _AS_BEFORE
+    known[row.request_id] = params
     return [
         params.temperature,
         params.top_p,
@@ -107,14 +126,21 @@ def _extras(row: StepRow) -> list[Any] | None:
     ]
 
 
-def _row(value: Any) -> StepRow:
+def _row(value: Any, known: Known) -> StepRow:
     request_id, position, token_ids, new_block_ids, sampling, extras = _list(value, 6)
+    request_id = _count(request_id)
+    params = None
+    if sampling is not None:
+        params = known.get(request_id) if sampling == _AS_BEFORE else _sampling_params(sampling)
+        if params is None:
+            _refuse(sampling)
+        known[request_id] = params
     row = StepRow(
-        request_id=_count(request_id),
+        request_id=request_id,
         position=_count(position),
         token_ids=_counts(token_ids),
         new_block_ids=_counts(new_block_ids),
-        sampling=None if sampling is None else _sampling_params(sampling),
+        sampling=params,
     )
     return row if extras is None else _with_extras(row, extras)
 
@@ -214,7 +240,11 @@ def _list(value: Any, length: int | None = None) -> list[Any]:
 
 
 def _counts(value: Any) -> tuple[int, ...]:
-    return tuple(map(_count, _list(value)))
+    items = tuple(_list(value))
+    # Set and min run in C: a chunk of a prompt has hundreds.
+    if items and (set(map(type, items)) != {int} or min(items) < 0):
+        _refuse(value)
+    return items
 
 
 def _count(value: Any) -> int:

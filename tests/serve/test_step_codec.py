@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from magnetar.serve.engine.step import (
     TokenHistory,
 )
 from magnetar.serve.engine.step_codec import (
+    Known,
     decode_error,
     decode_plan,
     decode_result,
@@ -81,6 +83,32 @@ samples = st.builds(
 @given(plans)
 def test_plans_come_back_equal(plan: StepPlan) -> None:
     assert decode_plan(7, encode_plan(plan)) == plan
+
+
+@given(st.lists(plans, max_size=6))
+def test_a_link_carries_plans_that_lean_on_those_before(series: list[StepPlan]) -> None:
+    ours: Known = {}
+    theirs: Known = {}
+    for plan in series:
+        # The rows of one plan are of different requests.
+        rows_by_id = {row.request_id: row for row in plan.rows}
+        plan = replace(plan, rows=tuple(rows_by_id.values()))
+        assert decode_plan(7, encode_plan(plan, ours), theirs) == plan
+        assert ours == theirs
+
+
+def test_how_a_request_samples_is_said_once_until_it_is_released() -> None:
+    params = SamplingParams(temperature=0.5, logit_bias=((1, 2.0),) * 50)
+    row = StepRow(request_id=1, position=0, token_ids=(1,), sampling=params)
+    other = replace(row, request_id=2)
+    known: Known = {}
+    bodies = [
+        encode_plan(StepPlan(step_id=7, rows=rows, released=released), known)
+        for rows, released in [((row,), ()), ((row,), ()), ((row,), (1,)), ((row, other), ())]
+    ]
+    assert [len(body) > 100 for body in bodies] == [True, False, True, True]
+    with pytest.raises(ValueError, match="'0' has no place"):
+        decode_plan(7, bodies[1])
 
 
 @given(st.lists(samples, max_size=4).map(tuple))
