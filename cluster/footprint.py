@@ -1,17 +1,21 @@
 """What a model weighs: bytes of its layers, its two ends, its keys and values, and a stage's own.
 
-Every term is bytes at the compute dtype, from the true shapes of the tensor index.
+Every term is bytes at the compute dtype, from the true shapes of the tensor index. Of a model in
+8 or 4 bits the large matrices are so held (`matrix_format`), and the rest is bf16.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 from ..fetcher.config import ModelConfig
-from ..fetcher.tensors import DTYPE_BYTES, TensorEntry, TensorIndex
+from ..fetcher.tensors import DTYPE_BYTES, TensorIndex
 from .plan import ComputeDtype
 
 PROCESS_BYTES = 256 << 20
 """A stage before its first weight: interpreter, torch, Ray worker (174 MB measured), and slack."""
+QUANT_GROUP = 32
+"""Neighbouring inputs of a matrix in 8 or 4 bits that share a scale, and in 4 bits a zero too."""
 STEP_TOKENS = 512
 """Tokens of one step that activations are sized for; at least the engine's token budget."""
 
@@ -48,6 +52,31 @@ class Footprint:
         )
 
 
+def matrix_format(name: str, shape: tuple[int, ...], dtype: ComputeDtype) -> ComputeDtype:
+    """How a tensor of the checkpoint is held in a model of this dtype.
+
+    In 8 or 4 bits are attention, experts and the output head. Attention and head have 8 always:
+    they are few of the weights, and the logits feel them most. Matrices whose inputs do not come
+    in whole groups stay bf16.
+    """
+    if dtype not in ("int8", "int4"):
+        return dtype
+    part = name.removesuffix(".weight").rpartition(".")[2]
+    if len(shape) != 2 or part in ("tok_embeddings", "gate") or shape[1] % QUANT_GROUP:
+        return "bf16"
+    return dtype if ".feed_forward." in name else "int8"
+
+
+def held_bytes(name: str, shape: tuple[int, ...], dtype: ComputeDtype) -> int:
+    """Memory of a tensor of the checkpoint in a model of this dtype, its scales included."""
+    form, num_values = matrix_format(name, shape, dtype), math.prod(shape)
+    if form == "int8":
+        return num_values + 2 * (num_values // QUANT_GROUP)
+    if form == "int4":
+        return num_values // 2 + 4 * (num_values // QUANT_GROUP)
+    return num_values * DTYPE_BYTES[form]
+
+
 def stored_dtype(index: TensorIndex) -> ComputeDtype:
     """The dtype that holds most of the checkpoint's bytes."""
     held: Counter[ComputeDtype] = Counter()
@@ -57,22 +86,18 @@ def stored_dtype(index: TensorIndex) -> ComputeDtype:
 
 
 def footprint(config: ModelConfig, index: TensorIndex, dtype: ComputeDtype) -> Footprint:
-    """Weigh a model as it will be held: every tensor of `index` converted to `dtype`."""
-    item_bytes = DTYPE_BYTES[dtype]
-
-    def held_bytes(entry: TensorEntry) -> int:
-        return entry.num_bytes // DTYPE_BYTES[entry.dtype] * item_bytes
-
+    """Weigh a model as it will be held: every tensor of `index` as `held_bytes` says."""
+    item_bytes = DTYPE_BYTES.get(dtype, 2)
     layers = [0] * config.n_layers
     embeddings = output = 0
     for entry in index:
         head, _, rest = entry.name.partition(".")
         if head == "layers":
-            layers[int(rest.partition(".")[0])] += held_bytes(entry)
+            layers[int(rest.partition(".")[0])] += held_bytes(entry.name, entry.shape, dtype)
         elif head == "tok_embeddings":
-            embeddings += held_bytes(entry)
+            embeddings += held_bytes(entry.name, entry.shape, dtype)
         else:
-            output += held_bytes(entry)
+            output += held_bytes(entry.name, entry.shape, dtype)
     experts_per_token = max(config.num_experts_per_tok, 1)
     return Footprint(
         layer_bytes=tuple(layers),

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-ComputeDtype = Literal["bf16", "fp16", "fp32"]
+ComputeDtype = Literal["bf16", "fp16", "fp32", "int8", "int4"]
+"""``int8`` and ``int4`` are of the weights only; everything else is then bf16."""
 DeviceKind = Literal["cpu", "cuda"]
 Objective = Literal["latency", "throughput", "fit"]
 """What a plan optimises where speeds are known; ``fit`` looks at memory alone."""

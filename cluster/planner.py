@@ -286,7 +286,7 @@ def _why_not(
         for device in node.devices
     )
     stages = f" in {workload.num_stages} stages" if workload.num_stages else ""
-    smaller = " a smaller dtype," if dtype == "fp32" else ""
+    smaller = "" if dtype == "int4" else " a smaller dtype (down to int4),"
     return (
         f"the model does not fit{stages}: it needs at least {gigabytes(needed)} "
         f"({gigabytes(weights.weights_bytes)} of {dtype} weights, {gigabytes(kv_bytes)} for the "

@@ -222,7 +222,9 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
         "--stages", type=_positive, metavar="N", help="parts to split the layers into (fewest)"
     )
     group.add_argument(
-        "--dtype", choices=get_args(ComputeDtype), help="number format to compute in (as stored)"
+        "--dtype",
+        choices=get_args(ComputeDtype),
+        help="number format of the weights (as stored); int8 and int4 are rounded while loading",
     )
     _add_ray_address(group)
 

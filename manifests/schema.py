@@ -103,7 +103,8 @@ class Model(Part):
     )
     dtype: ComputeDtype | None = Field(
         default=None,
-        description="Number format of the weights in memory; the checkpoint's by default.",
+        description="Number format of the weights in memory; the checkpoint's by default. int8 and "
+        "int4 are rounded while loading.",
     )
     max_context_tokens: int | None = Field(
         default=None,

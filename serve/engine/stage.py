@@ -6,9 +6,11 @@ Shapes: T tokens of the step, S tokens whose successor is sampled, D model width
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 
+from ...cluster.plan import ComputeDtype
 from ...errors import UsageError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorSource
@@ -62,8 +64,8 @@ class Stage:
     ) -> Stage:
         """Read the weights of the layers ``first_layer .. end_layer`` and make room for their KV.
 
-        `dtype` is ``bf16``, ``fp16`` or ``fp32``, `device` as torch names it. Blocks on the disk.
-        `on_layer` hears the bytes loaded so far, counted in `dtype`; at the end they are
+        `dtype` is one of `COMPUTE_DTYPES`, `device` as torch names it. Blocks on the disk.
+        `on_layer` hears the bytes loaded so far, as they are held; at the end they are
         `loaded_bytes`.
 
         Raises:
@@ -80,7 +82,7 @@ class Stage:
             end_layer=end_layer,
             has_embeddings=has_embeddings,
             has_output=has_output,
-            dtype=torch_dtype,
+            dtype=cast(ComputeDtype, dtype),
             device=torch_device,
             on_layer=on_layer,
         )

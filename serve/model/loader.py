@@ -10,21 +10,25 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from ...cluster.footprint import held_bytes, matrix_format
+from ...cluster.plan import ComputeDtype
 from ...errors import CheckpointError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorSource
 from .attention import Attention
 from .feed_forward import FeedForward
-from .linear import LINEAR_KERNELS, Linear, default_linear_kernel, plain_linear
-from .moe import Experts, GroupedExperts, LoopExperts, MoeLayer, default_experts_kind
+from .linear import LINEAR_KERNELS, Linear, WeightFormat, default_linear_kernel, plain_linear
+from .moe import Experts, ExpertsKind, GroupedExperts, LoopExperts, MoeLayer, default_experts_kind
 from .transformer import Transformer, TransformerLayer
 
 COMPUTE_DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
+    "int8": torch.bfloat16,
+    "int4": torch.bfloat16,
 }
-
+"""What is computed in, by the dtype of a stage; int8 and int4 are of the weights only."""
 
 _Part = tuple[str, tuple[int, int]]
 """Name and shape of a matrix."""
@@ -38,14 +42,14 @@ def load_transformer(
     end_layer: int,
     has_embeddings: bool,
     has_output: bool,
-    dtype: torch.dtype,
+    dtype: ComputeDtype,
     device: torch.device,
     on_layer: Callable[[int], None] | None = None,
 ) -> tuple[Transformer, int]:
     """The layers ``first_layer .. end_layer`` and the bytes that their weights occupy.
 
     Blocks on the disk. `on_layer` hears, after each layer and each of the outer parts, the bytes
-    loaded so far, counted in the compute dtype.
+    loaded so far, as they are held.
 
     Raises:
         CheckpointError: a tensor is missing, surplus, of another shape, or beyond fp16.
@@ -83,18 +87,25 @@ class _Loader:
     """Reads, checks, casts, stacks and packs."""
 
     def __init__(
-        self, config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, source: TensorSource, dtype: ComputeDtype, device: torch.device
     ) -> None:
         self.config = config
         self.source = source
-        self.dtype = dtype
+        self.held_dtype: ComputeDtype = dtype
+        self.dtype = COMPUTE_DTYPES[dtype]
         self.device = device
         self.loaded_bytes = 0
-        name = default_linear_kernel(dtype=dtype, device=device)
-        self.keeps_weights = name == "plain"
-        """Whether a product uses the weight itself, not a copy of it."""
-        self._linear_kernel = LINEAR_KERNELS[name]
-        self._experts_kind = default_experts_kind(dtype=dtype, device=device)
+        self.keeps_weights = self._kernel("output.weight", (1, 1)) == "plain"
+        """Whether the output head uses the weight itself, not a copy of it."""
+        self._experts_kind: ExpertsKind = "loop"
+        if dtype not in ("int8", "int4"):
+            self._experts_kind = default_experts_kind(dtype=self.dtype, device=device)
+
+    def _kernel(self, name: str, shape: tuple[int, int]) -> str:
+        """Which kernel multiplies with a matrix of the checkpoint."""
+        form = matrix_format(name, shape, self.held_dtype)
+        weights: WeightFormat = form if form == "int8" or form == "int4" else "float"
+        return default_linear_kernel(dtype=self.dtype, device=self.device, weights=weights)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """One tensor as it is, but for dtype and device."""
@@ -106,11 +117,15 @@ class _Loader:
 
     def linear(self, *parts: _Part) -> Linear:
         """Matrices of equal width, one above the other, as one matrix to multiply with."""
+        before = self.loaded_bytes
         if len(parts) == 1:
-            return self._linear_kernel(self.tensor(*parts[0]))
-        weight = self._empty(sum(shape[0] for _, shape in parts), parts[0][1][1])
-        self._fill(weight, *parts)
-        return self._linear_kernel(weight)
+            weight = self.tensor(*parts[0])
+        else:
+            weight = self._empty(sum(shape[0] for _, shape in parts), parts[0][1][1])
+            self._fill(weight, *parts)
+        linear = LINEAR_KERNELS[self._kernel(*parts[0])](weight)
+        self.loaded_bytes = before + sum(held_bytes(*part, self.held_dtype) for part in parts)
+        return linear
 
     def layer(self, layer_id: int) -> TransformerLayer:
         """One whole layer."""

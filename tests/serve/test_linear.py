@@ -38,7 +38,7 @@ def test_a_kernel_that_fails_its_self_test_is_named_and_not_used(
     def wrong(weight: torch.Tensor) -> linear.Linear:
         return plain_linear(weight * 2)
 
-    monkeypatch.setattr(linear, "packed_linear", wrong)
+    monkeypatch.setattr(linear, "LINEAR_KERNELS", {**LINEAR_KERNELS, "packed": wrong})
     with caplog.at_level(logging.WARNING):
         assert default_linear_kernel.__wrapped__(dtype=torch.float32, device=CPU) == "plain"
     assert "packed matrices do not work here" in caplog.text

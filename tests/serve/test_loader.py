@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from magnetar.cluster.footprint import footprint
+from magnetar.cluster.plan import ComputeDtype
 from magnetar.errors import CheckpointError, UsageError
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.stage import Stage
@@ -125,3 +127,14 @@ def test_values_beyond_fp16_are_refused_and_not_made_infinite() -> None:
 def test_an_unknown_dtype_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="fp8"):
         load(MemorySource(random_tensors(CONFIG)), dtype="fp8")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_quantised_stage_holds_what_the_planner_counts(dtype: ComputeDtype) -> None:
+    config = dataclasses.replace(CONFIG, dim=32, hidden_dim=64, head_dim=16)
+    source = MemorySource(random_tensors(config))
+    heard: list[int] = []
+    stage = load(source, dtype=dtype, config=config, heard=heard)
+    assert stage.hidden_dtype is torch.bfloat16
+    assert heard[-1] == stage.loaded_bytes
+    assert stage.loaded_bytes == footprint(config, source.index, dtype).weights_bytes

@@ -1,0 +1,102 @@
+"""Weights in 8 and 4 bits: how they are rounded, and what they stand for.
+
+Shapes: N outputs, K inputs, G groups of `QUANT_GROUP` inputs, I the inputs of a group,
+H = K / 2 bytes of two inputs each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ...cluster.footprint import QUANT_GROUP
+
+_ROWS_AT_ONCE = 1024
+"""Rows that are rounded together: the fp32 copies of a whole expert would be gigabytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Matrix:
+    """``w = q * scale``, one scale per output and group of inputs."""
+
+    q_NK: torch.Tensor
+    """int8, -127 to 127."""
+    scales_NG: torch.Tensor
+    """bf16."""
+
+    def dequantise(self) -> torch.Tensor:
+        """What the matrix stands for, [N, K] in bf16."""
+        q_NGI = self.q_NK.view(*self.scales_NG.shape, QUANT_GROUP).to(torch.bfloat16)
+        return q_NGI.mul_(self.scales_NG.unsqueeze(2)).flatten(1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int4Matrix:
+    """``w = (q - 8) * scale + zero``, one scale and zero per output and group of inputs."""
+
+    q_NH: torch.Tensor
+    """uint8: the even input in the low four bits, the odd one after it in the high ones."""
+    scales_NG: torch.Tensor
+    """bf16."""
+    zeros_NG: torch.Tensor
+    """bf16."""
+
+    def levels(self) -> torch.Tensor:
+        """The numbers 0 to 15 themselves, [N, K] in uint8."""
+        return torch.stack([self.q_NH & 15, self.q_NH >> 4], dim=-1).flatten(1)
+
+    def dequantise(self) -> torch.Tensor:
+        """What the matrix stands for, [N, K] in bf16."""
+        q_NGI = self.levels().view(*self.scales_NG.shape, QUANT_GROUP).to(torch.bfloat16).sub_(8)
+        return torch.addcmul(
+            self.zeros_NG.unsqueeze(2), q_NGI, self.scales_NG.unsqueeze(2)
+        ).flatten(1)
+
+
+def quantise_int8(weight_NK: torch.Tensor) -> Int8Matrix:
+    """Round to the nearest of 255 levels between plus and minus the largest weight of a group.
+
+    K must be a multiple of `QUANT_GROUP`. With one scale for a whole row the logits of the demo's
+    model were at a cosine of 0.998 to those of bf16; with groups they are at 0.999.
+    """
+    q_NK, scales_NG = _by_rows(weight_NK, _round_int8)
+    return Int8Matrix(q_NK=q_NK, scales_NG=scales_NG)
+
+
+def quantise_int4(weight_NK: torch.Tensor) -> Int4Matrix:
+    """Round to the nearest of 16 levels between the least and the largest weight of a group.
+
+    K must be a multiple of `QUANT_GROUP`.
+    """
+    q_NH, scales_NG, zeros_NG = _by_rows(weight_NK, _round_int4)
+    return Int4Matrix(q_NH=q_NH, scales_NG=scales_NG, zeros_NG=zeros_NG)
+
+
+def _by_rows(
+    weight_NK: torch.Tensor, rounding: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+) -> list[torch.Tensor]:
+    parts = [rounding(rows.float()) for rows in torch.split(weight_NK, _ROWS_AT_ONCE)]
+    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+
+def _round_int8(w_NK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    w_NGI = w_NK.view(len(w_NK), -1, QUANT_GROUP)
+    # Scales are rounded first and weights then to their multiples, or a group would be off as one.
+    scales_NG1 = (w_NGI.abs().amax(dim=2, keepdim=True) / 127).bfloat16()
+    q_NGI = (w_NGI / _divisor(scales_NG1)).round_().clamp_(-127, 127)
+    return q_NGI.to(torch.int8).flatten(1), scales_NG1.squeeze(2)
+
+
+def _round_int4(w_NK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    w_NGI = w_NK.view(len(w_NK), -1, QUANT_GROUP)
+    least_NG1, largest_NG1 = w_NGI.aminmax(dim=2, keepdim=True)
+    scales_NG1 = ((largest_NG1 - least_NG1) / 15).bfloat16()
+    zeros_NG1 = torch.add(least_NG1, scales_NG1.float(), alpha=8).bfloat16()
+    q_NGI = ((w_NGI - zeros_NG1) / _divisor(scales_NG1)).add_(8).round_().clamp_(0, 15)
+    q_NHP = q_NGI.to(torch.uint8).view(len(w_NK), -1, 2)
+    return q_NHP[..., 0] | q_NHP[..., 1] << 4, scales_NG1.squeeze(2), zeros_NG1.squeeze(2)
+
+
+def _divisor(scales: torch.Tensor) -> torch.Tensor:
+    """The scales in fp32, and 1 for those of rows or groups whose weights are all the same."""
+    return scales.float().masked_fill(scales == 0, 1.0)
