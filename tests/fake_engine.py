@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from magnetar.errors import QueueFullError, StageLostError
 from magnetar.serve.engine.request import GenerationParams, TokenEvent
+from magnetar.serve.engine.step import ScoredToken
 
 Reply = Callable[[Sequence[int], GenerationParams], Iterable[int]]
 
@@ -15,7 +16,7 @@ class FakeEngine:
     """Keeps the rules of `Engine.generate` for the tokens that `reply` gives.
 
     Logprobs are made up from the token's position: -0.5, -1.5, ...; the top ones are the sampled
-    token and those after it.
+    token and those after it. A prompt's are -0.25, -0.5, ... with the token itself the second best.
     """
 
     reply: Reply
@@ -52,6 +53,12 @@ class FakeEngine:
                     await released.wait()
                 await asyncio.sleep(0)
                 event = self._event(index, token_id, params)
+                if index == 0:
+                    event = replace(
+                        event,
+                        scored=_scored(prompt_ids, params.num_prompt_logprobs),
+                        vector=(0.6, 0.8) if params.pooling else (),
+                    )
                 finished = event.finish_reason is not None
                 yield event
                 if finished:
@@ -90,3 +97,18 @@ class FakeEngine:
         if self.probe_error is not None:
             raise self.probe_error
         return 0.002
+
+
+def _scored(prompt_ids: Sequence[int], num_top: int | None) -> tuple[ScoredToken, ...]:
+    if num_top is None:
+        return ()
+    return tuple(
+        ScoredToken(
+            token_id=token_id,
+            logprob=-0.25 * index,
+            rank=2,
+            top_logprobs=((token_id + 1, -0.125 * index), (token_id, -0.25 * index))[:num_top],
+        )
+        for index, token_id in enumerate(prompt_ids)
+        if index > 0
+    )

@@ -12,7 +12,7 @@ import torch
 from magnetar.cluster.link import LinkListener, TcpLink, dial
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.engine import Engine
-from magnetar.serve.engine.stage_worker import StageWorker
+from magnetar.serve.engine.stage_worker import Executor, StageWorker
 from magnetar.serve.engine.step import Sample, StepPlan, StepResult
 from magnetar.settings import KV_BLOCK_TOKENS
 
@@ -134,7 +134,11 @@ def model_config() -> ModelConfig:
 
 @contextmanager
 def running_engine(
-    stages: Sequence[FakeStage], *, num_kv_blocks: int, eos_token_ids: frozenset[int] = frozenset()
+    stages: Sequence[Executor],
+    *,
+    num_kv_blocks: int,
+    eos_token_ids: frozenset[int] = frozenset(),
+    config: ModelConfig | None = None,
 ) -> Iterator[tuple[Engine, list[StageWorker]]]:
     """An engine and its stages on real links; everything is stopped at the end."""
     pairs = [linked_pair() for _ in range(len(stages) + 1)]
@@ -143,7 +147,7 @@ def running_engine(
         for index, stage in enumerate(stages)
     ]
     engine = Engine(
-        config=model_config(),
+        config=config or model_config(),
         num_kv_blocks=num_kv_blocks,
         max_context_tokens=1024,
         max_concurrency=4,

@@ -8,10 +8,12 @@ from uuid import uuid4
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..engine.step import ScoredToken
 from ..text.chat import SAFETY_PROMPT, TEXT_PART_JOINS, ChatMessage, encode_chat
 from .disconnect import unless_client_leaves
 from .errors import ApiError
 from .generation import Delta, Job, encode_off_loop, generate_all, plan_jobs
+from .logprobs import by_token_id
 from .protocol import ChatBody, parse_body
 from .request_body import read_body
 from .served_model import ServedModel
@@ -46,6 +48,7 @@ async def answer_chat(request: Request) -> Response:
         max_tokens=body.max_tokens or body.max_completion_tokens,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         seed=body.seed if body.seed is not None else body.random_seed,
+        num_prompt_logprobs=body.prompt_logprobs,
         lead=[lead],
         at_start=True,
     )
@@ -58,8 +61,12 @@ async def answer_chat(request: Request) -> Response:
     }
     if body.stream:
         return EventStream(_stream(model, body, jobs, usage, envelope))
-    choices = await unless_client_leaves(request.receive, _collect(model, body, jobs, usage))
+    choices, scored = await unless_client_leaves(
+        request.receive, _collect(model, body, jobs, usage)
+    )
     answer: _Json = {**envelope, "choices": choices, "usage": usage.body}
+    if body.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = by_token_id(model, scored, body.prompt_logprobs)
     if body.return_token_ids:
         answer["prompt_token_ids"] = list(prompt_ids)
     return JSONResponse(answer)
@@ -84,7 +91,8 @@ def _messages(model: ServedModel, body: ChatBody) -> list[ChatMessage]:
 
 async def _collect(
     model: ServedModel, body: ChatBody, jobs: Sequence[Job], usage: UsageCount
-) -> list[_Json]:
+) -> tuple[list[_Json], tuple[ScoredToken, ...]]:
+    """The choices, and how likely the prompt was, if that was asked."""
     deltas: list[list[Delta]] = [[] for _ in jobs]
     async for index, delta in generate_all(model, jobs):
         usage.completion_tokens += 1
@@ -103,7 +111,7 @@ async def _collect(
         if body.return_token_ids:
             choice["token_ids"] = [delta.event.token_id for delta in own]
         choices.append(choice)
-    return choices
+    return choices, deltas[0][0].event.scored
 
 
 async def _stream(

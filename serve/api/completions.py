@@ -8,8 +8,10 @@ from uuid import uuid4
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..engine.step import ScoredToken
 from .disconnect import unless_client_leaves
 from .generation import Delta, Job, encode_off_loop, generate_all, plan_jobs
+from .logprobs import by_name, by_token_id, offsets
 from .protocol import CompletionBody, parse_body
 from .request_body import read_body
 from .served_model import ServedModel
@@ -33,6 +35,7 @@ async def answer_completion(request: Request) -> Response:
         max_tokens=body.max_tokens,
         num_logprobs=body.logprobs,
         seed=body.seed,
+        num_prompt_logprobs=body.num_prompt_logprobs,
         lead=[
             ""
             if not body.echo
@@ -70,18 +73,23 @@ async def _collect(
     model: ServedModel, body: CompletionBody, jobs: Sequence[Job], usage: UsageCount
 ) -> list[_Json]:
     deltas: list[list[Delta]] = [[] for _ in jobs]
-    if body.max_tokens > 0:
+    scored: list[tuple[ScoredToken, ...]] = [()] * len(jobs)
+    if body.max_tokens > 0 or body.num_prompt_logprobs is not None:
         async for index, delta in generate_all(model, jobs):
-            usage.completion_tokens += 1
-            deltas[index].append(delta)
+            scored[index] = scored[index] or delta.event.scored
+            if body.max_tokens > 0:
+                usage.completion_tokens += 1
+                deltas[index].append(delta)
     choices = []
     for index, (job, own) in enumerate(zip(jobs, deltas, strict=True)):
         choice: _Json = {
             "index": index,
             "text": job.lead + "".join(delta.text for delta in own),
-            "logprobs": None if body.logprobs is None else _logprobs(model, body.logprobs, own),
+            "logprobs": _logprobs(model, body, job, own, scored[index] if body.echo else None),
             "finish_reason": own[-1].finish_reason if own else "length",
         }
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = by_token_id(model, scored[index], body.prompt_logprobs)
         if body.return_token_ids:
             choice["prompt_token_ids"] = list(job.prompt_ids)
             choice["token_ids"] = [delta.event.token_id for delta in own]
@@ -101,15 +109,15 @@ async def _stream(
         text: str,
         *,
         deltas: Sequence[Delta] = (),
+        scored: Sequence[ScoredToken] = (),
         finish_reason: str | None = None,
         first: bool = False,
     ) -> _Json:
+        echoed = scored if first and body.echo else None
         choice: _Json = {
             "index": index,
             "text": text,
-            "logprobs": None
-            if body.logprobs is None or not deltas
-            else _logprobs(model, body.logprobs, deltas),
+            "logprobs": _logprobs(model, body, jobs[index], deltas, echoed),
             "finish_reason": finish_reason,
         }
         if body.return_token_ids:
@@ -124,16 +132,21 @@ async def _stream(
         return message
 
     waiting = set(range(len(jobs)))
-    if body.max_tokens == 0:
+    if body.max_tokens == 0 and body.num_prompt_logprobs is None:
         for index, job in enumerate(jobs):
             yield chunk(index, job.lead, finish_reason="length", first=True)
     else:
         answers = generate_all(model, jobs)
         try:
             async for index, delta in answers:
-                usage.completion_tokens += 1
                 first = index in waiting
                 waiting.discard(index)
+                scored = delta.event.scored
+                if body.max_tokens == 0:  # the one token is nobody's
+                    lead = jobs[index].lead
+                    yield chunk(index, lead, scored=scored, finish_reason="length", first=True)
+                    continue
+                usage.completion_tokens += 1
                 text = jobs[index].lead + delta.text if first else delta.text
                 # A token whose text is held back says nothing, unless its ids were asked for.
                 if (
@@ -146,6 +159,7 @@ async def _stream(
                         index,
                         text,
                         deltas=(delta,),
+                        scored=scored,
                         finish_reason=delta.finish_reason,
                         first=first,
                     )
@@ -155,18 +169,41 @@ async def _stream(
         yield {**envelope, "choices": [], "usage": usage.body}
 
 
-def _logprobs(model: ServedModel, num_logprobs: int, deltas: Sequence[Delta]) -> _Json:
-    """OpenAI's parallel lists; the sampled token is among the top ones with the same float."""
+def _logprobs(
+    model: ServedModel,
+    body: CompletionBody,
+    job: Job,
+    deltas: Sequence[Delta],
+    echoed: Sequence[ScoredToken] | None,
+) -> _Json | None:
+    """OpenAI's parallel lists; each token is among the top ones of its place, with one float.
+
+    With `echoed` they begin with the prompt, whose first token has no log-probability.
+    """
+    if body.logprobs is None:
+        return None
     name = model.tokenizer.token_name
-    tops: list[_Json] = []
-    for delta in deltas:
-        top: _Json = {name(delta.event.token_id): finite(delta.event.logprob)}
-        for token_id, logprob in delta.event.top_logprobs[:num_logprobs]:
-            top.setdefault(name(token_id), finite(logprob))
-        tops.append(top)
-    return {
-        "tokens": [name(delta.event.token_id) for delta in deltas],
-        "token_logprobs": [finite(delta.event.logprob) for delta in deltas],
-        "top_logprobs": tops,
+    events = [delta.event for delta in deltas]
+    lists: _Json = {
+        "tokens": [name(event.token_id) for event in events],
+        "token_logprobs": [finite(event.logprob) for event in events],
+        "top_logprobs": [by_name(model, event, body.logprobs) for event in events],
         "text_offset": [delta.text_offset for delta in deltas],
+    }
+    if echoed is None:
+        return lists
+    prompt_ids = job.prompt_ids
+    return {
+        "tokens": [*map(name, prompt_ids), *lists["tokens"]],
+        "token_logprobs": [
+            None,
+            *(finite(token.logprob) for token in echoed),
+            *lists["token_logprobs"],
+        ],
+        "top_logprobs": [
+            None,
+            *(by_name(model, token, body.logprobs) for token in echoed),
+            *lists["top_logprobs"],
+        ],
+        "text_offset": [*offsets(model, prompt_ids), *lists["text_offset"]],
     }

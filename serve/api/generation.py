@@ -65,27 +65,34 @@ def plan_jobs(
     num_logprobs: int | None,
     seed: int | None,
     lead: Sequence[str],
+    num_prompt_logprobs: int | None = None,
     at_start: bool | None = None,
 ) -> list[Job]:
     """`body.n` answers to each prompt, in the order of the choices.
 
-    `max_tokens` None fills the context; `at_start` None: whether the prompt has no text.
+    `max_tokens` None fills the context; with 0 and a prompt that is scored, a token is generated
+    all the same. `at_start` None: whether the prompt has no text.
 
     Raises:
-        ApiError: a prompt that leaves no room, or a token id the tokenizer does not have.
+        ApiError: a prompt that leaves no room, a minimum above the maximum, or a token id that the
+            tokenizer does not have.
     """
-    vocab_size = model.tokenizer.vocab_size
-    for token_id in body.stop_token_ids:
-        if token_id >= vocab_size:
-            raise ApiError(
-                400,
-                f"Token id {token_id} is not in the vocabulary of {vocab_size}.",
-                param="stop_token_ids",
-            )
+    _check_ids(model, body.stop_token_ids, param="stop_token_ids")
+    logit_bias = tuple((int(token_id), bias) for token_id, bias in body.logit_bias.items())
+    _check_ids(model, [token_id for token_id, _ in logit_bias], param="logit_bias")
+    if max_tokens == 0 and num_prompt_logprobs is not None:
+        max_tokens = 1
     first_seed = secrets.randbits(63) if seed is None else seed % 2**63
     jobs = []
     for index, prompt_ids in enumerate(prompts):
         room = _room_for_answer(model, prompt_ids, max_tokens)
+        if body.min_tokens > room:
+            raise ApiError(
+                400,
+                f"An answer of at least {body.min_tokens} tokens is asked for, and of at most"
+                f" {room}; lower min_tokens.",
+                param="min_tokens",
+            )
         starts = at_start
         if starts is None:
             starts = all(map(model.tokenizer.is_control, prompt_ids))
@@ -97,12 +104,20 @@ def plan_jobs(
                 # Any odd constant keeps the seeds of the choices apart.
                 seed=(first_seed + choice * 0x9E3779B97F4A7C15) % 2**63,
                 num_logprobs=num_logprobs,
+                min_p=body.min_p,
+                repetition_penalty=body.repetition_penalty,
+                presence_penalty=body.presence_penalty,
+                frequency_penalty=body.frequency_penalty,
+                logit_bias=logit_bias,
             )
             params = GenerationParams(
                 sampling=sampling,
                 max_tokens=room,
                 stop_token_ids=frozenset(body.stop_token_ids),
                 ignore_eos=body.ignore_eos,
+                min_tokens=body.min_tokens,
+                num_prompt_logprobs=num_prompt_logprobs,
+                reads_cache=num_prompt_logprobs is None,
                 priority=body.priority,
                 cache_salt=body.cache_salt,
             )
@@ -118,16 +133,20 @@ def plan_jobs(
     return jobs
 
 
+def _check_ids(model: ServedModel, token_ids: Sequence[int], *, param: str) -> None:
+    vocab_size = model.tokenizer.vocab_size
+    if stray := next((id for id in token_ids if not 0 <= id < vocab_size), None):
+        raise ApiError(
+            400, f"Token id {stray} is not in the vocabulary of {vocab_size}.", param=param
+        )
+
+
 def _room_for_answer(
     model: ServedModel, prompt_ids: tuple[int, ...], max_tokens: int | None
 ) -> int:
     if not prompt_ids:
         raise ApiError(400, "The prompt has no tokens; give some text.", param="prompt")
-    vocab_size = model.tokenizer.vocab_size
-    if stray := next((id for id in prompt_ids if not 0 <= id < vocab_size), None):
-        raise ApiError(
-            400, f"Token id {stray} is not in the vocabulary of {vocab_size}.", param="prompt"
-        )
+    _check_ids(model, prompt_ids, param="prompt")
     room = model.max_context_tokens - len(prompt_ids)
     if room < (1 if max_tokens is None else max_tokens):
         asked = "" if max_tokens is None else f" and {max_tokens} more are asked for"
@@ -153,6 +172,7 @@ async def generate(model: ServedModel, job: Job) -> AsyncGenerator[Delta, None]:
     detokenizer = Detokenizer(tokenizer, at_start=job.at_start)
     stop_filter = StopFilter(job.stops)
     num_chars = len(job.lead)
+    num_tokens = 0
     events = model.engine.generate(job.prompt_ids, job.params)
     try:
         async for event in events:
@@ -165,7 +185,8 @@ async def generate(model: ServedModel, job: Job) -> AsyncGenerator[Delta, None]:
                 text += detokenizer.finish()
             text_offset = num_chars
             num_chars += len(text)
-            shown = stop_filter.feed(text)
+            num_tokens += 1
+            shown = text if num_tokens <= job.params.min_tokens else stop_filter.feed(text)
             finish_reason: Literal["stop", "length"] | None = event.finish_reason
             if stop_filter.stopped:
                 finish_reason = "stop"

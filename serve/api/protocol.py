@@ -16,6 +16,7 @@ MAX_SEQUENCES = 64
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 MAX_SALT_CHARS = 1024
 MAX_MESSAGES = 4096
 
@@ -44,6 +45,16 @@ class GenerationBody(_Body):
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    logit_bias: dict[
+        Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]
+    ] = Field(default={}, max_length=MAX_BIASES)
+    """Token ids, as JSON has only strings for keys."""
+    min_tokens: int = Field(default=0, ge=0)
+    """vLLM's: tokens before which neither end token nor stop string ends the answer."""
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[
@@ -55,6 +66,8 @@ class GenerationBody(_Body):
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """vLLM's: log-probabilities of the prompt's tokens, by token id."""
     return_token_ids: bool = False
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
     """vLLM's: lower ones are served first."""
@@ -65,6 +78,14 @@ class GenerationBody(_Body):
     def _stream_options_need_a_stream(self) -> "GenerationBody":
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "`stream_options` needs `stream`: true")
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_come_whole(self) -> "GenerationBody":
+        if self.prompt_logprobs is not None and self.stream:
+            raise PydanticCustomError(
+                "prompt_logprobs", "`prompt_logprobs` cannot be streamed; leave out `stream`"
+            )
         return self
 
     @property
@@ -113,12 +134,6 @@ class CompletionBody(GenerationBody):
     def _combinations(self) -> "CompletionBody":
         if self.max_tokens == 0 and not self.echo:
             raise PydanticCustomError("max_tokens", "`max_tokens` of 0 needs `echo`: true")
-        if self.echo and self.logprobs is not None:
-            raise PydanticCustomError(
-                "logprobs",
-                "`logprobs` together with `echo` is not supported: logprobs of the prompt"
-                " are not computed; leave out one of the two",
-            )
         if len(self.prompt) * self.n > MAX_SEQUENCES:
             raise PydanticCustomError(
                 "n",
@@ -127,6 +142,12 @@ class CompletionBody(GenerationBody):
                 {"prompts": len(self.prompt), "n": self.n, "limit": MAX_SEQUENCES},
             )
         return self
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """How many most likely tokens are told for each of the prompt; None: it is not scored."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in asked if number is not None), default=None)
 
 
 class TextPart(_Body):

@@ -191,3 +191,22 @@ def test_chatml_models_stop_at_their_marker(tmp_path_factory: pytest.TempPathFac
         answer = service.openai.chat.completions.create(model=MODEL, messages=HI)
     assert answer.choices[0].message.content == "hello world\n"
     assert tokenizer.decode(list(engine.requests[0][0])) == "user\nHi\nassistant\n"
+
+
+def test_penalties_bias_and_prompt_logprobs_through_the_openai_client() -> None:
+    with serving(saying("Yes", at_start=True), chat_format="mistral-v1") as service:
+        answer = service.openai.chat.completions.create(
+            model=MODEL,
+            messages=HI,
+            presence_penalty=0.5,
+            frequency_penalty=1.5,
+            logit_bias={"5": 10},
+            extra_body={"prompt_logprobs": 0, "min_p": 0.05, "repetition_penalty": 1.1},
+        )
+    sampling = service.engine.requests[0][1].sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, 1.5)
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.05, 1.1)
+    assert sampling.logit_bias == ((5, 10.0),)
+    scored: Any = answer.model_dump()["prompt_logprobs"]
+    assert scored[0] is None
+    assert [list(entry) for entry in scored[1:3]] == [["733"], ["16289"]]

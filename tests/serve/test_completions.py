@@ -89,13 +89,24 @@ def test_sampling_parameters_reach_the_engine() -> None:
                 "cache_salt": "mine",
                 "max_tokens": 3,
                 "logprobs": 2,
+                "min_p": 0.1,
+                "presence_penalty": 1,
+                "frequency_penalty": -0.5,
+                "repetition_penalty": 1.25,
+                "logit_bias": {"5": -100, "31999": 0.5},
+                "min_tokens": 2,
             },
         )
     [(_, params)] = service.engine.requests
     sampling = params.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 40)
     assert (sampling.seed, sampling.num_logprobs) == (7, 2)
-    assert (params.max_tokens, params.ignore_eos) == (3, True)
+    assert (params.max_tokens, params.min_tokens, params.ignore_eos) == (3, 2, True)
+    assert sampling.min_p == 0.1
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (1, -0.5)
+    assert sampling.repetition_penalty == 1.25
+    assert sampling.logit_bias == ((5, -100.0), (31999, 0.5))
+    assert params.reads_cache
     assert (params.priority, params.cache_salt) == (-3, "mine")
     assert params.stop_token_ids == frozenset({13})
 
@@ -248,6 +259,78 @@ def test_logprobs_0_is_the_sampled_token_alone() -> None:
     with serving(saying(" one")) as service:
         [choice] = ask(service, {"prompt": "a", "logprobs": 0}, stream=False)
     assert choice["logprobs"]["top_logprobs"][0] == {" one": -0.5}
+
+
+@STREAM
+def test_an_echoed_prompt_has_logprobs_too(stream: bool) -> None:
+    """As lm-eval asks for the likelihood of a text."""
+    body = {"prompt": [[1, *HELLO]], "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
+    with serving(saying(" one two")) as service:
+        [choice] = ask(service, body, stream=stream)
+        [alone] = ask(service, {**body, "max_tokens": 0, "logprobs": 2}, stream=stream)
+        [plain] = ask(service, {**body, "logprobs": None}, stream=stream)
+    assert choice["text"] == "hello one"
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == ["<s>", " hell", "o", " one"]
+    assert logprobs["token_logprobs"] == [None, -0.25, -0.5, -0.5]
+    assert logprobs["top_logprobs"] == [
+        None,
+        {" hell": -0.25, " pool": -0.125},
+        {"o": -0.5, "i": -0.25},
+        {" one": -0.5},
+    ]
+    assert logprobs["text_offset"] == [0, 0, 4, 5]
+    assert (alone["text"], alone["finish_reason"]) == ("hello", "length")
+    assert alone["logprobs"]["token_logprobs"] == [None, -0.25, -0.5]
+    assert [len(top) for top in alone["logprobs"]["top_logprobs"][1:]] == [2, 2]
+    assert plain["logprobs"] is None
+    asked = [
+        (params.max_tokens, params.num_prompt_logprobs, params.reads_cache)
+        for _, params in service.engine.requests
+    ]
+    assert asked == [(1, 1, False), (1, 2, False), (1, None, True)]
+
+
+def test_an_echo_alone_counts_no_token_of_an_answer() -> None:
+    with serving(saying(" one")) as service:
+        answer = service.openai.completions.create(
+            model=MODEL, prompt=[1, *HELLO], max_tokens=0, echo=True, logprobs=1
+        )
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 0)
+    assert answer.choices[0].logprobs is not None
+    assert answer.choices[0].logprobs.token_logprobs == [None, -0.25, -0.5]
+
+
+def test_prompt_logprobs_come_by_token_id() -> None:
+    with serving(saying(" one")) as service:
+        answer = service.post("completions", {"prompt": [1, *HELLO], "prompt_logprobs": 1}).json()
+        streamed = service.post(
+            "completions", {"prompt": "a", "prompt_logprobs": 1, "stream": True}
+        )
+    [choice] = answer["choices"]
+    assert choice["logprobs"] is None
+    assert choice["prompt_logprobs"] == [
+        None,
+        {
+            "6312": {"logprob": -0.25, "rank": 2, "decoded_token": " hell"},
+            "6313": {"logprob": -0.125, "rank": 1, "decoded_token": " pool"},
+        },
+        {
+            "28709": {"logprob": -0.5, "rank": 2, "decoded_token": "o"},
+            "28710": {"logprob": -0.25, "rank": 1, "decoded_token": "i"},
+        },
+    ]
+    assert streamed.status_code == 400
+    assert streamed.json()["error"]["param"] == "prompt_logprobs"
+
+
+@STREAM
+def test_no_stop_string_ends_an_answer_before_min_tokens(stream: bool) -> None:
+    with serving(saying(" one two one three")) as service:
+        body = {"prompt": "a", "stop": "one", "min_tokens": 2}
+        [choice] = ask(service, body, stream=stream)
+    assert (choice["text"], choice["finish_reason"]) == (" one two ", "stop")
 
 
 def test_continuous_usage_is_in_every_chunk() -> None:

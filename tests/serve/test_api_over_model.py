@@ -1,0 +1,110 @@
+"""The API over the real engine and real stages: what the last stage reads out reaches a client."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from openai import DefaultHttpxClient, OpenAI
+
+from magnetar.fetcher.config import ModelConfig
+from magnetar.serve.api.app import create_app
+from magnetar.serve.api.server import Server, bind
+from magnetar.tests.api_server import MISTRAL
+from magnetar.tests.fake_stage import running_engine
+from magnetar.tests.stages import MemorySource, Pipeline, random_tensors
+
+CONFIG = ModelConfig(
+    dim=16,
+    n_layers=3,
+    head_dim=8,
+    hidden_dim=24,
+    n_heads=2,
+    n_kv_heads=1,
+    norm_eps=1e-5,
+    vocab_size=32000,
+    rope_theta=1e4,
+    max_context_tokens=256,
+)
+PROMPT = [1, *range(300, 340), *range(300, 320)]
+
+
+@contextmanager
+def served(*bounds: int) -> Iterator[OpenAI]:
+    """A client of a small random model, split at `bounds`."""
+    stages = Pipeline(CONFIG, MemorySource(random_tensors(CONFIG)), bounds=bounds).stages
+    with running_engine(stages, num_kv_blocks=64, config=CONFIG) as (engine, _):
+        app = create_app(
+            engine=engine,
+            tokenizer=MISTRAL,
+            chat_format="none",
+            model_name="small",
+            max_context_tokens=256,
+            created=0,
+            api_key=None,
+        )
+        server = Server(app, bind("127.0.0.1", 0))
+        server.start()
+        try:
+            with OpenAI(
+                base_url=f"{server.url}/v1",
+                api_key="none",
+                max_retries=0,
+                http_client=DefaultHttpxClient(trust_env=False),
+            ) as client:
+                yield client
+        finally:
+            server.stop(drain_s=5)
+
+
+def logits_of(token_ids: list[int]) -> torch.Tensor:
+    """Of every token, by a pass of one token at a time."""
+    pipeline = Pipeline(CONFIG, MemorySource(random_tensors(CONFIG)))
+    return torch.cat([pipeline.logits(pipeline.row(0, [token])) for token in token_ids])
+
+
+SPLIT = pytest.mark.parametrize("bounds", [(0, 3), (0, 1, 3), (0, 1, 2, 3)], ids=str)
+
+
+@SPLIT
+def test_the_likelihood_of_a_text_is_the_models(bounds: tuple[int, ...]) -> None:
+    with served(*bounds) as client:
+        for _ in range(2):  # the second time the prompt is in the KV cache
+            answer = client.completions.create(
+                model="small", prompt=[PROMPT], max_tokens=1, logprobs=1, echo=True, temperature=0
+            )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert logprobs.token_logprobs is not None
+    assert logprobs.top_logprobs is not None
+    assert len(logprobs.tokens) == len(logprobs.top_logprobs) == len(PROMPT) + 1
+    assert logprobs.token_logprobs[:1] == [None]
+    expected = logits_of(PROMPT).log_softmax(dim=-1)
+    own = expected[torch.arange(len(PROMPT) - 1), PROMPT[1:]]
+    assert logprobs.token_logprobs[1:-1] == pytest.approx(own.tolist(), abs=1e-4)
+    best = [max(top.values()) for top in logprobs.top_logprobs[1:]]
+    assert best == pytest.approx(expected.max(dim=-1).values.tolist(), abs=1e-4)
+    assert best[-1] == logprobs.token_logprobs[-1], "the greedy token has the highest float itself"
+
+
+@SPLIT
+def test_penalties_are_those_of_all_tokens_before(bounds: tuple[int, ...]) -> None:
+    with served(*bounds) as client:
+        answer = client.completions.create(
+            model="small",
+            prompt=PROMPT,
+            max_tokens=12,
+            temperature=0,
+            frequency_penalty=2,
+            extra_body={"repetition_penalty": 3, "ignore_eos": True, "return_token_ids": True},
+        )
+    token_ids = answer.choices[0].model_dump()["token_ids"]
+    logits = logits_of([*PROMPT, *token_ids])
+    for index, token_id in enumerate(token_ids):
+        adjusted = logits[len(PROMPT) - 1 + index].clone()
+        seen = list({*PROMPT, *token_ids[:index]})
+        adjusted[seen] = torch.where(adjusted[seen] > 0, adjusted[seen] / 3, adjusted[seen] * 3)
+        for past in token_ids[:index]:
+            adjusted[past] -= 2
+        assert float(adjusted[token_id]) == pytest.approx(float(adjusted.max()), abs=1e-4)
