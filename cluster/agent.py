@@ -10,12 +10,14 @@ from typing import TypeVar
 from ..fetcher.checkpoint.release import facts_to_json
 from ..fetcher.config import ReleaseHints
 from ..fetcher.fetch import Fetch
+from ..fetcher.piece_map import ByteRange
 from ..fetcher.progress import Progress
 from ..fetcher.store import Store
 from .inventory import probe_node
 from .plan import Node
 from .progress_board import ProgressBoard
 from .spec import SourceSpec
+from .status import FetchedShare
 
 T = TypeVar("T")
 
@@ -86,17 +88,38 @@ class NodeAgent:
         """The release's facts as JSON, from the heads and tails of its files. After `metadata`."""
         return self._run(lambda: facts_to_json(self._started().facts(given=given, known=known)))
 
+    def restrict(self, ranges: tuple[ByteRange, ...] | None) -> None:
+        """Want these bytes of the weights alone, or the whole release. After `metadata`."""
+        self._run(lambda: self._started().restrict(ranges))
+
     def check_disk(self) -> None:
-        """Raise DiskSpaceError where the rest of the release does not fit. After `metadata`."""
+        """Raise DiskSpaceError where the rest of what is wanted does not fit. After `metadata`."""
         self._run(lambda: self._started().check_disk())
 
     def download(self) -> str:
-        """Bring all wanted files; the release folder on this node. After `metadata`."""
+        """Bring all that is wanted; the release folder on this node. After `metadata`."""
         return self._run(lambda: str(self._started().download()))
 
     def verify(self) -> None:
         """Check the release's own checksums. After `download`."""
         self._run(lambda: self._started().verify())
+
+    def verified(self) -> tuple[ByteRange, ...] | None:
+        """What may be read of the release here; None: all of it. After `verify`."""
+        return self._run(lambda: self._started().verified())
+
+    def fetched(self) -> FetchedShare:
+        """What was brought to this node. After `metadata`."""
+
+        def work() -> FetchedShare:
+            fetch = self._started()
+            return FetchedShare(
+                host=self._host,
+                wanted_bytes=fetch.wanted_bytes,
+                received_bytes=fetch.received_bytes,
+            )
+
+        return self._run(work)
 
     def close(self) -> None:
         """End the fetch and keep what resumes it; fine if there is none."""

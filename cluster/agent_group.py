@@ -1,16 +1,18 @@
 """The agents of a deployment: one on every node, asked together."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_from_json
+from ..fetcher.piece_map import ByteRange
 from ..fetcher.progress import ProgressSink
 from .agent import NodeAgent
 from .plan import Inventory
 from .ray_calls import call, gather
 from .ray_runtime import RayNode
 from .spec import SourceSpec
+from .status import FetchedShare
 
 START_TIMEOUT_S: Final = 120.0
 CLOSE_TIMEOUT_S: Final = 20.0
@@ -72,17 +74,33 @@ class AgentGroup:
         """Let the agents of `hosts` learn what the release consists of."""
         self._all({host: self._agents[host].metadata.remote(source) for host in hosts})
 
+    def restrict(self, shares: Mapping[str, tuple[ByteRange, ...] | None]) -> None:
+        """Let each host want these bytes of the weights alone; None: the whole release."""
+        self._all(
+            {host: self._agents[host].restrict.remote(ranges) for host, ranges in shares.items()}
+        )
+
     def check_disks(self, hosts: Sequence[str]) -> None:
-        """Raise DiskSpaceError where the release does not fit, before any of it is downloaded."""
+        """Raise DiskSpaceError where a share does not fit, before any of it is downloaded."""
         self._all({host: self._agents[host].check_disk.remote() for host in hosts})
 
     def download(self, hosts: Sequence[str]) -> dict[str, str]:
-        """Bring the release to all of `hosts`; the release folder on each."""
+        """Bring to each of `hosts` what it wants; the release folder on each."""
         return self._all({host: self._agents[host].download.remote() for host in hosts})
 
     def verify(self, hosts: Sequence[str]) -> None:
         """Check the release's own checksums on all of `hosts`."""
         self._all({host: self._agents[host].verify.remote() for host in hosts})
+
+    def verified(self, hosts: Sequence[str]) -> dict[str, tuple[ByteRange, ...] | None]:
+        """What may be read of the release on each host; None: all of it."""
+        return self._all({host: self._agents[host].verified.remote() for host in hosts})
+
+    def fetched(self, hosts: Sequence[str]) -> tuple[FetchedShare, ...]:
+        """What was brought to each host."""
+        return tuple(
+            self._all({host: self._agents[host].fetched.remote() for host in hosts}).values()
+        )
 
     def close_fetches(self) -> None:
         """End all fetches and keep what resumes them."""

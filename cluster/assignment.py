@@ -6,6 +6,7 @@ The classes themselves belong to a higher room and are handed in, so that this o
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..fetcher.piece_map import ByteRange
 from .plan import StagePlan
 
 
@@ -31,6 +32,8 @@ class StageAssignment:
     folder: str
     """The verified release on this node."""
     facts_json: str
+    verified: tuple[ByteRange, ...] | None = None
+    """What may be read of the release on this node; None: all of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

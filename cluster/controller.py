@@ -8,6 +8,7 @@ from typing import Final
 
 from ..errors import InterruptedByUserError, MagnetarError
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_to_json
+from ..fetcher.piece_map import ByteRange, ranges_of
 from ..fetcher.progress import Phase, Progress
 from .agent_group import AgentGroup
 from .assignment import PipelineRoles
@@ -17,6 +18,7 @@ from .plan import Plan
 from .planner import plan as place_model
 from .progress_board import ProgressBoard
 from .ray_runtime import RayNode
+from .shard import shard_of
 from .spec import DeploymentSpec
 from .status import ConditionType, DeploymentStatus, Failure, Report, with_condition
 from .workload import workload_of
@@ -105,7 +107,7 @@ class Controller:
 
     def _deploy(self) -> None:
         facts, plan = self._find_place()
-        folders = self._fetch(plan)
+        folders, verified = self._fetch(facts, plan)
         facts_json = facts_to_json(facts)
         gateway = self._gateway_host(plan)
 
@@ -116,7 +118,7 @@ class Controller:
             facts_json=facts_json,
             model_name=self._spec.model_name,
         )
-        self._pipeline.place(plan, folders=folders, facts_json=facts_json)
+        self._pipeline.place(plan, folders=folders, facts_json=facts_json, verified=verified)
         self._hold("PipelinePlaced", "Placed", _placement(plan))
         self._pipeline.load(plan, self._publish)
         self._hold("WeightsReady", "Loaded")
@@ -155,20 +157,37 @@ class Controller:
         self._leave("plan", "; ".join((_placement(plan), *plan.notes)))
         return facts, plan
 
-    def _fetch(self, plan: Plan) -> dict[str, str]:
-        """Download and verify on every node of the plan; the release folder on each."""
+    def _fetch(
+        self, facts: ReleaseFacts, plan: Plan
+    ) -> tuple[dict[str, str], dict[str, tuple[ByteRange, ...] | None]]:
+        """Download and verify on every node of the plan what its stages read.
+
+        The release folder on each, and what may be read of it.
+        """
         hosts = list(dict.fromkeys(stage.host for stage in plan.stages))
         self._enter("download")
         self._agents.metadata(hosts, self._spec.source)
+        if len(hosts) > 1 and not self._spec.fetch_full:
+            self._agents.restrict(
+                {
+                    host: ranges_of(
+                        shard_of(facts.index, (s for s in plan.stages if s.host == host))
+                    )
+                    for host in hosts
+                }
+            )
         self._agents.check_disks(hosts)
         folders = self._agents.download(hosts)
         self._leave("download")
         self._enter("verify")
         self._agents.verify(hosts)
+        verified = self._agents.verified(hosts)
+        if self._spec.source.kind != "folder":
+            self._change(fetched=self._agents.fetched(hosts))
         self._agents.close_fetches()
         self._leave("verify")
         self._hold("SourceVerified", "Verified")
-        return folders
+        return folders, verified
 
     def _gateway_host(self, plan: Plan) -> str:
         """The home node if it has the tokenizer (it holds a stage), else that of stage 0."""

@@ -13,6 +13,7 @@ from ..errors import (
     PreflightError,
     StageLostError,
 )
+from ..fetcher.piece_map import ByteRange
 from ..fetcher.progress import Progress, ProgressSink
 from .assignment import GatewayAssignment, LinkSetup, PipelineRoles, StageAssignment
 from .plan import Plan, StagePlan
@@ -91,8 +92,17 @@ class PipelineGroup:
         )
         self._briefing = self._gateway.listen.remote(assignment)
 
-    def place(self, plan: Plan, *, folders: Mapping[str, str], facts_json: str) -> None:
+    def place(
+        self,
+        plan: Plan,
+        *,
+        folders: Mapping[str, str],
+        facts_json: str,
+        verified: Mapping[str, tuple[ByteRange, ...] | None],
+    ) -> None:
         """Reserve the memory of all stages and start their actors.
+
+        `verified` is what may be read of the release on each node; None: all of it.
 
         Raises:
             PreflightError: somebody else has reserved the memory in the meantime.
@@ -118,6 +128,7 @@ class PipelineGroup:
                 num_kv_blocks=plan.num_kv_blocks,
                 folder=folders[stage.host],
                 facts_json=facts_json,
+                verified=verified[stage.host],
             )
             self._stages.append(
                 actor.options(

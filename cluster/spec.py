@@ -46,3 +46,5 @@ class DeploymentSpec:
     """0 takes a free one."""
     api_key_file: str | None = None
     """Needed to listen on anything but loopback."""
+    fetch_full: bool = False
+    """Every node of the plan brings the whole release, so that a later plan needs no download."""

@@ -65,6 +65,17 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FetchedShare:
+    """What one node brought of the release."""
+
+    host: str
+    wanted_bytes: int
+    """Its share, in whole pieces; some of it may have been there before."""
+    received_bytes: int
+    """Payload that came over the network, from whomever."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DeploymentStatus:
     """Everything a controller tells about its deployment."""
 
@@ -80,6 +91,8 @@ class DeploymentStatus:
     """Set once the API answers."""
     endpoint_note: str = ""
     """From where the URL can be reached, if that is not obvious."""
+    fetched: tuple[FetchedShare, ...] = ()
+    """By node of the plan, once everything is there; empty for a plain folder."""
     failure: Failure | None = None
     finished: bool = False
     """Everything that the deployment had started has ended."""

@@ -64,6 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_placement(up)
     _add_serving(up)
     up.add_argument(
+        "--full",
+        action="store_true",
+        help="every node fetches the whole release, not only what its layers need",
+    )
+    up.add_argument(
         "--detach", action="store_true", help="leave it running and return when it serves"
     )
 

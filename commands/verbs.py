@@ -218,6 +218,7 @@ def with_options(spec: DeploymentSpec, args: argparse.Namespace) -> DeploymentSp
         "api_key_file": options.get("api_key_file") and str(Path(args.api_key_file).absolute()),
         "model_name": options.get("name"),
         "name": options.get("name") and deployment_name(args.name),
+        "fetch_full": options.get("full") or None,
     }
     given = {name: value for name, value in changes.items() if value is not None}
     return replace(spec, source=source, **given)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -17,7 +17,7 @@ from ..errors import (
 )
 from .config import ReleaseHints
 from .layout import Selection, select_files
-from .piece_map import PieceMap
+from .piece_map import ByteRange, PieceMap
 from .progress import Phase, Progress, ProgressSink
 from .store import ReleaseFolder, Store
 from .tensors import MissingRangeError
@@ -157,7 +157,7 @@ class Fetch:
             root=self._chosen.root,
             wanted=self._chosen.wanted,
         )
-        if self._transfer.is_intact():
+        if self._transfer.is_intact() and not self._transfer.partial_files():
             reader.mark_readable(range(self._torrent.num_pieces))
             return read_release(reader, given=given, known=known)
         needed = self._transfer.first_look()
@@ -191,8 +191,33 @@ class Fetch:
             for path in self._chosen.wanted
         }
 
+    def restrict(self, ranges: Iterable[ByteRange] | None) -> None:
+        """Wants only these bytes of the weights from now on, in whole pieces, and all small files.
+
+        None wants the whole release again. Does `metadata`; a folder is taken as it is.
+
+        Raises:
+            ReleaseError: the release has no such bytes.
+        """
+        piece_map = self.piece_map()
+        if piece_map is not None:
+            self._transfer.restrict(None if ranges is None else piece_map.pieces(ranges))
+
+    def verified(self) -> tuple[ByteRange, ...] | None:
+        """The bytes of the release that may be read, after `verify`; None: all of them."""
+        piece_map = self.piece_map()
+        if piece_map is None or not self._transfer.partial_files():
+            return None
+        return piece_map.readable(self._transfer.verified())
+
+    @property
+    def wanted_bytes(self) -> int:
+        """Bytes of what `download` brings, in whole pieces; of a folder 0. After `metadata`."""
+        piece_map = self.piece_map()
+        return 0 if piece_map is None else piece_map.num_bytes(self._transfer.wanted())
+
     def check_disk(self) -> None:
-        """Whether the rest of the release fits on the disk.
+        """Whether the rest of what is wanted fits on the disk.
 
         Raises:
             DiskSpaceError: it does not; nothing was changed.
@@ -210,7 +235,7 @@ class Fetch:
             )
 
     def download(self) -> Path:
-        """Fetches all wanted files; returns the folder that holds params.json or config.json.
+        """Fetches all that is wanted; returns the folder that holds params.json or config.json.
 
         Raises:
             TimedOutError, DownloadError, InterruptedByUserError: what arrived is kept.
@@ -220,16 +245,15 @@ class Fetch:
             self._finish("download", message="the release is a folder already")
             return Path(self._location)
         self._transfer.complete()
-        num_bytes = sum(self._torrent.file(path).length for path in self._chosen.wanted)
-        self._finish("download", done=num_bytes, message=self._torrent.name)
+        self._finish("download", done=self.wanted_bytes, message=self._torrent.name)
         return self._in_store.data / self._chosen.root
 
     def verify(self) -> None:
         """Makes sure that the files hold the published bytes, and remembers it.
 
         Pieces are hashed as they arrive. A file that changed since is hashed again, and only pieces
-        that went bad are fetched again. Then come the md5 sums of a RELEASE file. What was verified
-        earlier and looks the same is not read.
+        that went bad are fetched again. Then come the md5 sums of a RELEASE file, for files
+        that are there as a whole. What was verified earlier and looks the same is not read.
 
         Raises:
             VerifyError: a file differs from its published md5. ReleaseError, and what `download`
@@ -345,6 +369,7 @@ class Fetch:
                     on_progress=self._on_progress,
                     stop=self._stop,
                     node=self._node,
+                    partial=self._transfer.partial_files(),
                 )
             except VerifyError:
                 # Damage that left size and time of a file alone shows in its pieces.

@@ -20,12 +20,12 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DownloadError, PreflightError, ReleaseError
-from .torrent.metainfo import Metainfo, parse_metainfo
+from .torrent.metainfo import MAX_PIECES, Metainfo, parse_metainfo
 
 RECORD_VERSION = 1
 
@@ -46,6 +46,8 @@ class Record:
 
     complete: bool = False
     """Every wanted file is there and its pieces have the right hashes."""
+    pieces: frozenset[int] = frozenset()
+    """Pieces that are in the files and have the right hashes; of a complete release too."""
     files: Mapping[str, Fingerprint] = field(default_factory=dict)
     md5: Mapping[str, str] = field(default_factory=dict)
     """MD5 of the files that a RELEASE file names, as computed from their bytes."""
@@ -96,6 +98,7 @@ class RecordFile:
                     for path, (size, mtime_ns) in raw["files"].items()
                 },
                 md5={str(path): str(digest) for path, digest in raw["md5"].items()},
+                pieces=_pieces(str(raw.get("pieces", ""))),
             )
         except FileNotFoundError:
             return Record()
@@ -110,6 +113,7 @@ class RecordFile:
             "complete": record.complete,
             "files": files,
             "md5": dict(record.md5),
+            "pieces": _runs(record.pieces),
         }
         replace_file(self._path, json.dumps(raw, indent=1).encode())
 
@@ -256,6 +260,28 @@ def replace_file(path: Path, data: bytes) -> None:
         raise DownloadError(
             f"{path} could not be written ({error.strerror}): make room and run it again"
         ) from error
+
+
+def _runs(pieces: Collection[int]) -> str:
+    """``0-4,7``: short where pieces lie together, and easy to read."""
+    runs: list[list[int]] = []
+    for piece in sorted(pieces):
+        if runs and runs[-1][1] == piece - 1:
+            runs[-1][1] = piece
+        else:
+            runs.append([piece, piece])
+    return ",".join(f"{first}-{last}" for first, last in runs)
+
+
+def _pieces(runs: str) -> frozenset[int]:
+    """What `_runs` wrote. Raises ValueError."""
+    found: set[int] = set()
+    for run in filter(None, runs.split(",")):
+        first, last = map(int, run.split("-"))
+        if not 0 <= first <= last < MAX_PIECES:
+            raise ValueError(f"pieces {run}")
+        found.update(range(first, last + 1))
+    return frozenset(found)
 
 
 def _key(folder: Path) -> str:

@@ -10,12 +10,13 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InterruptedByUserError, ReleaseError, VerifyError
 from .progress import Progress, ProgressSink
-from .store import Record, RecordFile, fingerprints
+from .store import RecordFile, fingerprints
 
 CHUNK_BYTES = 4 << 20
 MAX_BANNER_BYTES = 1 << 20
@@ -140,12 +141,14 @@ def check_release_sums(
     on_progress: ProgressSink,
     stop: threading.Event,
     node: str = "",
+    partial: Collection[str] = (),
 ) -> int:
     """Checks the RELEASE rows of files that were not checked as they are now.
 
-    The release is at ``base/root``; the record names files relative to `base`. Each file that
-    passes is recorded at once, so that an interrupted check goes on with the next one. Returns the
-    bytes that were read.
+    The release is at ``base/root``; the record names files relative to `base`, and so does
+    `partial` those of which only a part is there: their sums say nothing. Each file that passes is
+    recorded at once, so that an interrupted check goes on with the next one. Returns the bytes that
+    were read.
 
     Raises:
         VerifyError: a file has another md5. InterruptedByUserError: `stop` was set.
@@ -159,14 +162,16 @@ def check_release_sums(
         path = root + name
         if path not in now:
             logger.warning("RELEASE names %s, which is not in %s", name, folder)
-        elif record.md5.get(path) != digest or record.files.get(path) != now[path]:
+        elif path not in partial and (
+            record.md5.get(path) != digest or record.files.get(path) != now[path]
+        ):
             due[name] = digest
     check = Md5Check(folder=folder, sums=due, on_progress=on_progress, stop=stop, node=node)
     for name in due:
         digest = check.check(name)
         path = root + name
-        record = Record(
-            complete=record.complete,
+        record = replace(
+            record,
             files={**record.files, path: now[path]},
             md5={**record.md5, path: digest},
         )

@@ -50,7 +50,7 @@ class StageActor:
         facts = facts_from_json(given.facts_json)
         self._stage = Stage.load(
             config=facts.config,
-            source=FileTensorSource(Path(given.folder), facts.index),
+            source=FileTensorSource(Path(given.folder), facts.index, verified=given.verified),
             first_layer=plan.first_layer,
             end_layer=plan.end_layer,
             has_embeddings=plan.has_embeddings,

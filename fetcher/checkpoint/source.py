@@ -1,12 +1,14 @@
-"""Tensors read from the files of a complete release."""
+"""Tensors read from the files of a release, or of the verified part of one."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
+from ..piece_map import ByteRange, merged
 from ..tensors import TensorEntry, TensorIndex
 
 if TYPE_CHECKING:
@@ -16,14 +18,19 @@ _MAX_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB less a page at once
 
 
 class FileTensorSource:
-    """A `TensorSource` over a release folder whose files are complete and verified.
+    """A `TensorSource` over a release folder.
 
+    Where only a part of it was downloaded, `verified` names that part, and nothing else is read: a
+    hole of a sparse file would come out as zeros. None: the files are complete and verified.
     It holds no file open and no bytes, so any number of threads may read from it.
     """
 
-    def __init__(self, folder: Path, index: TensorIndex) -> None:
+    def __init__(
+        self, folder: Path, index: TensorIndex, *, verified: Iterable[ByteRange] | None = None
+    ) -> None:
         self._folder = folder
         self._index = index
+        self._verified = None if verified is None else merged(verified)
 
     @property
     def index(self) -> TensorIndex:
@@ -36,7 +43,8 @@ class FileTensorSource:
         Rows that the file holds in half-split rotary order come out interleaved.
 
         Raises:
-            CheckpointError: the name is unknown or its bytes cannot be read.
+            CheckpointError: the name is unknown, its bytes cannot be read, or not all of them were
+                downloaded and verified.
         """
         import torch
 
@@ -51,7 +59,19 @@ class FileTensorSource:
             return interleave_rotary_rows(tensor, entry.rope_permuted_heads)
         return tensor
 
+    def _refuse_unverified(self, entry: TensorEntry) -> None:
+        end = entry.offset + entry.num_bytes
+        if self._verified is not None and not any(
+            part.file == entry.file and part.offset <= entry.offset and end <= part.end
+            for part in self._verified
+        ):
+            raise CheckpointError(
+                f"{entry.name} was not downloaded to this node as a whole (bytes {entry.offset} to "
+                f"{end} of {entry.file}): fetch the release again, or with --full."
+            )
+
     def _read_into(self, entry: TensorEntry, buffer: memoryview) -> None:
+        self._refuse_unverified(entry)
         relative = PurePosixPath(entry.file)
         if relative.is_absolute() or ".." in relative.parts:
             raise CheckpointError(f"{entry.name} points outside the release: {entry.file!r}.")

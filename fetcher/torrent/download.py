@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from ...errors import MagnetarError
 from ..layout import Selection
+from ..piece_map import PieceMap
 from ..progress import Phase, ProgressSink
 from ..store import Record, ReleaseFolder, fingerprints
 from .contacts import Contacts
@@ -66,9 +67,10 @@ class Download:
         self._addresses: tuple[Address, ...] = ()
         self._metainfo: Metainfo | None = None
         self._selection: Selection | None = None
+        self._share: frozenset[int] | None = None
         self._have: tuple[bool, ...] = ()
         self._is_open = False
-        self._was_complete = False
+        self._was_done = False
         self._received_bytes = 0
         self.hashed_bytes = 0
         """Bytes that were read back from the disk to check their pieces."""
@@ -87,6 +89,10 @@ class Download:
         self._metainfo = metainfo
         self._selection = selection
 
+    def restrict(self, share: frozenset[int] | None) -> None:
+        """Wants only these pieces and the small files' from now on; None wants all files."""
+        self._share = share
+
     @property
     def _torrent(self) -> Metainfo:
         assert self._metainfo is not None
@@ -98,21 +104,49 @@ class Download:
         return self._selection
 
     def is_intact(self) -> bool:
-        """All wanted files were there and right, and none has changed since."""
+        """All that is wanted was there and right, and no file has changed since."""
         record = self._place.record.read()
-        return record.complete and self._matches(record)
+        return self._matches(record) and (record.complete or self.wanted() <= record.pieces)
+
+    def verified(self) -> frozenset[int]:
+        """Pieces in the files that had the right hashes, as far as that is on record."""
+        record = self._place.record.read()
+        if not self._matches(record):
+            return frozenset()
+        return self._file_pieces(self._chosen.wanted) if record.complete else record.pieces
+
+    def wanted(self) -> frozenset[int]:
+        """The pieces that `complete` brings."""
+        if self._share is None:
+            return self._file_pieces(self._chosen.wanted)
+        small = set(self._chosen.wanted) - set(self._chosen.weights)
+        return self._share | self._file_pieces(small)
+
+    def partial_files(self) -> frozenset[str]:
+        """Wanted files of which not every piece is on record."""
+        there = self.verified()
+        return frozenset(
+            path for path in self._chosen.wanted if not self._file_pieces([path]) <= there
+        )
 
     def missing_bytes(self) -> int:
-        """Bytes of wanted files that take no room on the disk yet."""
+        """Bytes of wanted pieces that take no room on the disk yet."""
         if self.is_intact():
             return 0
         there = fingerprints(self._place.data, self._chosen.wanted)
-        return sum(
-            max(0, self._torrent.file(path).length - there[path].allocated)
-            if path in there
-            else self._torrent.file(path).length
-            for path in self._chosen.wanted
-        )
+        if self._share is None:
+            return sum(
+                max(0, self._torrent.file(path).length - there[path].allocated)
+                if path in there
+                else self._torrent.file(path).length
+                for path in self._chosen.wanted
+            )
+        wanted, known = self.wanted(), self.verified()
+        num_bytes = self._piece_map.num_bytes
+        if known:
+            return num_bytes(wanted - known)
+        # After a crash nobody knows which pieces take the room; what is there is counted for us.
+        return max(0, num_bytes(wanted) - sum(file.allocated for file in there.values()))
 
     def first_look(self) -> set[int]:
         """Small files whole, and of the others the first and last piece: headers are there."""
@@ -127,6 +161,8 @@ class Download:
     def fetch_pieces(self, needed: set[int]) -> set[int]:
         """Fetches these pieces and no others; returns all that may be read from the files."""
         swarm = self._open()
+        if any(not self._have[piece] for piece in needed):
+            self._was_done = False  # The files change now, by our own hand.
         status = swarm.fetch(
             self._priorities(needed, level=7),
             urgent=tuple(piece for piece in sorted(needed) if not self._have[piece]),
@@ -137,21 +173,18 @@ class Download:
         return {piece for piece, is_there in enumerate(self._have) if is_there}
 
     def complete(self, *, phase: Phase = "download") -> None:
-        """Fetches what is missing of the wanted files, and records that they are right."""
+        """Fetches what is missing of what is wanted, and records that it is right."""
         if self.is_intact():
             return
         swarm = self._open()
-        if self._was_complete:
+        if self._was_done and not self._matches(self._place.record.read()):
             self.recheck()  # Somebody changed a file behind libtorrent's back.
-        wanted = {
-            piece
-            for path in self._chosen.wanted
-            for piece in self._torrent.pieces(self._torrent.file(path))
-        }
+        wanted = self.wanted()
+        self._was_done = False
         status = swarm.fetch(self._priorities(wanted), phase=phase, doing=self._torrent.name)
         self._have = tuple(status.have)
         swarm.save_resume_data()
-        self._remember(complete=True)
+        self._remember(done=True)
 
     def recheck(self) -> bool:
         """Hashes all files against the pieces; whether any piece was bad. `complete` mends it."""
@@ -164,11 +197,11 @@ class Download:
         self._have = tuple(swarm.recheck().have)
         self._is_open = True
         if self._have == before:
-            self._remember(complete=self._was_complete)
+            self._remember(done=self._was_done)
             return False
         num_bad = sum(was and not now for was, now in zip(before, self._have, strict=True))
         logger.warning("%s: %d damaged pieces on the disk", self._torrent.name, num_bad)
-        self._was_complete = False
+        self._was_done = False
         return True
 
     def close(self) -> None:
@@ -188,13 +221,15 @@ class Download:
             self._received_bytes = swarm.received_bytes
 
     def _keep_state(self, swarm: Swarm) -> None:
-        if self._was_complete:
+        if self._was_done:
             swarm.remove()
             return
+        have = swarm.verified()
         swarm.save_resume_data()
+        self._have = have or self._have
         swarm.remove()
         # Only now can no write come any more that would change a fingerprint.
-        self._remember(complete=False)
+        self._remember(done=False)
 
     def _open(self) -> Swarm:
         """The torrent in a session, with what is on disk known, and nothing wanted at first."""
@@ -205,7 +240,7 @@ class Download:
         record = self._place.record.read()
         is_fresh = self._matches(record)
         resume = self._place.resume_data() if is_fresh else None
-        self._was_complete = is_fresh and record.complete
+        self._was_done = is_fresh and (record.complete or self.wanted() <= record.pieces)
         if resume is None:
             self._count_check()
         status = swarm.add(self._job(resume=resume))
@@ -281,7 +316,8 @@ class Download:
     def _matches(self, record: Record) -> bool:
         return fingerprints(self._place.data, self._chosen.wanted) == dict(record.files)
 
-    def _remember(self, *, complete: bool) -> None:
+    def _remember(self, *, done: bool) -> None:
+        """Writes down what is there. `done`: everything wanted is, and nothing is under way."""
         earlier = self._place.record.read()
         now = fingerprints(self._place.data, self._chosen.wanted)
         md5 = {
@@ -289,12 +325,23 @@ class Download:
             for path, digest in earlier.md5.items()
             if path in now and earlier.files.get(path) == now[path]
         }
-        self._place.record.write(Record(complete=complete, files=now, md5=md5))
-        self._was_complete = complete
+        there = frozenset(piece for piece, is_there in enumerate(self._have) if is_there)
+        complete = done and self._file_pieces(self._chosen.wanted) <= there
+        self._place.record.write(Record(complete=complete, files=now, md5=md5, pieces=there))
+        self._was_done = done
 
     def _keep_resume_data(self, data: bytes) -> None:
         self._place.save_resume_data(data)
-        self._remember(complete=False)
+        self._remember(done=False)
+
+    @property
+    def _piece_map(self) -> PieceMap:
+        return PieceMap.of_torrent(self._torrent)
+
+    def _file_pieces(self, paths: Iterable[str]) -> frozenset[int]:
+        return frozenset(
+            piece for path in paths for piece in self._torrent.pieces(self._torrent.file(path))
+        )
 
     def _count_check(self) -> None:
         there = fingerprints(self._place.data, self._chosen.wanted)

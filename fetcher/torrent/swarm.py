@@ -122,6 +122,11 @@ class Swarm:
         self.flush()
         return status
 
+    def verified(self) -> tuple[bool, ...]:
+        """By piece, whether it has the right hash as far as is known; `flush` comes after it."""
+        status = self._session.status()
+        return tuple(status.have) if status is not None and not self._is_checking else ()
+
     def flush(self) -> None:
         """Waits until verified pieces are in the files."""
         self._answer(Flushed, self._session.flush)

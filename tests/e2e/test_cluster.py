@@ -104,10 +104,9 @@ def test_up_status_and_down_are_separate_commands(address: str, tmp_path: Path) 
 
 
 def holds_weights(store: Path) -> bool:
-    return any(
-        os.stat(shard).st_blocks * 512 >= shard.stat().st_size
-        for shard in store.rglob("model-00002*.safetensors")
-    )
+    """Any large file whole: not only the pieces that describe the release."""
+    shards = [shard.stat() for shard in store.rglob("model-*.safetensors")]
+    return any(s.st_blocks * 512 >= s.st_size > 100_000 for s in shards)
 
 
 def test_a_stage_on_each_node_and_one_that_dies_is_said(address: str, tmp_path: Path) -> None:
@@ -134,6 +133,58 @@ def test_a_stage_on_each_node_and_one_that_dies_is_said(address: str, tmp_path: 
         assert up.process.wait(END_S) == 1
     assert status() == []
     assert status(f"--ray-address={address}") == []
+
+
+def test_each_of_four_nodes_fetches_its_share_and_answers_as_one_node_does(
+    address: str, tmp_path: Path
+) -> None:
+    release = tmp_path / "tiny-moe"
+    write_release(release, layout="huggingface")
+    total = sum(path.stat().st_size for path in release.iterdir())
+    prompt = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 8, "temperature": 0}
+    answers = []
+    with seeding(release) as seed:
+        for stages, options in (("4", []), ("4", ["--full"]), ("1", [])):
+            with magnetar(
+                "up",
+                seed.magnet,
+                f"--peer={seed.address}",
+                f"--ray-address={address}",
+                f"--store={tmp_path}/store-{stages}-{{host}}",
+                "--max-concurrency=4",
+                f"--stages={stages}",
+                "--name=tiny",
+                "--port=0",
+                *options,
+            ) as up:
+                ready = up.until("ready")
+                client = OpenAI(
+                    base_url=f"{ready['url']}/v1", api_key="none", max_retries=0, timeout=60
+                )
+                answers.append(client.completions.create(**prompt).choices[0].text)  # type: ignore[call-overload]
+                (found,) = status()
+            fetched = {share["host"]: share for share in found["fetched"]}
+            if stages == "1" or options:
+                assert {share["wanted_bytes"] for share in fetched.values()} == {total}
+            else:
+                assert set(fetched) == set(MEMORIES)
+                shares = [share["wanted_bytes"] for share in fetched.values()]
+                small = sum(
+                    path.stat().st_size
+                    for path in release.iterdir()
+                    if path.suffix != ".safetensors"
+                )
+                # A layer each; embeddings, output head and whole pieces come to some more.
+                assert all(share < total * 0.35 + small for share in shares)
+                assert total - small <= sum(shares) - 4 * small <= 1.2 * (total - small)
+                # The home node had asked for the pieces that describe the release, too.
+                for share in fetched.values():
+                    assert (
+                        0
+                        <= share["received_bytes"] - share["wanted_bytes"]
+                        <= max(total * 0.05, small)
+                    )
+    assert len(set(answers)) == 1
 
 
 def test_a_model_that_fits_nowhere_says_the_numbers_of_every_node(

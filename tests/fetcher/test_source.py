@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from magnetar.errors import CheckpointError
 from magnetar.fetcher.checkpoint.source import FileTensorSource, interleave_rotary_rows
+from magnetar.fetcher.piece_map import ByteRange
 from magnetar.fetcher.tensors import TensorEntry, TensorIndex
 
 ENTRY = TensorEntry(
@@ -87,3 +88,28 @@ def test_interleaving_undoes_the_permutation_of_the_converters(
     converted = released.view(num_heads, pairs, 2, columns).transpose(1, 2).reshape(-1, columns)
 
     assert torch.equal(interleave_rotary_rows(converted, num_heads), released)
+
+
+@pytest.mark.parametrize(
+    ("verified", "is_read"),
+    [
+        ([ByteRange("shards/w", 3, 24)], True),
+        ([ByteRange("shards/w", 0, 10), ByteRange("shards/w", 10, 17)], True),
+        ([ByteRange("shards/w", 4, 23)], False),
+        ([ByteRange("shards/w", 0, 26)], False),
+        ([ByteRange("shards/w", 0, 10), ByteRange("shards/w", 11, 16)], False),
+        ([ByteRange("other", 0, 99)], False),
+        ([], False),
+    ],
+)
+def test_reads_only_what_was_verified(
+    folder: Path, verified: list[ByteRange], is_read: bool
+) -> None:
+    index = TensorIndex({ENTRY.name: ENTRY})
+    tensors = FileTensorSource(folder, index, verified=verified)
+
+    if is_read:
+        assert torch.equal(tensors.read("norm.weight"), torch.arange(6.0).view(2, 3))
+    else:
+        with pytest.raises(CheckpointError, match=r"norm\.weight was not downloaded .* --full"):
+            tensors.read("norm.weight")

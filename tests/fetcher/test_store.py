@@ -63,14 +63,31 @@ def test_a_record_comes_back_as_written(tmp_path: Path) -> None:
     file = RecordFile(tmp_path / "sub" / "record.json")
     assert file.read() == Record()
     record = Record(
-        complete=True, files={"a/b": Fingerprint(size=3, mtime_ns=4)}, md5={"a/b": "00"}
+        complete=True,
+        files={"a/b": Fingerprint(size=3, mtime_ns=4)},
+        md5={"a/b": "00"},
+        pieces=frozenset({0, 1, 2, 7, 9, 10}),
     )
     file.write(record)
     assert file.read() == record
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"[]", b"null", b"{}", b"\xff", json.dumps({"version": 99}).encode()]
+    "raw",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{}",
+        b"\xff",
+        json.dumps({"version": 99}).encode(),
+        *(
+            json.dumps(
+                {"version": 1, "complete": False, "files": {}, "md5": {}, "pieces": pieces}
+            ).encode()
+            for pieces in ("1", "2-1", "-1-2", "0-99999999999", "a-b", 7)
+        ),
+    ],
 )
 def test_an_unreadable_record_counts_as_none(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "record.json").write_bytes(raw)
