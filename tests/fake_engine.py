@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from magnetar.errors import QueueFullError, StageLostError
+from magnetar.serve.engine.engine import EngineStats
 from magnetar.serve.engine.request import GenerationParams, TokenEvent
 from magnetar.serve.engine.step import ScoredToken
 
@@ -97,6 +98,9 @@ class FakeEngine:
         if self.probe_error is not None:
             raise self.probe_error
         return 0.002
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running=self.num_running, num_kv_blocks=8, kv_blocks_free=6)
 
 
 def _scored(prompt_ids: Sequence[int], num_top: int | None) -> tuple[ScoredToken, ...]:

@@ -15,6 +15,7 @@ from .completions import answer_completion
 from .disconnect import ClientLeft
 from .errors import ApiError, answer_error
 from .guards import KeyGuard, LoopbackGuard
+from .metrics import CONTENT_TYPE
 from .readiness import NotReady, Readiness
 from .served_model import EngineLike, ServedModel
 
@@ -41,6 +42,7 @@ def create_app(
             Route("/livez", _answer_livez),
             Route("/readyz", _answer_readyz),
             Route("/health", _answer_readyz),
+            Route("/metrics", _answer_metrics),
             Route("/v1/models", _answer_models),
             Route("/v1/models/{name:path}", _answer_model),
             Route("/v1/completions", answer_completion, methods=["POST"]),
@@ -78,6 +80,12 @@ async def _answer_readyz(request: Request) -> Response:
     except NotReady as error:
         raise ApiError(503, f"Not ready: {error}.", code="not_ready", retry_after_s=5) from None
     return JSONResponse({"status": "ok", "probe_s": round(probe_s, 6)})
+
+
+async def _answer_metrics(request: Request) -> Response:
+    model: ServedModel = request.app.state.model
+    page = model.metrics.render(model.engine.stats(), model_name=model.name)
+    return Response(page, media_type=CONTENT_TYPE)
 
 
 async def _answer_models(request: Request) -> Response:

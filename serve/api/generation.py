@@ -174,33 +174,37 @@ async def generate(model: ServedModel, job: Job) -> AsyncGenerator[Delta, None]:
     num_chars = len(job.lead)
     num_tokens = 0
     events = model.engine.generate(job.prompt_ids, job.params)
-    try:
-        async for event in events:
-            if event.finish_reason == "abort":
-                raise StageLostError("the server is stopping; send the request again.")
-            # The token that ends an answer is no part of its text.
-            ends_here = event.finish_reason == "stop"
-            text = "" if ends_here else detokenizer.feed(event.token_id)
-            if event.finish_reason is not None:
-                text += detokenizer.finish()
-            text_offset = num_chars
-            num_chars += len(text)
-            num_tokens += 1
-            shown = text if num_tokens <= job.params.min_tokens else stop_filter.feed(text)
-            finish_reason: Literal["stop", "length"] | None = event.finish_reason
-            if stop_filter.stopped:
-                finish_reason = "stop"
-            elif finish_reason is not None:
-                shown += stop_filter.finish()
-            yield Delta(
-                text=shown, event=event, text_offset=text_offset, finish_reason=finish_reason
-            )
-            if finish_reason is not None:
-                return
-        raise StageLostError("the engine ended the answer early; send the request again.")
-    finally:
-        if inspect.isasyncgen(events):
-            await events.aclose()
+    with model.metrics.request(len(job.prompt_ids)) as meter:
+        try:
+            async for event in events:
+                meter.token()
+                if event.finish_reason == "abort":
+                    raise StageLostError("the server is stopping; send the request again.")
+                # The token that ends an answer is no part of its text.
+                ends_here = event.finish_reason == "stop"
+                text = "" if ends_here else detokenizer.feed(event.token_id)
+                if event.finish_reason is not None:
+                    text += detokenizer.finish()
+                text_offset = num_chars
+                num_chars += len(text)
+                num_tokens += 1
+                shown = text if num_tokens <= job.params.min_tokens else stop_filter.feed(text)
+                finish_reason: Literal["stop", "length"] | None = event.finish_reason
+                if stop_filter.stopped:
+                    finish_reason = "stop"
+                elif finish_reason is not None:
+                    shown += stop_filter.finish()
+                if finish_reason is not None:
+                    meter.finished_reason = finish_reason
+                yield Delta(
+                    text=shown, event=event, text_offset=text_offset, finish_reason=finish_reason
+                )
+                if finish_reason is not None:
+                    return
+            raise StageLostError("the engine ended the answer early; send the request again.")
+        finally:
+            if inspect.isasyncgen(events):
+                await events.aclose()
 
 
 async def generate_all(

@@ -1,13 +1,17 @@
 """The one model that the API serves, and what it needs of an engine."""
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from ...fetcher.config import ChatFormat
 from ..engine.request import GenerationParams, TokenEvent
 from ..text.tokenizer import Tokenizer
 from .errors import ApiError
+from .metrics import Metrics
+
+if TYPE_CHECKING:
+    from ..engine.engine import EngineStats
 
 
 class EngineLike(Protocol):
@@ -31,6 +35,9 @@ class EngineLike(Protocol):
             StageLostError: it does not arrive.
         """
 
+    def stats(self) -> "EngineStats":
+        """How busy it is."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedModel:
@@ -43,6 +50,7 @@ class ServedModel:
     max_context_tokens: int
     created: int
     """Unix time in seconds."""
+    metrics: Metrics = field(default_factory=Metrics)
 
     def check_name(self, asked: str | None) -> None:
         """Raises ApiError 404 unless `asked` is this model or None."""

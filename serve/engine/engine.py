@@ -41,7 +41,11 @@ class EngineStats:
     num_kv_blocks: int
     kv_blocks_free: int
     num_preemptions: int = 0
-    """Since the start."""
+    """Since the start, like the following."""
+    num_cache_queries: int = 0
+    """Tokens of prompts that were looked for in the KV cache."""
+    num_cache_hits: int = 0
+    """Those that were there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +303,8 @@ class Engine:
                 num_kv_blocks=self._num_kv_blocks,
                 kv_blocks_free=scheduler.num_free_blocks,
                 num_preemptions=scheduler.num_preemptions,
+                num_cache_queries=scheduler.num_cache_queries,
+                num_cache_hits=scheduler.num_cache_hits,
             )
 
     def _deliver(self) -> None:
