@@ -96,7 +96,7 @@ def device_speed(device: Device, dtype: ComputeDtype) -> Speed | None:
     read = dict(device.dtype_read_gbps).get(dtype, device.read_gbps)
     if read is None:
         return None
-    gflops = device.gemm_gflops
+    gflops = dict(device.dtype_gemm_gflops).get(dtype, device.gemm_gflops)
     return Speed(read_gbps=read, gemm_gflops=float("inf") if gflops is None else gflops)
 
 

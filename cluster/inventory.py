@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from .measure import with_known_speeds
 from .plan import Device, Node
 
 
@@ -27,7 +28,9 @@ def probe_node(
     memory_limit_bytes: int | None = None,
     cpu_limit: int | None = None,
 ) -> Node:
-    """Measure this machine; `store` is where releases go, it need not exist yet.
+    """Look at this machine; `store` is where releases go, it need not exist yet.
+
+    Speeds are those that `measure_speeds` found here before, if it ever ran.
 
     Free memory is what is available now, bounded by the control group. The limits are what the
     owner of a Ray node gave to it.
@@ -37,13 +40,14 @@ def probe_node(
     limits = [available, memory_limit_bytes, cgroup_free_bytes(folders)]
     free = min(limit for limit in limits if limit is not None)
     cpu = Device(kind="cpu", memory_bytes=free, name=platform.processor() or platform.machine())
-    return Node(
+    node = Node(
         host=host,
         address=address,
         num_cpus=min(num_cpus(folders), cpu_limit or sys.maxsize),
         devices=(cpu, *_cuda_devices()),
         disk_free_bytes=shutil.disk_usage(_existing(store)).free,
     )
+    return with_known_speeds(node)
 
 
 def cgroup_folders(root: Path, membership: str) -> tuple[Path, ...]:

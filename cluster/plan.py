@@ -25,6 +25,8 @@ class Device:
     """The same where it depends on the dtype; counts before `read_gbps`."""
     gemm_gflops: float | None = None
     """Billions of floating-point operations per second in large products; None: no limit known."""
+    dtype_gemm_gflops: tuple[tuple[ComputeDtype, float], ...] = ()
+    """The same where it depends on the dtype; counts before `gemm_gflops`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

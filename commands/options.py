@@ -9,7 +9,7 @@ import re
 from typing import Literal, NoReturn, get_args
 
 from .. import __version__
-from ..cluster.plan import ComputeDtype
+from ..cluster.plan import ComputeDtype, Objective
 from ..errors import UsageError
 from ..fetcher.config import ChatFormat
 from ..settings import DEFAULT_HOST, DEFAULT_PORT
@@ -94,7 +94,34 @@ def build_parser() -> argparse.ArgumentParser:
     _add_facts(plan)
     _add_placement(plan)
     plan.add_argument("--max-concurrency", type=_positive, metavar="N", help=_CONCURRENCY_HELP)
+    plan.add_argument(
+        "--inventory",
+        metavar="FILE",
+        help="plan for the machines of this file, as `magnetar nodes -o yaml` writes it",
+    )
+    plan.add_argument(
+        "--objective",
+        choices=get_args(Objective),
+        help="what to be best at where speeds are known: one stream, all streams together, or "
+        "memory alone (latency)",
+    )
     _add_output(plan)
+
+    nodes = verb(
+        "nodes",
+        "measure the machines there are to plan with",
+        "Measure this machine, or every node of a Ray cluster and the links between them. Later "
+        "plans use what was measured.",
+    )
+    nodes.add_argument("--again", action="store_true", help="measure even what was measured before")
+    _add_ray_address(nodes)
+    nodes.add_argument(
+        "-o",
+        "--output",
+        choices=("table", "json", "yaml"),
+        default="table",
+        help="form of what is printed; yaml is an inventory file",
+    )
 
     fetch = verb("fetch", "download and verify a release; prints its folder")
     _add_source(fetch)

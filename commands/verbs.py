@@ -18,6 +18,7 @@ from ..fetcher.progress import Progress
 from ..settings import default_store
 from .console import Console
 from .demo import demo
+from .nodes import nodes
 from .serving import need_importable_package, serving, status_table
 
 if TYPE_CHECKING:
@@ -42,12 +43,24 @@ def up(args: argparse.Namespace, console: Console, stop: threading.Event) -> Non
 def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Prints where a model would run; fetches no more than what describes it."""
     spec, ray_address = wanted(args, console)
-    if ray_address is not None:
+    inventory = None
+    if args.inventory is not None:
+        from ..manifests.inventory import load_inventory
+
+        inventory = load_inventory(Path(args.inventory).expanduser(), environment=os.environ)
+    elif ray_address is not None:
         need_importable_package()
     from ..cluster.plan_view import plan_json, plan_table
     from ..serve.launch import plan_only
 
-    preview = plan_only(spec, ray_address=ray_address, on_progress=console.progress, stop=stop)
+    preview = plan_only(
+        spec,
+        ray_address=ray_address,
+        inventory=inventory,
+        objective=args.objective or "latency",
+        on_progress=console.progress,
+        stop=stop,
+    )
     json_wanted = args.output == "json"
     console.data(_json(plan_json(preview.plan)) if json_wanted else plan_table(preview.plan))
 
@@ -159,6 +172,7 @@ COMMANDS: Mapping[str, Command] = {
     "up": up,
     "demo": demo,
     "plan": plan,
+    "nodes": nodes,
     "fetch": fetch,
     "verify": verify,
     "seed": seed,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path as FilePath
+from typing import TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -12,6 +13,7 @@ from .schema import Deployment
 from .suggest import did_you_mean
 from .yaml_loader import MAX_BYTES, Document, Mark, Path, Problem, load_yaml
 
+Kind = TypeVar("Kind", bound=BaseModel)
 MAX_REPORTED = 20
 _WIDTH = 100
 
@@ -24,6 +26,11 @@ def load_deployment(file: FilePath, *, environment: Mapping[str, str]) -> Deploy
         ManifestError: everything that is wrong, as ``file:line:column: path: message`` each with
             its source line and a caret.
     """
+    return read_manifest(file, Deployment, environment=environment)
+
+
+def read_manifest(file: FilePath, model: type[Kind], *, environment: Mapping[str, str]) -> Kind:
+    """Reads a file of another kind in the same way; raises the same."""
     try:
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
@@ -31,7 +38,7 @@ def load_deployment(file: FilePath, *, environment: Mapping[str, str]) -> Deploy
         raise NotFoundError(f"there is no manifest {file}: check the path") from error
     except OSError as error:
         raise ManifestError(f"{file}: cannot be read ({error.strerror})") from error
-    return parse_deployment(raw, name=str(file), environment=environment)
+    return _parse(raw, model, name=str(file), environment=environment)
 
 
 def parse_deployment(raw: bytes, *, name: str, environment: Mapping[str, str]) -> Deployment:
@@ -40,28 +47,32 @@ def parse_deployment(raw: bytes, *, name: str, environment: Mapping[str, str]) -
     Raises:
         ManifestError: as of `load_deployment`.
     """
+    return _parse(raw, Deployment, name=name, environment=environment)
+
+
+def _parse(raw: bytes, model: type[Kind], *, name: str, environment: Mapping[str, str]) -> Kind:
     document = load_yaml(raw, substitute=lambda text: expand(text, environment))
     if document.problems and not document.values:
         raise ManifestError(_report(document, document.problems, name))
     problems = list(document.problems)
     try:
-        deployment = Deployment.model_validate(document.value)
+        parsed = model.model_validate(document.value)
     except ValidationError as error:
         # A value that could not be read is complained about once.
         told = {each.path for each in problems if each.mark == document.values.get(each.path)}
         for details in error.errors(include_url=False):
             if details["type"] == "extra_forbidden" or details["loc"] not in told:
-                problems.append(_problem_of(details, document))
+                problems.append(_problem_of(details, document, model))
     if problems:
         raise ManifestError(_report(document, problems, name))
-    return deployment
+    return parsed
 
 
-def _problem_of(details: ErrorDetails, document: Document) -> Problem:
+def _problem_of(details: ErrorDetails, document: Document, model: type[BaseModel]) -> Problem:
     path: Path = details["loc"]
     kind, value = details["type"], details["input"]
     if kind == "extra_forbidden":
-        key, known = str(path[-1]), _known_keys(path[:-1])
+        key, known = str(path[-1]), _known_keys(path[:-1], model)
         hint = did_you_mean(key, known) or f"; known here: {', '.join(known)}"
         return Problem(document.keys[path], f"unknown key {key!r}{hint}", path)
     if kind == "missing":
@@ -99,11 +110,15 @@ def _mark_of(path: Path, document: Document) -> Mark:
     return document.values.get(path, Mark(0, 0))
 
 
-def _known_keys(path: Path) -> list[str]:
-    model: type[BaseModel] = Deployment
+def _known_keys(path: Path, model: type[BaseModel]) -> list[str]:
     for part in path:
+        if isinstance(part, int):  # an entry of a list, whose type the list's field gave
+            continue
         fields = {field.alias: field.annotation for field in model.model_fields.values()}
         part_type = fields[str(part)]
+        # The entries of a list, or what an optional field may hold.
+        inner = [each for each in get_args(part_type) if each is not type(None)]
+        part_type = inner[0] if inner else part_type
         assert isinstance(part_type, type)
         assert issubclass(part_type, BaseModel)
         model = part_type

@@ -2,12 +2,12 @@
 
 import contextlib
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..cluster.agent_group import AgentGroup
 from ..cluster.inventory import host_label, probe_node
-from ..cluster.plan import Inventory, Plan
+from ..cluster.plan import Inventory, Objective, Plan
 from ..cluster.planner import plan as place_model
 from ..cluster.ray_runtime import home_node, joined_ray, ray_nodes
 from ..cluster.spec import DeploymentSpec
@@ -30,18 +30,23 @@ def plan_only(
     spec: DeploymentSpec,
     *,
     ray_address: str | None = None,
+    inventory: Inventory | None = None,
+    objective: Objective = "latency",
     on_progress: ProgressSink,
     stop: threading.Event,
 ) -> PlanPreview:
     """Where `up` would place the model; fetches no more than what describes it.
 
-    Without `ray_address` this machine alone is looked at, and no Ray is started.
+    With `inventory` the machines are those, whether they exist or not. Without it and without
+    `ray_address` this machine alone is looked at, and no Ray is started.
 
     Raises:
         InfeasiblePlanError: no placement fits.
         MagnetarError: the release could not be read.
     """
-    if ray_address is None:
+    if inventory is not None:
+        facts, _ = _look_here(spec, on_progress, stop)
+    elif ray_address is None:
         facts, inventory = _look_here(spec, on_progress, stop)
     else:
         with joined_ray(ray_address):
@@ -60,7 +65,7 @@ def plan_only(
                 inventory = agents.inventory(info_hash)
             finally:
                 agents.stop()
-    workload = workload_of(spec, facts.config)
+    workload = replace(workload_of(spec, facts.config), objective=objective)
     plan = place_model(facts.config, facts.index, inventory, workload)
     return PlanPreview(facts=facts, inventory=inventory, plan=plan)
 

@@ -10,7 +10,7 @@ import pytest
 
 import magnetar
 
-VERBS = ("up", "demo", "plan", "fetch", "verify", "seed", "inspect", "status", "down")
+VERBS = ("up", "demo", "plan", "nodes", "fetch", "verify", "seed", "inspect", "status", "down")
 Run = subprocess.CompletedProcess[str]
 
 

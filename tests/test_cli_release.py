@@ -222,3 +222,18 @@ def test_seed_that_does_not_start_says_why(tmp_path: Path) -> None:
         seeded(missing, tmp_path, threading.Event()),
     ):
         pass
+
+
+def test_plans_for_machines_of_an_inventory_file(release: Path, tmp_path: Path) -> None:
+    machines = tmp_path / "machines.yaml"
+    machines.write_text(
+        "apiVersion: magnetar/v1\nkind: Inventory\n"
+        "nodes:\n- {host: card, cpus: 4, devices: [{profile: t4}]}\n"
+        "- {host: board, devices: [{kind: cpu, memoryGigabytes: 8, readGigabytesPerSecond: 5}]}\n"
+    )
+    plan = json.loads(
+        data_of("plan", str(release), *FACTS, "--inventory", str(machines), "-o", "json")
+    )
+    assert [stage["host"] for stage in plan["stages"]] == ["card"]
+    assert plan["prediction"]["tokens_per_s"] > 0
+    assert [idle["host"] for idle in plan["unused"]] == ["board"]

@@ -1,0 +1,87 @@
+"""`magnetar nodes`: what there is to compute on, how fast it is, and an inventory file of it."""
+
+import argparse
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..settings import default_store
+from .console import Console
+from .serving import need_importable_package
+
+if TYPE_CHECKING:
+    from ..cluster.plan import Inventory
+
+
+def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+    """Measures this machine, or every node of a Ray cluster and the links between them."""
+    from ..manifests.inventory import inventory_document
+
+    console.note("measuring takes some seconds; what was measured before is taken from the cache")
+    if args.ray_address is None:
+        inventory = _here(again=args.again)
+    else:
+        need_importable_package()
+        from ..cluster.ray_runtime import joined_ray, ray_nodes
+        from ..cluster.survey import survey
+
+        with joined_ray(args.ray_address):
+            inventory = survey(ray_nodes(), again=args.again)
+    if args.output == "table":
+        console.data(nodes_table(inventory))
+    elif args.output == "json":
+        document = inventory_document(inventory)
+        console.data(json.dumps(document, indent=2 if sys.stdout.isatty() else None))
+    else:
+        import yaml
+
+        console.data(yaml.safe_dump(inventory_document(inventory), sort_keys=False).rstrip())
+
+
+def nodes_table(inventory: "Inventory") -> str:
+    """Nodes and links as aligned columns."""
+    from ..cluster.units import gigabytes, milliseconds
+
+    rows = [("node", "device", "name", "cpus", "memory", "reads", "computes", "disk free")]
+    for node in inventory.nodes:
+        rows += [
+            (
+                node.host,
+                "cpu" if device.kind == "cpu" else f"cuda:{device.index}",
+                device.name or "-",
+                str(node.num_cpus),
+                gigabytes(device.memory_bytes),
+                f"{device.read_gbps:.1f} GB/s" if device.read_gbps else "?",
+                f"{device.gemm_gflops:.0f} GFLOP/s" if device.gemm_gflops else "?",
+                gigabytes(node.disk_free_bytes),
+            )
+            for device in node.devices
+        ]
+    lines = _columns(rows)
+    if inventory.links:
+        wires = [("from", "to", "round trip", "bandwidth")]
+        wires += [
+            (link.source, link.target, milliseconds(link.rtt_s), f"{link.gbps:.3g} GB/s")
+            for link in inventory.links
+        ]
+        lines += ["", *_columns(wires)]
+    return "\n".join(lines)
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _here(*, again: bool) -> "Inventory":
+    from ..cluster.inventory import host_label, probe_node
+    from ..cluster.measure import measure_speeds
+    from ..cluster.plan import Inventory
+
+    node = probe_node(host_label(), "127.0.0.1", default_store())
+    return Inventory(nodes=(measure_speeds(node, again=again),))
