@@ -13,11 +13,13 @@ from ..text.tokenizer import Tokenizer
 from .chat_completions import answer_chat
 from .completions import answer_completion
 from .disconnect import ClientLeft
+from .embeddings import answer_embeddings
 from .errors import ApiError, answer_error
 from .guards import KeyGuard, LoopbackGuard
 from .metrics import CONTENT_TYPE
 from .readiness import NotReady, Readiness
 from .served_model import EngineLike, ServedModel
+from .tokenization import answer_detokenize, answer_tokenize, answer_tokenizer_info
 
 
 def create_app(
@@ -47,6 +49,10 @@ def create_app(
             Route("/v1/models/{name:path}", _answer_model),
             Route("/v1/completions", answer_completion, methods=["POST"]),
             Route("/v1/chat/completions", answer_chat, methods=["POST"]),
+            Route("/v1/embeddings", answer_embeddings, methods=["POST"]),
+            Route("/tokenize", answer_tokenize, methods=["POST"]),
+            Route("/detokenize", answer_detokenize, methods=["POST"]),
+            Route("/tokenizer_info", answer_tokenizer_info),
         ],
         middleware=[guard],
         exception_handlers={

@@ -14,7 +14,7 @@ from .disconnect import unless_client_leaves
 from .errors import ApiError
 from .generation import Delta, Job, encode_off_loop, generate_all, plan_jobs
 from .logprobs import by_token_id
-from .protocol import ChatBody, parse_body
+from .protocol import ChatBody, MessageBody, parse_body
 from .request_body import read_body
 from .served_model import ServedModel
 from .sse import EventStream
@@ -28,14 +28,9 @@ async def answer_chat(request: Request) -> Response:
     model: ServedModel = request.app.state.model
     body = parse_body(await read_body(request), ChatBody)
     model.check_name(body.model)
-    if model.chat_format == "none":
-        raise ApiError(
-            400,
-            f"{model.name} is a base model: it completes text and was not trained to chat."
-            " Use POST /v1/completions.",
-            code="base_model",
-        )
-    messages = _messages(model, body)
+    messages = read_messages(model, body.messages)
+    if body.safe_prompt or body.safe_mode:
+        messages.insert(0, ChatMessage(role="system", content=SAFETY_PROMPT))
     num_chars = sum(len(message.content) for message in messages)
     prompt_ids = tuple(
         await encode_off_loop(num_chars, encode_chat, messages, model.tokenizer, model.chat_format)
@@ -72,9 +67,21 @@ async def answer_chat(request: Request) -> Response:
     return JSONResponse(answer)
 
 
-def _messages(model: ServedModel, body: ChatBody) -> list[ChatMessage]:
+def read_messages(model: ServedModel, messages: Sequence[MessageBody]) -> list[ChatMessage]:
+    """A conversation as the model's chat format takes it.
+
+    Raises:
+        ApiError: the model was not trained to chat.
+    """
+    if model.chat_format == "none":
+        raise ApiError(
+            400,
+            f"{model.name} is a base model: it completes text and was not trained to chat."
+            " Use POST /v1/completions.",
+            code="base_model",
+        )
     joint = TEXT_PART_JOINS[model.chat_format]
-    messages = [
+    return [
         ChatMessage(
             role=message.role,
             content=message.content
@@ -82,11 +89,8 @@ def _messages(model: ServedModel, body: ChatBody) -> list[ChatMessage]:
             else joint.join(part.text for part in message.content if part.text),
             prefix=message.prefix,
         )
-        for message in body.messages
+        for message in messages
     ]
-    if body.safe_prompt or body.safe_mode:
-        messages.insert(0, ChatMessage(role="system", content=SAFETY_PROMPT))
-    return messages
 
 
 async def _collect(

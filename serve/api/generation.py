@@ -77,15 +77,15 @@ def plan_jobs(
         ApiError: a prompt that leaves no room, a minimum above the maximum, or a token id that the
             tokenizer does not have.
     """
-    _check_ids(model, body.stop_token_ids, param="stop_token_ids")
+    check_ids(model, body.stop_token_ids, param="stop_token_ids")
     logit_bias = tuple((int(token_id), bias) for token_id, bias in body.logit_bias.items())
-    _check_ids(model, [token_id for token_id, _ in logit_bias], param="logit_bias")
+    check_ids(model, [token_id for token_id, _ in logit_bias], param="logit_bias")
     if max_tokens == 0 and num_prompt_logprobs is not None:
         max_tokens = 1
     first_seed = secrets.randbits(63) if seed is None else seed % 2**63
     jobs = []
     for index, prompt_ids in enumerate(prompts):
-        room = _room_for_answer(model, prompt_ids, max_tokens)
+        room = room_for_answer(model, prompt_ids, max_tokens)
         if body.min_tokens > room:
             raise ApiError(
                 400,
@@ -133,7 +133,8 @@ def plan_jobs(
     return jobs
 
 
-def _check_ids(model: ServedModel, token_ids: Sequence[int], *, param: str) -> None:
+def check_ids(model: ServedModel, token_ids: Sequence[int], *, param: str) -> None:
+    """Raises ApiError for a token id that the tokenizer does not have."""
     vocab_size = model.tokenizer.vocab_size
     if stray := next((id for id in token_ids if not 0 <= id < vocab_size), None):
         raise ApiError(
@@ -141,12 +142,21 @@ def _check_ids(model: ServedModel, token_ids: Sequence[int], *, param: str) -> N
         )
 
 
-def _room_for_answer(
-    model: ServedModel, prompt_ids: tuple[int, ...], max_tokens: int | None
+def room_for_answer(
+    model: ServedModel,
+    prompt_ids: tuple[int, ...],
+    max_tokens: int | None,
+    *,
+    param: str = "prompt",
 ) -> int:
+    """How many tokens may follow a prompt: `max_tokens`, or with None as many as fit.
+
+    Raises:
+        ApiError: the prompt, in the field `param`, is empty or leaves no room.
+    """
     if not prompt_ids:
-        raise ApiError(400, "The prompt has no tokens; give some text.", param="prompt")
-    _check_ids(model, prompt_ids, param="prompt")
+        raise ApiError(400, "The prompt has no tokens; give some text.", param=param)
+    check_ids(model, prompt_ids, param=param)
     room = model.max_context_tokens - len(prompt_ids)
     if room < (1 if max_tokens is None else max_tokens):
         asked = "" if max_tokens is None else f" and {max_tokens} more are asked for"

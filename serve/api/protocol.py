@@ -25,11 +25,13 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """What every body has in common: no unknown fields, and no guessing of types."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """`stream_options`."""
 
     include_usage: bool = False
@@ -37,7 +39,7 @@ class StreamOptions(_Body):
     """vLLM's: the usage so far in every chunk."""
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What completions and chat have in common."""
 
     model: str | None = None
@@ -99,7 +101,7 @@ class GenerationBody(_Body):
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
-def _as_prompts(value: object) -> list[str | list[int]]:
+def as_prompts(value: object) -> list[str | list[int]]:
     """A string, strings, token ids or lists of token ids, as a list of prompts."""
     if isinstance(value, str):
         return [value]
@@ -122,7 +124,7 @@ class CompletionBody(GenerationBody):
     """The body of ``POST /v1/completions``."""
 
     prompt: Annotated[
-        list[str | list[int]], BeforeValidator(_as_prompts), Field(max_length=MAX_PROMPTS)
+        list[str | list[int]], BeforeValidator(as_prompts), Field(max_length=MAX_PROMPTS)
     ]
     max_tokens: int = Field(default=16, ge=0)
     echo: bool = False
@@ -150,14 +152,14 @@ class CompletionBody(GenerationBody):
         return max((number for number in asked if number is not None), default=None)
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """One part of a message's content; other kinds than text are not understood."""
 
     type: Literal["text"]
     text: str
 
 
-class MessageBody(_Body):
+class MessageBody(Body):
     """One of the `messages`."""
 
     role: Role
@@ -206,7 +208,7 @@ class ChatBody(GenerationBody):
         return self
 
 
-_B = TypeVar("_B", bound=GenerationBody)
+_B = TypeVar("_B", bound=Body)
 
 
 def parse_body(raw: bytes, body_type: type[_B]) -> _B:
@@ -232,7 +234,7 @@ def parse_body(raw: bytes, body_type: type[_B]) -> _B:
         raise _api_error_of_validation(error, body_type) from None
 
 
-def _api_error_of_validation(error: ValidationError, body_type: type[GenerationBody]) -> ApiError:
+def _api_error_of_validation(error: ValidationError, body_type: type[Body]) -> ApiError:
     details = error.errors(include_url=False, include_context=False)
     first = details[0]
     return ApiError(
@@ -258,7 +260,7 @@ def _field_name(detail: ErrorDetails) -> str | None:
 _FIELDS_WITH_COMBINATIONS = frozenset((CompletionBody.model_fields | ChatBody.model_fields).keys())
 
 
-def _sentence(detail: ErrorDetails, body_type: type[GenerationBody]) -> str:
+def _sentence(detail: ErrorDetails, body_type: type[Body]) -> str:
     name = _field_name(detail)
     if detail["type"] == "extra_forbidden":
         known = body_type.model_fields if len(detail["loc"]) == 1 else MessageBody.model_fields

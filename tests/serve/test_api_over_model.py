@@ -108,3 +108,27 @@ def test_penalties_are_those_of_all_tokens_before(bounds: tuple[int, ...]) -> No
         for past in token_ids[:index]:
             adjusted[past] -= 2
         assert float(adjusted[token_id]) == pytest.approx(float(adjusted.max()), abs=1e-4)
+
+
+@SPLIT
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_are_of_length_1_and_those_of_one_stage(
+    pooling: str, bounds: tuple[int, ...]
+) -> None:
+    with served(*bounds) as client:
+        answer = client.embeddings.create(
+            model="small", input=[PROMPT, PROMPT[:9], PROMPT], extra_body={"pooling": pooling}
+        )
+    vectors = [torch.tensor(each.embedding) for each in answer.data]
+    assert len(vectors[0]) == CONFIG.dim
+    torch.testing.assert_close(vectors[0], vectors[2])
+    torch.testing.assert_close(torch.stack(vectors).norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(vectors[0], vector_of(PROMPT, pooling), atol=1e-4, rtol=1e-4)
+
+
+def vector_of(token_ids: list[int], pooling: str) -> torch.Tensor:
+    """From the logits: the output head is a matrix of 16 columns, so they tell the states."""
+    head = random_tensors(CONFIG)["output.weight"]
+    states = torch.linalg.lstsq(head, logits_of(token_ids).T).solution.T
+    pooled = states[-1] if pooling == "last" else states.mean(dim=0)
+    return torch.nn.functional.normalize(pooled, dim=0)
