@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from ...cluster.footprint import QUANT_GROUP
+from .compiled import NoCompiledKernelsError
 from .quantise import Int4Matrix, Int8Matrix, quantise_int4, quantise_int8
+from .rows import rows_int4_linear, rows_int8_linear, rows_linear
 
 WeightFormat = Literal["float", "int8", "int4"]
 """How a matrix is held; ``float`` is the compute dtype."""
@@ -46,8 +48,10 @@ def packed_linear(weight_NK: torch.Tensor) -> Linear:
     return linear
 
 
-def int4_linear(weight_NK: torch.Tensor) -> Linear:
-    """Rounded to 4 bits in groups; bf16 on a CPU, N a multiple of 16."""
+def packed_int4_linear(weight_NK: torch.Tensor) -> Linear:
+    """Rounded to 4 bits in groups, in torch's own layout; bf16 on a CPU."""
+    if weight_NK.shape[0] % 16:
+        return plain_int4_linear(weight_NK)
     matrix = quantise_int4(weight_NK)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(matrix.levels().int(), 2)
     scales_and_zeros_GN2 = torch.stack([matrix.scales_NG.T, matrix.zeros_NG.T], dim=-1).contiguous()
@@ -77,19 +81,33 @@ def _dequantising(matrix: Int8Matrix | Int4Matrix) -> Linear:
     return linear
 
 
+def paired_rows_linear(weight_NK: torch.Tensor) -> Linear:
+    """`rows_linear`, which takes inputs in pairs; `packed_linear` where one is left over."""
+    return packed_linear(weight_NK) if weight_NK.shape[1] % 2 else rows_linear(weight_NK)
+
+
 LINEAR_KERNELS: Mapping[str, LinearKernel] = {
     "plain": plain_linear,
     "packed": packed_linear,
-    "int4": int4_linear,
+    "rows": paired_rows_linear,
     "plain-int8": plain_int8_linear,
+    "rows-int8": rows_int8_linear,
     "plain-int4": plain_int4_linear,
+    "packed-int4": packed_int4_linear,
+    "rows-int4": rows_int4_linear,
 }
-_FASTEST: Mapping[WeightFormat, tuple[str, str]] = {
-    "float": ("packed", "plain"),
-    "int8": ("plain-int8", "plain-int8"),
-    "int4": ("int4", "plain-int4"),
+_BEST_FIRST: Mapping[tuple[WeightFormat, torch.dtype], tuple[str, ...]] = {
+    ("float", torch.float32): ("packed",),
+    ("float", torch.bfloat16): ("rows", "packed"),
+    ("int8", torch.bfloat16): ("rows-int8",),
+    ("int4", torch.bfloat16): ("rows-int4", "packed-int4"),
 }
-"""The kernel for a CPU, and the one that works everywhere."""
+"""Kernels for a CPU; after them comes the plain one, which works everywhere."""
+_PLAIN: Mapping[WeightFormat, str] = {
+    "float": "plain",
+    "int8": "plain-int8",
+    "int4": "plain-int4",
+}
 
 
 @functools.cache
@@ -98,24 +116,29 @@ def default_linear_kernel(
 ) -> str:
     """The name of the fastest kernel that works for the dtype on the device.
 
-    The fast ones stand on operators that torch does not promise to keep, so each must first agree
-    with the plain one on a small matrix; if it does not, a warning says so.
+    The fast ones stand on a compiler, or on operators that torch does not promise to keep, so each
+    must first agree with the plain one on a small matrix; if it does not, a warning says so.
     """
-    fast, plain = _FASTEST[weights]
-    if device.type != "cpu" or dtype is torch.float16:
+    plain = _PLAIN[weights]
+    if device.type != "cpu":
         return plain
     generator = torch.Generator().manual_seed(0)
     weight_NK = torch.randn(48, 96, generator=generator).to(dtype)
     x_TK = torch.randn(3, 96, generator=generator).to(dtype)
-    try:
-        # Weights are rounded to bf16 again where the plain kernel makes a copy of them.
-        torch.testing.assert_close(
-            LINEAR_KERNELS[fast](weight_NK)(x_TK),
-            LINEAR_KERNELS[plain](weight_NK)(x_TK),
-            rtol=None if weights == "float" else 0.02,
-            atol=None if weights == "float" else 0.1,
-        )
-    except (AssertionError, AttributeError, NotImplementedError, RuntimeError) as error:
-        logger.warning("%s matrices do not work here (%s): decoding is slower", fast, error)
-        return plain
-    return fast
+    for fast in _BEST_FIRST.get((weights, dtype), ()):
+        try:
+            # Weights are rounded to bf16 again where the plain kernel makes a copy of them.
+            torch.testing.assert_close(
+                LINEAR_KERNELS[fast](weight_NK)(x_TK),
+                LINEAR_KERNELS[plain](weight_NK)(x_TK),
+                rtol=None if weights == "float" else 0.02,
+                atol=None if weights == "float" else 0.1,
+            )
+            return fast
+        except NoCompiledKernelsError as error:
+            logger.info("no compiled kernels: %s", error)
+        except (AssertionError, AttributeError, NotImplementedError, RuntimeError) as error:
+            logger.warning("%s matrices do not work here (%s): decoding takes longer", fast, error)
+    if weights != "float":
+        logger.warning("no fast kernel for %s here: decoding takes several times as long", weights)
+    return plain

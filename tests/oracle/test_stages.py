@@ -55,7 +55,10 @@ def run(bounds: tuple[int, ...], dtype: str, moe: bool) -> tuple[list[Sample], t
 
 
 @pytest.mark.parametrize("bounds", SPLITS[1:], ids=str)
-@pytest.mark.parametrize(("dtype", "moe"), [("fp32", True), ("bf16", True), ("fp32", False)])
+@pytest.mark.parametrize(
+    ("dtype", "moe"),
+    [("fp32", True), ("bf16", True), ("int8", True), ("int4", True), ("fp32", False)],
+)
 def test_every_split_is_bit_identical_to_one_stage(
     bounds: tuple[int, ...], dtype: str, moe: bool
 ) -> None:

@@ -1,0 +1,195 @@
+/* Products of few or many rows with a matrix held in blocks of 32 outputs.
+ *
+ * A block holds, for every pair of inputs, the pair of each of its 32 outputs: what two registers of
+ * AVX512-BF16 dot products take. It is read once from front to back, so that with few rows the
+ * product runs at the speed of memory. In 8 and 4 bits the pairs of 32 inputs are followed by the
+ * scales of the 32 outputs (and their zeros) in bf16.
+ *
+ * Every row is summed in the same order however many there are beside it.
+ *
+ * y[M][N] = x[M][K] * w[N][K]^T, all in bf16; K even, in 8 and 4 bits a multiple of 32.
+ */
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define OUTPUTS 32
+#define GROUP 32
+#define TILE 8
+#define INT8_GROUP_BYTES (GROUP * OUTPUTS + 2 * OUTPUTS)
+#define INT4_GROUP_BYTES (GROUP * OUTPUTS / 2 + 4 * OUTPUTS)
+#define INLINE static inline __attribute__((always_inline))
+
+enum { BF16 = 0, INT8 = 1, INT4 = 2 };
+
+/* Two inputs, for every output of a register. */
+INLINE __m512bh pair(const uint16_t *x) {
+    int32_t both;
+    memcpy(&both, x, 4);
+    return (__m512bh)_mm512_set1_epi32(both);
+}
+
+INLINE __m512 widen(const uint8_t *p) {
+    __m256i half = _mm256_loadu_si256((const __m256i *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE void put(uint16_t *y, long num, __m512 low, __m512 high) {
+    uint16_t both[OUTPUTS];
+    _mm256_storeu_si256((__m256i *)both, (__m256i)_mm512_cvtneps_pbh(low));
+    _mm256_storeu_si256((__m256i *)(both + 16), (__m256i)_mm512_cvtneps_pbh(high));
+    memcpy(y, both, 2 * (num < OUTPUTS ? num : OUTPUTS));
+}
+
+/* -8 to 7 in bf16, twice: the fifth bit of an index does not matter. */
+INLINE __m512i nibble_table(void) {
+    uint16_t table[32];
+    for (int i = 0; i < 32; i++) {
+        float level = (float)(i % 16 - 8);
+        uint32_t bits;
+        memcpy(&bits, &level, 4);
+        table[i] = bits >> 16;
+    }
+    return _mm512_loadu_si512(table);
+}
+
+/* 16 bytes of two levels each as 32 bf16. An index is the low five bits of 16. */
+INLINE __m512bh nibbles(const uint8_t *p, __m512i table) {
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    __m512i indices = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+    return (__m512bh)_mm512_permutexvar_epi16(indices, table);
+}
+
+INLINE void tile_bf16(const uint8_t *w, const uint16_t *x, long k, uint16_t *y, long n, long num, const int m) {
+    __m512 low[TILE], high[TILE];
+    for (int i = 0; i < m; i++) low[i] = high[i] = _mm512_setzero_ps();
+    for (long j = 0; j < k; j += 2, w += 4 * OUTPUTS) {
+        _mm_prefetch((const char *)w + 2048, _MM_HINT_T0);
+        _mm_prefetch((const char *)w + 2112, _MM_HINT_T0);
+        __m512bh a = (__m512bh)_mm512_loadu_si512(w), b = (__m512bh)_mm512_loadu_si512(w + 64);
+        for (int i = 0; i < m; i++) {
+            __m512bh p = pair(x + i * k + j);
+            low[i] = _mm512_dpbf16_ps(low[i], a, p);
+            high[i] = _mm512_dpbf16_ps(high[i], b, p);
+        }
+    }
+    for (int i = 0; i < m; i++) put(y + i * n, num, low[i], high[i]);
+}
+
+/* 32 bytes as 32 bf16, exactly. */
+INLINE __m512bh levels(const uint8_t *p) {
+    __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+    __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 16)));
+    return _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low));
+}
+
+INLINE void tile_int8(const uint8_t *w, const uint16_t *x, long k, uint16_t *y, long n, long num, const int m) {
+    __m512 low[TILE], high[TILE];
+    for (int i = 0; i < m; i++) low[i] = high[i] = _mm512_setzero_ps();
+    for (long g = 0; g < k; g += GROUP, w += INT8_GROUP_BYTES) {
+        __m512 gl[TILE], gh[TILE];
+        for (int i = 0; i < m; i++) gl[i] = gh[i] = _mm512_setzero_ps();
+        for (int j = 0; j < GROUP; j += 2) {
+            _mm_prefetch((const char *)w + 2 * INT8_GROUP_BYTES + 32 * j, _MM_HINT_T0);
+            __m512bh a = levels(w + 32 * j), b = levels(w + 32 * j + 32);
+            for (int i = 0; i < m; i++) {
+                __m512bh p = pair(x + i * k + g + j);
+                gl[i] = _mm512_dpbf16_ps(gl[i], a, p);
+                gh[i] = _mm512_dpbf16_ps(gh[i], b, p);
+            }
+        }
+        const uint8_t *scales = w + GROUP * OUTPUTS;
+        for (int i = 0; i < m; i++) {
+            low[i] = _mm512_fmadd_ps(gl[i], widen(scales), low[i]);
+            high[i] = _mm512_fmadd_ps(gh[i], widen(scales + 32), high[i]);
+        }
+    }
+    for (int i = 0; i < m; i++) put(y + i * n, num, low[i], high[i]);
+}
+
+/* sums[M][K / GROUP] are the sums of the inputs of every group. */
+INLINE void tile_int4(const uint8_t *w, const uint16_t *x, const float *sums, long k, uint16_t *y, long n,
+                      long num, const int m) {
+    const __m512i table = nibble_table();
+    __m512 low[TILE], high[TILE];
+    for (int i = 0; i < m; i++) low[i] = high[i] = _mm512_setzero_ps();
+    for (long g = 0; g < k / GROUP; g++, w += INT4_GROUP_BYTES) {
+        __m512 gl[TILE], gh[TILE];
+        for (int i = 0; i < m; i++) gl[i] = gh[i] = _mm512_setzero_ps();
+        for (int j = 0; j < GROUP / 2; j++) {
+            _mm_prefetch((const char *)w + 3 * INT4_GROUP_BYTES + 40 * j, _MM_HINT_T0);
+            __m512bh a = nibbles(w + 32 * j, table), b = nibbles(w + 32 * j + 16, table);
+            for (int i = 0; i < m; i++) {
+                __m512bh p = pair(x + i * k + g * GROUP + 2 * j);
+                gl[i] = _mm512_dpbf16_ps(gl[i], a, p);
+                gh[i] = _mm512_dpbf16_ps(gh[i], b, p);
+            }
+        }
+        const uint8_t *scales = w + GROUP * OUTPUTS / 2, *zeros = scales + 2 * OUTPUTS;
+        for (int i = 0; i < m; i++) {
+            __m512 sum = _mm512_set1_ps(sums[i * (k / GROUP) + g]);
+            low[i] = _mm512_fmadd_ps(sum, widen(zeros), _mm512_fmadd_ps(gl[i], widen(scales), low[i]));
+            high[i] = _mm512_fmadd_ps(sum, widen(zeros + 32), _mm512_fmadd_ps(gh[i], widen(scales + 32), high[i]));
+        }
+    }
+    for (int i = 0; i < m; i++) put(y + i * n, num, low[i], high[i]);
+}
+
+INLINE void tile(int form, const uint8_t *w, const uint16_t *x, const float *sums, long k, uint16_t *y, long n,
+                 long num, const int m) {
+    if (form == BF16) tile_bf16(w, x, k, y, n, num, m);
+    else if (form == INT8) tile_int8(w, x, k, y, n, num, m);
+    else tile_int4(w, x, sums, k, y, n, num, m);
+}
+
+static void tiles(int form, const uint8_t *w, const uint16_t *x, const float *sums, long k, uint16_t *y, long n,
+                  long num, long m) {
+    for (; m > 0; m -= TILE, x += TILE * k, y += TILE * n, sums += TILE * (k / GROUP)) {
+        switch (m) {
+        case 1: tile(form, w, x, sums, k, y, n, num, 1); break;
+        case 2: tile(form, w, x, sums, k, y, n, num, 2); break;
+        case 3: tile(form, w, x, sums, k, y, n, num, 3); break;
+        case 4: tile(form, w, x, sums, k, y, n, num, 4); break;
+        case 5: tile(form, w, x, sums, k, y, n, num, 5); break;
+        case 6: tile(form, w, x, sums, k, y, n, num, 6); break;
+        case 7: tile(form, w, x, sums, k, y, n, num, 7); break;
+        default: tile(form, w, x, sums, k, y, n, num, 8); break;
+        }
+    }
+}
+
+static void sum_groups(const uint16_t *x, long num_groups, float *sums) {
+    for (long g = 0; g < num_groups; g++) {
+        float sum = 0;
+        for (int i = 0; i < GROUP; i++) {
+            uint32_t bits = (uint32_t)x[g * GROUP + i] << 16;
+            float value;
+            memcpy(&value, &bits, 4);
+            sum += value;
+        }
+        sums[g] = sum;
+    }
+}
+
+static long block_bytes(int form, long k) {
+    if (form == BF16) return k * OUTPUTS * 2;
+    return k / GROUP * (form == INT8 ? INT8_GROUP_BYTES : INT4_GROUP_BYTES);
+}
+
+/* form: 0 bf16, 1 int8, 2 int4. Returns 0, or 1 when there is no memory for the sums. */
+int magnetar_multiply(int form, const uint8_t *w, const uint16_t *x, uint16_t *y, long m, long n, long k,
+                      int num_threads) {
+    float few[1024], *sums = few;
+    if (form == INT4) {
+        long num = m * (k / GROUP);
+        if (num > 1024 && !(sums = malloc(num * sizeof(float)))) return 1;
+        sum_groups(x, num, sums);
+    }
+    const long blocks = (n + OUTPUTS - 1) / OUTPUTS, bytes = block_bytes(form, k);
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (long b = 0; b < blocks; b++)
+        tiles(form, w + b * bytes, x, sums, k, y + b * OUTPUTS, n, n - b * OUTPUTS, m);
+    if (sums != few) free(sums);
+    return 0;
+}
