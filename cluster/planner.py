@@ -12,6 +12,7 @@ from ..errors import InfeasiblePlanError, UsageError
 from ..fetcher.config import ModelConfig
 from ..fetcher.tensors import TensorIndex
 from ..settings import KV_BLOCK_TOKENS
+from .advice import sufficient_changes
 from .footprint import Footprint, footprint, stored_dtype
 from .partition import Seat, partition
 from .place import MARGIN, Place, Seating
@@ -62,7 +63,7 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
             speed = _speed_planner(config, index, weights, inventory, workload, dtype)
             found = (speed and speed.seating()) or _place(weights, inventory, workload)
     if found is None:
-        raise InfeasiblePlanError(_why_not(weights, dtype, inventory, workload))
+        raise InfeasiblePlanError(_why_not(config, index, dtype, inventory, workload))
     seating, ends = found
     placed = Plan(
         stages=_stages(weights, seating, ends, workload, dtype),
@@ -272,8 +273,13 @@ def _unused(
 
 
 def _why_not(
-    weights: Footprint, dtype: ComputeDtype, inventory: Inventory, workload: Workload
+    config: ModelConfig,
+    index: TensorIndex,
+    dtype: ComputeDtype,
+    inventory: Inventory,
+    workload: Workload,
 ) -> str:
+    weights = footprint(config, index, dtype)
     context = workload.min_context_tokens or workload.max_context_tokens
     least = replace(workload, max_context_tokens=min(context, workload.max_context_tokens))
     kv_bytes = _kv_bytes(weights, least) * len(weights.layer_bytes)
@@ -286,11 +292,13 @@ def _why_not(
         for device in node.devices
     )
     stages = f" in {workload.num_stages} stages" if workload.num_stages else ""
-    smaller = "" if dtype == "int4" else " a smaller dtype (down to int4),"
+    changes = "; ".join(
+        change.text for change in sufficient_changes(config, index, inventory, least, dtype)
+    )
     return (
         f"the model does not fit{stages}: it needs at least {gigabytes(needed)} "
         f"({gigabytes(weights.weights_bytes)} of {dtype} weights, {gigabytes(kv_bytes)} for the "
         f"keys and values of {least.max_concurrency} sequences of {least.max_context_tokens} "
         f"tokens, {gigabytes(overhead)} of workspace); usable ({MARGIN:.0%} stays free): {there}; "
-        f"add memory or nodes, or ask for{smaller} a shorter context or fewer sequences at once"
+        f"add memory or nodes, or ask for less; any one of these is enough: {changes}"
     )

@@ -1,0 +1,116 @@
+"""An infeasible request is told what would be enough, and that is both enough and least."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magnetar.cluster.advice import least, most, sufficient_changes
+from magnetar.cluster.plan import Device, Inventory, Node, Workload
+from magnetar.cluster.planner import plan
+from magnetar.errors import InfeasiblePlanError
+from magnetar.settings import KV_BLOCK_TOKENS
+from magnetar.tests.planning import GB, MIXTRAL, SMALL
+
+
+def cluster(*gigabytes: float) -> Inventory:
+    return Inventory(
+        nodes=tuple(
+            Node(
+                host=f"n{number}",
+                address="",
+                num_cpus=8,
+                devices=(Device(kind="cpu", memory_bytes=int(size * GB)),),
+            )
+            for number, size in enumerate(gigabytes)
+        )
+    )
+
+
+def asked(context: int, concurrency: int) -> Workload:
+    return Workload(max_context_tokens=context, max_concurrency=concurrency)
+
+
+def grown(inventory: Inventory, host: str | None, more: int) -> Inventory:
+    def device(node: Node) -> Node:
+        (old,) = node.devices
+        new = dataclasses.replace(old, memory_bytes=old.memory_bytes + more)
+        return dataclasses.replace(node, devices=(new,))
+
+    nodes = (device(n) if host in (None, n.host) else n for n in inventory.nodes)
+    return Inventory(nodes=tuple(nodes))
+
+
+def test_bisection_finds_the_border_and_says_when_there_is_none() -> None:
+    assert least(lambda n: n >= 17, 100) == 17
+    assert least(lambda n: n > 100, 100) is None
+    assert most(lambda n: n <= 17, 100) == 17
+    assert most(lambda _: True, 100) == 100
+    assert most(lambda _: False, 100) is None
+    assert most(lambda _: True, 0) is None
+
+
+def test_every_change_is_enough_by_itself() -> None:
+    inventory, workload = cluster(80, 48), asked(32768, 8)
+    with pytest.raises(InfeasiblePlanError, match="any one of these is enough"):
+        plan(*MIXTRAL, inventory, workload)
+    changes = {c.knob: c for c in sufficient_changes(*MIXTRAL, inventory, workload, "bf16")}
+    assert {"context", "concurrency", "memory", "memory everywhere"} <= set(changes)
+    context, concurrency = changes["context"].amount, changes["concurrency"].amount
+    plan(*MIXTRAL, inventory, dataclasses.replace(workload, max_context_tokens=context))
+    plan(*MIXTRAL, inventory, dataclasses.replace(workload, max_concurrency=concurrency))
+    host = changes["memory"].text.rpartition(" on ")[2].partition(" ")[0]
+    plan(*MIXTRAL, grown(inventory, host, changes["memory"].amount), workload)
+    plan(*MIXTRAL, grown(inventory, None, changes["memory everywhere"].amount), workload)
+
+
+def test_a_smaller_dtype_is_offered_where_it_is_enough() -> None:
+    changes = sufficient_changes(*MIXTRAL, cluster(70), asked(4096, 1), "bf16")
+    assert changes[0].text == "--dtype int8"
+    changes = sufficient_changes(*MIXTRAL, cluster(46), asked(4096, 1), "bf16")
+    assert changes[0].text == "--dtype int4"
+
+
+def test_context_and_concurrency_are_given_up_no_further_than_needed() -> None:
+    inventory, workload = cluster(80, 48), asked(32768, 8)
+    changes = {c.knob: c.amount for c in sufficient_changes(*MIXTRAL, inventory, workload, "bf16")}
+    for more in (
+        {"max_context_tokens": changes["context"] + 8 * KV_BLOCK_TOKENS},
+        {"max_concurrency": changes["concurrency"] + 1},
+    ):
+        with pytest.raises(InfeasiblePlanError):
+            plan(*MIXTRAL, inventory, dataclasses.replace(workload, **more))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    memories=st.lists(st.integers(300, 900), min_size=1, max_size=4),
+    context=st.integers(64, 8192),
+    concurrency=st.integers(1, 16),
+)
+def test_what_is_said_to_be_enough_is_enough(
+    memories: list[int], context: int, concurrency: int
+) -> None:
+    inventory = cluster(*(size / 1000 for size in memories))
+    workload = asked(context, concurrency)
+    try:
+        plan(*SMALL, inventory, workload)
+    except InfeasiblePlanError:
+        pass
+    else:
+        return
+    for change in sufficient_changes(*SMALL, inventory, workload, "bf16"):
+        wishes, machines = workload, inventory
+        if change.knob == "context":
+            wishes = dataclasses.replace(workload, max_context_tokens=change.amount)
+        elif change.knob == "concurrency":
+            wishes = dataclasses.replace(workload, max_concurrency=change.amount)
+        elif change.knob == "dtype":
+            wishes = dataclasses.replace(workload, dtype=change.text.split()[-1])  # type: ignore[arg-type]
+        elif change.knob == "memory everywhere":
+            machines = grown(inventory, None, change.amount)
+        else:
+            host = change.text.rpartition(" on ")[2].partition(" ")[0]
+            machines = grown(inventory, host, change.amount)
+        plan(*SMALL, machines, wishes)
