@@ -1,0 +1,40 @@
+"""A whole Ray cluster measured by one command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from magnetar.cluster.ray_runtime import token_file
+from magnetar.manifests.inventory import load_inventory
+from magnetar.tests.ray_cluster import ray_cluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_nodes_measures_every_node_and_the_links_between_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAGNETAR_HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token_file(tmp_path)))
+    command = [sys.executable, "-m", "magnetar.cli", "nodes", "-o", "yaml"]
+    with ray_cluster(h1=400, h2=500) as address:
+        done = subprocess.run(
+            [*command, f"--ray-address={address}"], capture_output=True, text=True, timeout=180
+        )
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "inventory.yaml"
+    file.write_text(done.stdout)
+    assert json.loads(json.dumps(yaml.safe_load(done.stdout)))["kind"] == "Inventory"
+    found = load_inventory(file, environment={})
+    assert [node.host for node in found.nodes] == ["h1", "h2"]
+    assert [node.devices[0].memory_bytes for node in found.nodes] == [400_000_000, 500_000_000]
+    assert all(node.devices[0].read_gbps for node in found.nodes)
+    (link,) = found.links
+    assert (link.source, link.target) == ("h1", "h2")
+    assert 0 < link.rtt_s < 1
+    assert link.gbps > 0
