@@ -1,0 +1,61 @@
+"""The demo's model in 8 and 4 bits says nearly what it says in bf16."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from magnetar.fetcher.checkpoint.release import FolderReader, read_release
+from magnetar.fetcher.checkpoint.source import FileTensorSource
+from magnetar.fetcher.config import ReleaseHints
+from magnetar.fetcher.demo.build import build_demo_release
+from magnetar.tests.stages import Pipeline
+
+pytestmark = pytest.mark.slow
+
+TEXT = (
+    "The Licensor hereby grants to each recipient a perpetual, worldwide licence to reproduce, "
+    "prepare derivative works of, publicly display and distribute the Work. In 1905 Albert "
+    "Einstein published four papers, among them the special theory of relativity, and physics "
+    "was never the same again. The capital of France is Paris, and the capital of Germany is "
+    "Berlin. Water boils at one hundred degrees and freezes at zero."
+)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The release that `magnetar demo` serves: 1.4 GB, gone afterwards."""
+    folder = tmp_path_factory.mktemp("quantised")
+    yield build_demo_release(folder / "demo")
+    shutil.rmtree(folder)
+
+
+def text_logits(release: Path, dtype: str) -> torch.Tensor:
+    """Logits after every fourth token of the text."""
+    facts = read_release(FolderReader(release), given=ReleaseHints(), known=ReleaseHints())
+    tokenizer = Tokenizer.from_file(str(release / "tokenizer.json"))
+    ids = tokenizer.encode(TEXT).ids
+    pipeline = Pipeline(facts.config, FileTensorSource(release, facts.index), dtype=dtype)
+    steps = [pipeline.logits(pipeline.row(0, ids[at : at + 4])) for at in range(0, len(ids), 4)]
+    return torch.cat(steps)
+
+
+def test_logits_stay_near_those_of_bf16(release: Path) -> None:
+    expected = text_logits(release, "bf16")
+    for dtype, least in (("int8", 0.999), ("int4", 0.99)):
+        logits = text_logits(release, dtype)
+        assert torch.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > least
+
+
+def test_int4_still_knows_the_capital_of_france(release: Path) -> None:
+    facts = read_release(FolderReader(release), given=ReleaseHints(), known=ReleaseHints())
+    tokenizer = Tokenizer.from_file(str(release / "tokenizer.json"))
+    chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    pipeline = Pipeline(facts.config, FileTensorSource(release, facts.index), dtype="int4")
+    said = tokenizer.decode(pipeline.generate(0, tokenizer.encode(chat).ids, 16))
+    assert "Paris" in said
