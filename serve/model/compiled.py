@@ -1,4 +1,4 @@
-"""The product of `rows.c`, compiled for this machine when it is first needed.
+"""The functions of `rows.c`, compiled for this machine when it is first needed.
 
 The library stays in the data folder, under a name that says what it was made from and for.
 """
@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,8 +22,6 @@ from ...settings import data_dir
 
 logger = logging.getLogger(__name__)
 
-Multiply = Callable[[int, int, int, int, int, int, int, int], int]
-"""``(form, w, x, y, M, N, K, num_threads)``, tensors as addresses; 0, or 1 for lack of memory."""
 
 BF16, INT8, INT4 = 0, 1, 2
 """Forms of the matrix."""
@@ -31,13 +30,22 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _COMPILE_TIMEOUT_S = 120.0
 
 
+class Rows(NamedTuple):
+    """The functions of `rows.c`; tensors are given as addresses."""
+
+    multiply: Callable[[int, int, int, int, int, int, int, int], int]
+    """``(form, blocks, x, y, M, N, K, num_threads)``; 0, or 1 for lack of memory."""
+    lay_out: Callable[[int, int, int, int, int, int], None]
+    """``(form, w, blocks, N, K, num_threads)``"""
+
+
 class NoCompiledKernelsError(Exception):
     """This machine cannot have them: the message says why."""
 
 
 @functools.cache
-def multiply_rows() -> Multiply:
-    """The compiled product.
+def compiled_rows() -> Rows:
+    """The compiled functions.
 
     The first call on a machine runs the C compiler ($CC, else ``cc``) for about a second.
 
@@ -61,19 +69,19 @@ def multiply_rows() -> Multiply:
         library = data_dir() / "kernels" / f"rows-{digest}.so"
         if not library.exists():
             _compile(compiler, source, openmp, library)
-        multiply = ctypes.CDLL(str(library)).magnetar_multiply
+        functions = ctypes.CDLL(str(library))
+        multiply, lay_out = functions.magnetar_multiply, functions.magnetar_lay_out
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines()
         raise NoCompiledKernelsError(f"{compiler} fails: {said[0] if said else error}") from error
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         raise NoCompiledKernelsError(str(error)) from error
-    number, address = ctypes.c_long, ctypes.c_void_p
-    multiply.argtypes = [
-        ctypes.c_int, address, address, address, number, number, number, ctypes.c_int
-    ]  # fmt: skip
+    form, address, number, threads = ctypes.c_int, ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    multiply.argtypes = [form, *[address] * 3, *[number] * 3, threads]
     multiply.restype = ctypes.c_int
-    typed: Multiply = multiply
-    return typed
+    lay_out.argtypes = [form, *[address] * 2, *[number] * 2, threads]
+    lay_out.restype = None
+    return Rows(multiply=multiply, lay_out=lay_out)
 
 
 def _processor() -> set[str]:

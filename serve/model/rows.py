@@ -1,14 +1,12 @@
 """Matrices in the blocks that `rows.c` reads: from one row to many at the speed of memory.
 
-Shapes: T tokens, N outputs, K inputs, B blocks of 32 outputs, G groups of inputs, H = K / 2 bytes
-of two inputs each.
+Shapes: T tokens, N outputs, K inputs.
 """
 
 import torch
 
 from ...cluster.footprint import QUANT_GROUP
-from .compiled import BF16, INT4, INT8, multiply_rows
-from .quantise import quantise_int4, quantise_int8
+from .compiled import BF16, INT4, INT8, compiled_rows
 
 _OUTPUTS = 32
 _BYTES_PER_THREAD = 128 << 10
@@ -21,7 +19,7 @@ class RowsLinear:
     __slots__ = ("_address", "_blocks", "_form", "_max_threads", "_multiply", "_shape")
 
     def __init__(self, form: int, blocks: torch.Tensor, shape: tuple[int, int]) -> None:
-        self._multiply = multiply_rows()
+        self._multiply = compiled_rows().multiply
         self._form = form
         self._blocks = blocks
         self._address = blocks.data_ptr()
@@ -53,50 +51,38 @@ class RowsLinear:
 
 
 def rows_linear(weight_NK: torch.Tensor) -> RowsLinear:
-    """bf16 on a CPU with AVX512-BF16.
+    """bf16 on a CPU with AVX512-BF16; K must be even.
 
     Raises:
-        NoCompiledKernelsError: see `multiply_rows`.
-        ValueError: K is odd.
+        NoCompiledKernelsError: see `compiled_rows`.
     """
-    num_outputs, num_inputs = weight_NK.shape
-    if num_inputs % 2:
-        raise ValueError(f"{num_inputs} inputs are not pairs")
-    pairs_BOHP = torch.unflatten(_blocks(weight_NK), 2, (-1, 2))
-    return RowsLinear(BF16, _laid_out(pairs_BOHP), (num_outputs, num_inputs))
+    return _laid_out(BF16, weight_NK, 2 * weight_NK.shape[1])
 
 
 def rows_int8_linear(weight_NK: torch.Tensor) -> RowsLinear:
-    """As `rows_linear`, rounded to 8 bits; K must be whole groups."""
-    matrix = quantise_int8(weight_NK)
-    pairs_BOHP = torch.unflatten(_blocks(matrix.q_NK.view(torch.uint8)), 2, (-1, 2))
-    groups = _laid_out(pairs_BOHP).view(len(pairs_BOHP), -1, QUANT_GROUP * _OUTPUTS)
-    blocks = torch.cat([groups, _by_group(matrix.scales_NG)], dim=2)
-    return RowsLinear(INT8, blocks, (weight_NK.shape[0], weight_NK.shape[1]))
+    """As `rows_linear`, rounded as by `quantise_int8`; K must be whole groups."""
+    return _laid_out(INT8, weight_NK, weight_NK.shape[1] // QUANT_GROUP * (QUANT_GROUP + 2))
 
 
 def rows_int4_linear(weight_NK: torch.Tensor) -> RowsLinear:
-    """As `rows_int8_linear`, in 4 bits."""
-    matrix = quantise_int4(weight_NK)
-    halves_BOH1 = _blocks(matrix.q_NH).unsqueeze(3)
-    groups = _laid_out(halves_BOH1).view(len(halves_BOH1), -1, QUANT_GROUP * _OUTPUTS // 2)
-    blocks = torch.cat([groups, _by_group(matrix.scales_NG), _by_group(matrix.zeros_NG)], dim=2)
-    return RowsLinear(INT4, blocks, (weight_NK.shape[0], weight_NK.shape[1]))
+    """As `rows_linear`, rounded as by `quantise_int4`; K must be whole groups."""
+    return _laid_out(INT4, weight_NK, weight_NK.shape[1] // QUANT_GROUP * (QUANT_GROUP // 2 + 4))
 
 
-def _blocks(matrix: torch.Tensor) -> torch.Tensor:
-    """[B, 32, ...], the last block filled up with zeros."""
-    missing = -len(matrix) % _OUTPUTS
-    if missing:
-        matrix = torch.cat([matrix, matrix.new_zeros(missing, matrix.shape[1])])
-    return matrix.reshape(-1, _OUTPUTS, matrix.shape[1])
-
-
-def _laid_out(pairs_BOHP: torch.Tensor) -> torch.Tensor:
-    """A block's outputs side by side for every pair of inputs."""
-    return pairs_BOHP.transpose(1, 2).contiguous()
-
-
-def _by_group(numbers_NG: torch.Tensor) -> torch.Tensor:
-    """The bf16 numbers of a block's outputs side by side for every group, as bytes."""
-    return _blocks(numbers_NG).transpose(1, 2).contiguous().view(torch.uint8)
+def _laid_out(form: int, weight_NK: torch.Tensor, bytes_per_output: int) -> RowsLinear:
+    if weight_NK.dtype is not torch.bfloat16:
+        raise ValueError(f"{weight_NK.dtype} is not bfloat16")
+    num_outputs, num_inputs = weight_NK.shape
+    weight_NK = weight_NK.contiguous()
+    num_blocks = -(-num_outputs // _OUTPUTS)
+    blocks = torch.empty(num_blocks, _OUTPUTS * bytes_per_output, dtype=torch.uint8)
+    blocks[-1:].zero_()
+    compiled_rows().lay_out(
+        form,
+        weight_NK.data_ptr(),
+        blocks.data_ptr(),
+        num_outputs,
+        num_inputs,
+        torch.get_num_threads(),
+    )
+    return RowsLinear(form, blocks, (num_outputs, num_inputs))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from magnetar.serve.model import compiled, linear, rows
-from magnetar.serve.model.compiled import NoCompiledKernelsError, multiply_rows
+from magnetar.serve.model.compiled import NoCompiledKernelsError, compiled_rows
 from magnetar.serve.model.linear import (
     LINEAR_KERNELS,
     default_linear_kernel,
@@ -60,7 +60,7 @@ ROUNDED: Mapping[str, Callable[[torch.Tensor], Int8Matrix | Int4Matrix]] = {
 
 def has_rows() -> bool:
     try:
-        multiply_rows()
+        compiled_rows()
     except NoCompiledKernelsError:
         return False
     return True
@@ -139,7 +139,7 @@ def test_without_a_compiler_torch_does_it(
 ) -> None:
     monkeypatch.setattr(compiled, "_processor", lambda: set(compiled._NEEDED))
     monkeypatch.setenv("CC", "no-such-compiler")
-    monkeypatch.setattr(rows, "multiply_rows", multiply_rows.__wrapped__)
+    monkeypatch.setattr(rows, "compiled_rows", compiled_rows.__wrapped__)
     choose = default_linear_kernel.__wrapped__
     with caplog.at_level(logging.INFO):
         assert choose(dtype=torch.bfloat16, device=CPU) == "packed"
@@ -157,10 +157,20 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("MAGNETAR_HOME", str(tmp_path))
     monkeypatch.setattr(compiled, "_processor", lambda: set(compiled._NEEDED))
     with pytest.raises(NoCompiledKernelsError, match="no such dialect"):
-        multiply_rows.__wrapped__()
+        compiled_rows.__wrapped__()
 
 
 def test_another_processor_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_processor", lambda: {"avx2"})
     with pytest.raises(NoCompiledKernelsError, match="avx512_bf16"):
-        multiply_rows.__wrapped__()
+        compiled_rows.__wrapped__()
+
+
+@needs_rows
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_compiled_rounds_as_torch_does(weights: Literal["int8", "int4"]) -> None:
+    weight, _ = random_product(1, 40)
+    weight[3, :32] = 0.25  # a group of one value
+    weight[4] = 0
+    seen = LINEAR_KERNELS[f"rows-{weights}"](weight)(torch.eye(96).bfloat16()).T
+    torch.testing.assert_close(seen, ROUNDED[weights](weight).dequantise(), rtol=2**-7, atol=0)
