@@ -74,6 +74,12 @@ class SpeedPlanner:
         _, route = found
         return tuple((self._places[site], 1) for site in route.sites), route.ends
 
+    def problem(self, num_stages: int) -> Problem:
+        """What is searched for that many stages; sites are the places of `places_of`."""
+        if self._workload.objective == "latency":
+            return self._problem_of(1)
+        return self._problem_of(self._step_tokens(num_stages))
+
     def predicted(self, plan: Plan) -> Plan:
         """`plan` with its times. Stages that share a device count as if each had it alone."""
         place_number = {
@@ -125,9 +131,7 @@ class SpeedPlanner:
             for number, place in enumerate(self._places)
             if (place.node.host, place.device_name) == (stage.host, stage.device)
         ]
-        problem = self._problem_of(
-            1 if self._workload.objective == "latency" else self._step_tokens(len(sites))
-        )
+        problem = self.problem(len(sites))
         now = evaluate(problem, sites, [stage.end_layer for stage in plan.stages])
         told: dict[object, str] = {}
         reasons: dict[str, str] = {}
@@ -194,11 +198,11 @@ class SpeedPlanner:
             return None
         if self._workload.objective == "throughput":
             return busiest(
-                lambda count: self._problem_of(self._step_tokens(count)),
+                self.problem,
                 num_sites=len(self._places),
                 num_stages=asked,
             )
-        problem = self._problem_of(1)
+        problem = self.problem(1)
         route = fastest(problem, num_stages=asked)
         return None if route is None else (problem, route)
 

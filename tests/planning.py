@@ -1,5 +1,11 @@
-"""Models as names and shapes, for tests of placement."""
+"""Models as names and shapes, random clusters and brute force, for tests of placement."""
 
+from collections.abc import Iterator
+from itertools import combinations, permutations
+
+import numpy as np
+
+from magnetar.cluster.search import Problem, Route, Site, evaluate
 from magnetar.fetcher.config import ModelConfig
 from magnetar.fetcher.tensors import StoredDtype, TensorEntry, TensorIndex
 
@@ -52,3 +58,58 @@ def model(
 
 MIXTRAL = model()
 SMALL = model(n_layers=6, dim=512, num_experts=2)
+
+
+def random_problem(seed: int, *, num_sites: int, num_layers: int, step_tokens: int = 1) -> Problem:
+    """Sites of very different speed and memory behind links that bind."""
+    draw = np.random.default_rng(seed)
+    seconds = draw.uniform(0.5, 1.5, num_layers)
+    needs = draw.uniform(0.8, 1.2, num_layers)
+    speeds = draw.uniform(1, 6, num_sites) * (1 + 0.3 * step_tokens)
+    sites = tuple(
+        Site(
+            seconds_L=np.concatenate([[0.0], np.cumsum(seconds * speed)]),
+            needs_L=np.concatenate([[0.0], np.cumsum(needs)]),
+            capacity=float(draw.uniform(0.2, 1.2) * num_layers),
+            first_s=0.1 * speed,
+            last_s=0.4 * speed,
+            first_bytes=0.5,
+            last_bytes=0.7,
+        )
+        for speed in speeds
+    )
+    shape = (num_sites, num_sites)
+    transfer = draw.uniform(0.01, 4, shape) * step_tokens
+    return Problem(
+        sites=sites,
+        hop_s=transfer + draw.uniform(0.01, 3, shape),
+        return_s=draw.uniform(0.01, 3, shape),
+        transfer_s=transfer,
+        step_tokens=step_tokens,
+        streams=8,
+    )
+
+
+def every_route(problem: Problem, *, num_stages: int | None = None) -> Iterator[Route]:
+    """All that fit, of that number of stages if it is given."""
+    num_layers = problem.num_layers
+    longest = min(len(problem.sites), num_layers)
+    for count in range(1, longest + 1) if num_stages is None else [num_stages]:
+        for order in permutations(range(len(problem.sites)), count):
+            for inner in combinations(range(1, num_layers), count - 1):
+                ends = (*inner, num_layers)
+                if fits(problem, order, ends):
+                    yield evaluate(problem, order, ends)
+
+
+def fits(problem: Problem, order: tuple[int, ...], ends: tuple[int, ...]) -> bool:
+    """Whether every site holds its layers."""
+    start = 0
+    for number, end in zip(order, ends, strict=True):
+        site = problem.sites[number]
+        need = site.needs_L[end] - site.needs_L[start]
+        need += (start == 0) * site.first_bytes + (end == problem.num_layers) * site.last_bytes
+        if need > site.capacity:
+            return False
+        start = end
+    return True

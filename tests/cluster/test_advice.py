@@ -75,12 +75,14 @@ def test_a_smaller_dtype_is_offered_where_it_is_enough() -> None:
 def test_context_and_concurrency_are_given_up_no_further_than_needed() -> None:
     inventory, workload = cluster(80, 48), asked(32768, 8)
     changes = {c.knob: c.amount for c in sufficient_changes(*MIXTRAL, inventory, workload, "bf16")}
-    for more in (
-        {"max_context_tokens": changes["context"] + 8 * KV_BLOCK_TOKENS},
-        {"max_concurrency": changes["concurrency"] + 1},
+    context = changes["context"] + 8 * KV_BLOCK_TOKENS
+    concurrency = changes["concurrency"] + 1
+    for wishes in (
+        dataclasses.replace(workload, max_context_tokens=context),
+        dataclasses.replace(workload, max_concurrency=concurrency),
     ):
         with pytest.raises(InfeasiblePlanError):
-            plan(*MIXTRAL, inventory, dataclasses.replace(workload, **more))
+            plan(*MIXTRAL, inventory, wishes)
 
 
 @settings(max_examples=30, deadline=None)
