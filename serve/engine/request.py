@@ -1,12 +1,12 @@
 """What is asked of the engine, what comes back, and the state of a request in between."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ...settings import KV_BLOCK_TOKENS
 from .blocks import block_digest, root_digest
-from .step import Pooling, SamplingParams, ScoredToken
+from .step import Pooling, SamplingParams, ScoredToken, Scoring, StepRow, TokenHistory
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -129,3 +129,44 @@ class Request:
     def num_generated(self) -> int:
         """Tokens of the answer so far."""
         return len(self.token_ids) - len(self.prompt_ids)
+
+    def row(self, num_tokens: int) -> StepRow:
+        """Its next tokens, with the blocks that the stages do not know of.
+
+        They count as scheduled when the scheduler says so; that the last stage has heard of the
+        tokens before is noted here.
+        """
+        start, end = self.num_scheduled, self.num_scheduled + num_tokens
+        is_last = end == len(self.token_ids)
+        num_sent = self.num_blocks_sent
+        row = StepRow(
+            request_id=self.request_id,
+            position=start,
+            token_ids=tuple(self.token_ids[start:end]),
+            new_block_ids=tuple(self.block_ids[num_sent:])
+            if len(self.block_ids) > num_sent
+            else (),
+            sampling=self.params.sampling if is_last else None,
+        )
+        return self._with_wishes(row) if self.has_wishes else row
+
+    def _with_wishes(self, row: StepRow) -> StepRow:
+        """The row with what few requests ask of the last stage."""
+        params = self.params
+        if row.sampling is not None:
+            if params.sampling.counts_tokens and not self.sent_history:
+                self.sent_history = True
+                answer_ids = tuple(self.token_ids[len(self.prompt_ids) :])
+                history = TokenHistory(prompt_ids=self.prompt_ids, answer_ids=answer_ids)
+                row = replace(row, history=history)
+            if self.num_generated < params.min_tokens:
+                row = replace(row, banned_ids=tuple(sorted(self.end_ids)))
+        if self.num_generated == 0:
+            if params.num_prompt_logprobs is not None:
+                end = row.position + len(row.token_ids) + 1
+                next_ids = self.prompt_ids[row.position + 1 : end]
+                scoring = Scoring(next_ids=next_ids, num_top=params.num_prompt_logprobs)
+                row = replace(row, scoring=scoring)
+            if params.pooling is not None:
+                row = replace(row, pooling=params.pooling)
+        return row

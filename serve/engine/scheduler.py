@@ -24,7 +24,7 @@ tokens begin after it.
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 
 from ...cluster.footprint import STEP_TOKENS
@@ -32,7 +32,7 @@ from ...errors import UsageError
 from ...settings import KV_BLOCK_TOKENS
 from .blocks import BlockPool, blocks_for
 from .request import FinishReason, Request, TokenEvent
-from .step import Sample, Scoring, StepPlan, StepResult, StepRow, TokenHistory
+from .step import Sample, StepPlan, StepResult, StepRow
 
 _BY_RANK = attrgetter("rank")
 _BY_LAST_STEP = attrgetter("last_step_id")
@@ -343,22 +343,11 @@ class Scheduler:
 
     def _row(self, request: Request, num_tokens: int) -> StepRow:
         """The request's next tokens as part of the step that is being made."""
-        start = request.num_scheduled
-        end = start + num_tokens
-        num_sent, num_blocks = request.num_blocks_sent, len(request.block_ids)
-        is_last = end == len(request.token_ids)
-        row = StepRow(
-            request_id=request.request_id,
-            position=start,
-            token_ids=tuple(request.token_ids[start:end]),
-            new_block_ids=tuple(request.block_ids[num_sent:]) if num_blocks > num_sent else (),
-            sampling=request.params.sampling if is_last else None,
-        )
-        if request.has_wishes:
-            row = self._with_wishes(row, request)
+        row = request.row(num_tokens)
+        end = request.num_scheduled + num_tokens
         request.num_scheduled = end
-        request.num_blocks_sent = num_blocks
-        request.awaits_sample = is_last
+        request.num_blocks_sent = len(request.block_ids)
+        request.awaits_sample = row.sampling is not None
         request.last_step_id = self._next_step_id
         if end // KV_BLOCK_TOKENS > request.num_published:
             self._filling.append(request)
@@ -371,27 +360,6 @@ class Scheduler:
                 self._pool.publish(request.block_ids[index], request.digest(index))
             request.num_published = request.num_scheduled // KV_BLOCK_TOKENS
         self._filling.clear()
-
-    def _with_wishes(self, row: StepRow, request: Request) -> StepRow:
-        """The row with what few requests ask of the last stage."""
-        params = request.params
-        if row.sampling is not None:
-            if params.sampling.counts_tokens and not request.sent_history:
-                request.sent_history = True
-                answer_ids = tuple(request.token_ids[len(request.prompt_ids) :])
-                history = TokenHistory(prompt_ids=request.prompt_ids, answer_ids=answer_ids)
-                row = replace(row, history=history)
-            if request.num_generated < params.min_tokens:
-                row = replace(row, banned_ids=tuple(sorted(request.end_ids)))
-        if request.num_generated == 0:
-            if params.num_prompt_logprobs is not None:
-                end = row.position + len(row.token_ids) + 1
-                next_ids = request.prompt_ids[row.position + 1 : end]
-                scoring = Scoring(next_ids=next_ids, num_top=params.num_prompt_logprobs)
-                row = replace(row, scoring=scoring)
-            if params.pooling is not None:
-                row = replace(row, pooling=params.pooling)
-        return row
 
     def _append(self, request: Request, sample: Sample) -> TokenEvent:
         request.token_ids.append(sample.token_id)
