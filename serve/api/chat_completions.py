@@ -99,7 +99,7 @@ async def _collect(
     """The choices, and how likely the prompt was, if that was asked."""
     deltas: list[list[Delta]] = [[] for _ in jobs]
     async for index, delta in generate_all(model, jobs):
-        usage.completion_tokens += 1
+        usage.add(delta.event, choice=index % body.n)
         deltas[index].append(delta)
     choices = []
     for index, (job, own) in enumerate(zip(jobs, deltas, strict=True)):
@@ -147,7 +147,7 @@ async def _stream(
     answers = generate_all(model, jobs)
     try:
         async for index, delta in answers:
-            usage.completion_tokens += 1
+            usage.add(delta.event, choice=index % body.n)
             first = index in waiting
             waiting.discard(index)
             content = jobs[index].lead + delta.text if first else delta.text

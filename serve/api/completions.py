@@ -78,7 +78,7 @@ async def _collect(
         async for index, delta in generate_all(model, jobs):
             scored[index] = scored[index] or delta.event.scored
             if body.max_tokens > 0:
-                usage.completion_tokens += 1
+                usage.add(delta.event, choice=index % body.n)
                 deltas[index].append(delta)
     choices = []
     for index, (job, own) in enumerate(zip(jobs, deltas, strict=True)):
@@ -146,7 +146,7 @@ async def _stream(
                     lead = jobs[index].lead
                     yield chunk(index, lead, scored=scored, finish_reason="length", first=True)
                     continue
-                usage.completion_tokens += 1
+                usage.add(delta.event, choice=index % body.n)
                 text = jobs[index].lead + delta.text if first else delta.text
                 # A token whose text is held back says nothing, unless its ids were asked for.
                 if (

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..engine.request import TokenEvent
+
 _LOWEST_LOGPROB = -9999.0
 
 
@@ -11,14 +13,23 @@ class UsageCount:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt, those whose keys and values were there already."""
+
+    def add(self, event: TokenEvent, *, choice: int) -> None:
+        """Count a token of an answer; `choice` is its number among those to one prompt."""
+        self.completion_tokens += 1
+        if choice == 0:
+            self.cached_tokens += event.num_cached_tokens
 
     @property
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, object]:
         """As it is sent."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

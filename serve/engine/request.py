@@ -52,6 +52,8 @@ class TokenEvent:
     """The prompt from its second token on; on the first event, if it was asked for."""
     vector: tuple[float, ...] = ()
     """The pooled prompt, of length 1; on the first event, if it was asked for."""
+    num_cached_tokens: int = 0
+    """On the first event: tokens of the prompt that were in the KV cache already."""
     finish_reason: FinishReason | None = None
 
 

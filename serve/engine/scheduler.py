@@ -378,6 +378,7 @@ class Scheduler:
             top_logprobs=sample.top_logprobs,
             scored=sample.scored,
             vector=sample.vector,
+            num_cached_tokens=(request.num_cached_tokens or 0) if request.num_generated == 1 else 0,
             finish_reason=finish_reason,
         )
 

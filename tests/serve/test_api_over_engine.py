@@ -72,3 +72,16 @@ def test_an_answer_that_no_cache_could_hold_is_refused_with_the_numbers() -> Non
         answer = client.post("/v1/completions", json=body)
     assert answer.status_code == 400
     assert "960" in answer.json()["error"]["message"]
+
+
+def test_a_prompt_that_was_asked_before_comes_from_the_cache_unless_salted() -> None:
+    body = {"prompt": [5] * 100, "max_tokens": 3, "return_token_ids": True}
+    cached, answers = [], []
+    with served(2) as (client, engine):
+        for salt in ({}, {}, {"cache_salt": "mine"}, {"cache_salt": "mine", "n": 2}):
+            answer = client.post("/v1/completions", json=body | salt).json()
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+            answers.append(answer["choices"][0]["token_ids"])
+        assert engine.stats().num_cache_hits == 96 * 3
+    assert cached == [0, 96, 0, 96]
+    assert answers == [expected_tokens([5] * 100, 3)] * 4

@@ -127,7 +127,12 @@ def test_choices_of_one_seed_have_seeds_apart_and_the_first_has_it_itself() -> N
     assert len(set(seeds)) == 8
     assert seeds[0] == 2**63 - 1
     assert [choice["index"] for choice in answer["choices"]] == list(range(8))
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 16, "total_tokens": 18}
+    assert answer["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 16,
+        "total_tokens": 18,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,8 @@ def test_a_later_request_computes_only_what_no_earlier_one_has() -> None:
     assert rows_of(plan) == [(1, 32, 18)]
     assert plan.rows[0].new_block_ids[:2] == first.rows[0].new_block_ids[:2]
     assert (scheduler.num_cache_queries, scheduler.num_cache_hits) == (90, 32)
+    events = [answer(scheduler, plan)[1], answer(scheduler, next_plan(scheduler))[1]]
+    assert [event.num_cached_tokens for event in events] == [32, 0]
 
 
 def test_generated_tokens_are_found_too() -> None:
