@@ -37,6 +37,10 @@ class Rows(NamedTuple):
     """``(form, blocks, x, y, M, N, K, num_threads)``; 0, or 1 for lack of memory."""
     lay_out: Callable[[int, int, int, int, int, int], None]
     """``(form, w, blocks, N, K, num_threads)``"""
+    rms_norm: Callable[[int, int, int, int, int, float, int], None]
+    """``(x, weight, y, M, K, eps, num_threads)``"""
+    gated: Callable[[int, int, int, int, int], None]
+    """``(h, y, M, K, num_threads)``"""
 
 
 class NoCompiledKernelsError(Exception):
@@ -71,6 +75,7 @@ def compiled_rows() -> Rows:
             _compile(compiler, source, openmp, library)
         functions = ctypes.CDLL(str(library))
         multiply, lay_out = functions.magnetar_multiply, functions.magnetar_lay_out
+        rms_norm, gated = functions.magnetar_rms_norm, functions.magnetar_gated
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines()
         raise NoCompiledKernelsError(f"{compiler} fails: {said[0] if said else error}") from error
@@ -80,8 +85,10 @@ def compiled_rows() -> Rows:
     multiply.argtypes = [form, *[address] * 3, *[number] * 3, threads]
     multiply.restype = ctypes.c_int
     lay_out.argtypes = [form, *[address] * 2, *[number] * 2, threads]
-    lay_out.restype = None
-    return Rows(multiply=multiply, lay_out=lay_out)
+    rms_norm.argtypes = [*[address] * 3, *[number] * 2, ctypes.c_float, threads]
+    gated.argtypes = [*[address] * 2, *[number] * 2, threads]
+    lay_out.restype = rms_norm.restype = gated.restype = None
+    return Rows(multiply=multiply, lay_out=lay_out, rms_norm=rms_norm, gated=gated)
 
 
 def _processor() -> set[str]:

@@ -263,3 +263,54 @@ void magnetar_lay_out(int form, const uint16_t *w, uint8_t *blocks, long n, long
             }
     }
 }
+
+/* y = x / sqrt(mean(x^2) + eps) * weight for every row, in fp32 and rounded once; k a multiple of 16. */
+void magnetar_rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *y, long m, long k, float eps,
+                       int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && m > 16)
+    for (long row = 0; row < m; row++) {
+        const uint16_t *in = x + row * k;
+        __m512 sum = _mm512_setzero_ps();
+        for (long j = 0; j < k; j += 16) {
+            __m512 value = widen((const uint8_t *)(in + j));
+            sum = _mm512_fmadd_ps(value, value, sum);
+        }
+        __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(sum) / k + eps));
+        for (long j = 0; j < k; j += 16) {
+            __m512 value = _mm512_mul_ps(widen((const uint8_t *)(in + j)), factor);
+            value = _mm512_mul_ps(value, widen((const uint8_t *)(weight + j)));
+            _mm256_storeu_si256((__m256i *)(y + row * k + j), (__m256i)_mm512_cvtneps_pbh(value));
+        }
+    }
+}
+
+/* To the last bits of fp32 between -87 and 88, and the nearer of those beyond; NaN stays. */
+INLINE __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), x));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* y[M][K] = silu(h[M][:K]) * h[M][K:], in fp32 and rounded once; k a multiple of 16. */
+void magnetar_gated(const uint16_t *h, uint16_t *y, long m, long k, int num_threads) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && m > 16)
+    for (long row = 0; row < m; row++) {
+        const uint16_t *gates = h + 2 * row * k;
+        for (long j = 0; j < k; j += 16) {
+            __m512 gate = widen((const uint8_t *)(gates + j)), up = widen((const uint8_t *)(gates + k + j));
+            __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+            __m512 value = _mm512_mul_ps(_mm512_div_ps(gate, below), up);
+            _mm256_storeu_si256((__m256i *)(y + row * k + j), (__m256i)_mm512_cvtneps_pbh(value));
+        }
+    }
+}
