@@ -68,6 +68,7 @@ def run_stage(
     folder: Path, layers: tuple[int, int], dtype: str, threads: int, blocks: int, pipe: Connection
 ) -> None:
     """The life of a stage process: load, join the ring, compute until the links close."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `serve.actors` does
     import torch
 
     from magnetar.fetcher.checkpoint.source import FileTensorSource

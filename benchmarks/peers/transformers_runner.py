@@ -12,9 +12,8 @@ from typing import Any
 
 from magnetar.benchmarks.peers.runner import Task, claim_stdout, serve
 
-IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
-MAX_GATHERED_ROWS = 8
-"""`batched_mm` copies the weights of every row's experts: beyond, it is out of the question."""
+# Not `batched_mm`: it copies the weights of every row's experts, gigabytes for a short prompt.
+IMPLEMENTATIONS = ("grouped_mm", "eager")
 
 
 class Peer:
@@ -34,7 +33,6 @@ class Peer:
         """See `Task`."""
         kind = (task.kind, task.num_streams)
         if self._is_moe and kind not in self._best:
-            rows = task.num_streams if task.kind == "decode" else 512
             short = Task(
                 kind=task.kind,
                 num_streams=task.num_streams,
@@ -43,9 +41,8 @@ class Peer:
             )
             seconds = {}
             for name in IMPLEMENTATIONS:
-                if name != "batched_mm" or rows <= MAX_GATHERED_ROWS:
-                    self.model.set_experts_implementation(name)
-                    seconds[name] = self._measure(short)
+                self.model.set_experts_implementation(name)
+                seconds[name] = self._measure(short)
             self._best[kind] = min(seconds, key=lambda name: seconds[name])
         if self._is_moe:
             self.model.set_experts_implementation(self._best[kind])
