@@ -54,13 +54,6 @@ INLINE __m512i nibble_table(void) {
     return _mm512_loadu_si512(table);
 }
 
-/* 16 bytes of two levels each as 32 bf16. An index is the low five bits of 16. */
-INLINE __m512bh nibbles(const uint8_t *p, __m512i table) {
-    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-    __m512i indices = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
-    return (__m512bh)_mm512_permutexvar_epi16(indices, table);
-}
-
 INLINE void tile_bf16(const uint8_t *w, const uint16_t *x, long k, uint16_t *y, long n, long num, const int m) {
     __m512 low[TILE], high[TILE];
     for (int i = 0; i < m; i++) low[i] = high[i] = _mm512_setzero_ps();
@@ -119,7 +112,10 @@ INLINE void tile_int4(const uint8_t *w, const uint16_t *x, const float *sums, lo
         for (int i = 0; i < m; i++) gl[i] = gh[i] = _mm512_setzero_ps();
         for (int j = 0; j < GROUP / 2; j++) {
             _mm_prefetch((const char *)w + 3 * INT4_GROUP_BYTES + 40 * j, _MM_HINT_T0);
-            __m512bh a = nibbles(w + 32 * j, table), b = nibbles(w + 32 * j + 16, table);
+            /* The low halves are of the first 16 outputs. An index is the low five bits of 16. */
+            __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(w + 32 * j)));
+            __m512bh a = (__m512bh)_mm512_permutexvar_epi16(bytes, table);
+            __m512bh b = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
             for (int i = 0; i < m; i++) {
                 __m512bh p = pair(x + i * k + g * GROUP + 2 * j);
                 gl[i] = _mm512_dpbf16_ps(gl[i], a, p);
@@ -240,7 +236,11 @@ INLINE void put_int4(const uint16_t *w, uint8_t *group, int o) {
     uint8_t q[GROUP];
     _mm_storeu_si128((__m128i *)q, to_nibble(low, zeros, divisor));
     _mm_storeu_si128((__m128i *)(q + 16), to_nibble(high, zeros, divisor));
-    for (int j = 0; j < GROUP / 2; j++) group[OUTPUTS * j + o] = q[2 * j] | q[2 * j + 1] << 4;
+    uint8_t *pairs = group + 2 * (o % 16);
+    for (int j = 0; j < GROUP; j++) {
+        uint8_t *place = pairs + OUTPUTS * (j / 2) + j % 2;
+        *place = o < 16 ? q[j] : *place | q[j] << 4;
+    }
     uint8_t *scales = group + GROUP * OUTPUTS / 2;
     memcpy(scales + 2 * o, &scale, 2);
     memcpy(scales + 2 * OUTPUTS + 2 * o, &zero, 2);
