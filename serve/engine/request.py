@@ -144,7 +144,9 @@ class Request:
         row = StepRow(
             request_id=self.request_id,
             position=start,
-            token_ids=tuple(self.token_ids[start:end]),
+            token_ids=(self.token_ids[start],)
+            if num_tokens == 1
+            else tuple(self.token_ids[start:end]),
             new_block_ids=tuple(self.block_ids[num_sent:])
             if len(self.block_ids) > num_sent
             else (),

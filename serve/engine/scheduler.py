@@ -176,7 +176,7 @@ class Scheduler:
         plan = StepPlan(
             step_id=self._next_step_id, rows=tuple(rows), released=tuple(self._released)
         )
-        sampled = tuple(row.request_id for row in rows if row.sampling is not None)
+        sampled = tuple([row.request_id for row in rows if row.sampling is not None])
         self._in_flight.append(_Flight(plan.step_id, sampled))
         self._released.clear()
         self._next_step_id += 1
@@ -252,15 +252,14 @@ class Scheduler:
             if len(rows) == share:
                 break
             # Making room for one may preempt another that comes later in this list.
-            if request.block_ids and self._make_room(request):
+            num_slots = len(request.block_ids) * KV_BLOCK_TOKENS
+            if num_slots and (num_slots >= len(request.token_ids) or self._make_room(request)):
                 rows.append(self._row(request, 1))
         return rows
 
     def _make_room(self, request: Request) -> bool:
         """Have a block for the request's last token; worse-ranked ones may have to give theirs."""
         missing = blocks_for(len(request.token_ids)) - len(request.block_ids)
-        if missing <= 0:
-            return True
         while not self._pool.can_allocate(missing):
             victim = self._running[-1]
             # It waits when there is no worse one, or the worst is part of this very step: a better
