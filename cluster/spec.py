@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..fetcher.config import ReleaseHints
-from .plan import ComputeDtype
+from .plan import ComputeDtype, Objective
 
 SourceKind = Literal["magnet", "torrent", "folder"]
 
@@ -38,6 +38,8 @@ class DeploymentSpec:
     """What clients pass as `model`."""
     dtype: ComputeDtype | None = None
     num_stages: int | None = None
+    objective: Objective = "latency"
+    """What placement is best at where the speeds of all nodes are known."""
     max_context_tokens: int | None = None
     """None: the model's own, shortened to what memory holds."""
     max_concurrency: int = 8

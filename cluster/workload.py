@@ -26,5 +26,6 @@ def workload_of(spec: DeploymentSpec, config: ModelConfig) -> Workload:
         max_concurrency=spec.max_concurrency,
         dtype=spec.dtype,
         num_stages=spec.num_stages,
+        objective=spec.objective,
         min_context_tokens=(None if asked else min(MIN_CONTEXT_TOKENS, config.max_context_tokens)),
     )

@@ -99,12 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="plan for the machines of this file, as `magnetar nodes -o yaml` writes it",
     )
-    plan.add_argument(
-        "--objective",
-        choices=get_args(Objective),
-        help="what to be best at where speeds are known: one stream, all streams together, or "
-        "memory alone (latency)",
-    )
     _add_output(plan)
 
     nodes = verb(
@@ -257,6 +251,12 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=get_args(ComputeDtype),
         help="number format of the weights (as stored); int8 and int4 are rounded while loading",
+    )
+    group.add_argument(
+        "--objective",
+        choices=get_args(Objective),
+        help="what to be best at where `magnetar nodes` has measured: one stream, all streams "
+        "together, or few nodes (latency)",
     )
     _add_ray_address(group)
 

@@ -57,7 +57,6 @@ def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
         spec,
         ray_address=ray_address,
         inventory=inventory,
-        objective=args.objective or "latency",
         on_progress=console.progress,
         stop=stop,
     )
@@ -225,6 +224,7 @@ def with_options(spec: DeploymentSpec, args: argparse.Namespace) -> DeploymentSp
         "store": options.get("store") and str(_store(args)),
         "dtype": options.get("dtype"),
         "num_stages": options.get("stages"),
+        "objective": options.get("objective"),
         "max_context_tokens": options.get("max_context"),
         "max_concurrency": options.get("max_concurrency"),
         "host": options.get("host"),

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..cluster.plan import ComputeDtype
+from ..cluster.plan import ComputeDtype, Objective
 from ..cluster.spec import DeploymentSpec
 from ..errors import MagnetarError
 from ..settings import DEFAULT_HOST, DEFAULT_PORT, default_store
@@ -122,6 +122,11 @@ class Placement(Part):
         le=1024,
         description="Parts that the layers are split into; as few as fit.",
     )
+    objective: Objective = Field(
+        default="latency",
+        description="What to be best at where the speeds of all nodes are known: `latency` for "
+        "one stream, `throughput` for all together, `fit` for few nodes.",
+    )
     ray_address: str | None = Field(
         default=None,
         min_length=1,
@@ -208,6 +213,7 @@ class Deployment(Part):
             model_name=model.name or release_name(resolved),
             dtype=model.dtype,
             num_stages=placement.stages,
+            objective=placement.objective,
             max_context_tokens=model.max_context_tokens,
             max_concurrency=serve.max_concurrency,
             host=serve.host,

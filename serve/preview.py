@@ -2,12 +2,12 @@
 
 import contextlib
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..cluster.agent_group import AgentGroup
 from ..cluster.inventory import host_label, probe_node
-from ..cluster.plan import Inventory, Objective, Plan
+from ..cluster.plan import Inventory, Plan
 from ..cluster.planner import plan as place_model
 from ..cluster.ray_runtime import home_node, joined_ray, ray_nodes
 from ..cluster.spec import DeploymentSpec
@@ -31,7 +31,6 @@ def plan_only(
     *,
     ray_address: str | None = None,
     inventory: Inventory | None = None,
-    objective: Objective = "latency",
     on_progress: ProgressSink,
     stop: threading.Event,
 ) -> PlanPreview:
@@ -65,7 +64,7 @@ def plan_only(
                 inventory = agents.inventory(info_hash)
             finally:
                 agents.stop()
-    workload = replace(workload_of(spec, facts.config), objective=objective)
+    workload = workload_of(spec, facts.config)
     plan = place_model(facts.config, facts.index, inventory, workload)
     return PlanPreview(facts=facts, inventory=inventory, plan=plan)
 

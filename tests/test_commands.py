@@ -32,7 +32,8 @@ def manifest(tmp_path: Path) -> Path:
         "spec:\n"
         "  source: {folder: release, peers: ['10.0.0.1:1'], ropeTheta: 5, timeoutSeconds: 9}\n"
         "  model: {name: Named, dtype: bf16, maxContextTokens: 100}\n"
-        "  placement: {stages: 3, rayAddress: '10.0.0.1:6379', store: store}\n"
+        "  placement: {stages: 3, rayAddress: '10.0.0.1:6379', store: store, "
+        "objective: throughput}\n"
         "  serve: {port: 9000, maxConcurrency: 2}\n"
     )
     return file
@@ -73,6 +74,7 @@ def test_manifest_says_it_all(manifest: Path) -> None:
     assert ray_address == "10.0.0.1:6379"
     assert (spec.name, spec.model_name, spec.dtype) == ("from-file", "Named", "bf16")
     assert (spec.num_stages, spec.max_context_tokens, spec.port) == (3, 100, 9000)
+    assert spec.objective == "throughput"
     assert spec.store == str(manifest.parent / "store")
     assert spec.source.given.rope_theta == 5.0
     assert spec.source.timeout_s == 9.0
@@ -81,9 +83,10 @@ def test_manifest_says_it_all(manifest: Path) -> None:
 def test_options_win_over_the_manifest(manifest: Path) -> None:
     spec, ray_address = spec_of(
         *("up", "-f", str(manifest), "--port", "0", "--stages", "1", "--peer", "10.0.0.2:2"),
-        *("--rope-theta", "6", "--ray-address", "auto", "--name", "other"),
+        *("--rope-theta", "6", "--ray-address", "auto", "--name", "other", "--objective", "fit"),
     )
     assert ray_address == "auto"
+    assert spec.objective == "fit"
     assert (spec.name, spec.model_name, spec.port, spec.num_stages) == ("other", "other", 0, 1)
     assert spec.source.peers == ("10.0.0.1:1", "10.0.0.2:2")
     assert spec.source.given.rope_theta == 6.0
