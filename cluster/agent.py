@@ -10,6 +10,7 @@ from typing import TypeVar
 from ..fetcher.checkpoint.release import facts_to_json
 from ..fetcher.config import ReleaseHints
 from ..fetcher.fetch import Fetch
+from ..fetcher.ownership import Member, Role
 from ..fetcher.piece_map import ByteRange
 from ..fetcher.progress import Progress
 from ..fetcher.store import Store
@@ -37,12 +38,15 @@ class NodeAgent:
         store: str,
         memory_limit_bytes: int | None = None,
         cpu_limit: int | None = None,
+        shares_lan: bool = False,
     ) -> None:
+        """`shares_lan`: other nodes may fetch the same release, and find this one at `address`."""
         self._host = host
         self._address = address
         self._store = Path(store.replace("{host}", host)).expanduser()
         self._memory_limit_bytes = memory_limit_bytes
         self._cpu_limit = cpu_limit
+        self._lan_address = address if shares_lan else None
         self._board = ProgressBoard()
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
@@ -78,6 +82,7 @@ class NodeAgent:
                     on_progress=self._publish,
                     stop=self._stop,
                     node=self._host,
+                    lan_address=self._lan_address,
                 )
                 self._fetch.metadata()
             return self._fetch.info_hash
@@ -96,6 +101,14 @@ class NodeAgent:
         """Raise DiskSpaceError where the rest of what is wanted does not fit. After `metadata`."""
         self._run(lambda: self._started().check_disk())
 
+    def join(self) -> Member | None:
+        """Open the torrent to the other nodes; None for a plain folder. After `restrict`."""
+        return self._run(lambda: self._started().join())
+
+    def share(self, role: Role) -> None:
+        """Divide the download with the other nodes. After `join`."""
+        self._run(lambda: self._started().share(role))
+
     def download(self) -> str:
         """Bring all that is wanted; the release folder on this node. After `metadata`."""
         return self._run(lambda: str(self._started().download()))
@@ -113,10 +126,12 @@ class NodeAgent:
 
         def work() -> FetchedShare:
             fetch = self._started()
+            fetch.count()
             return FetchedShare(
                 host=self._host,
                 wanted_bytes=fetch.wanted_bytes,
                 received_bytes=fetch.received_bytes,
+                sent_bytes=fetch.sent_bytes,
             )
 
         return self._run(work)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_from_json
+from ..fetcher.ownership import assign_roles
 from ..fetcher.piece_map import ByteRange
 from ..fetcher.progress import ProgressSink
 from .agent import NodeAgent
@@ -53,6 +54,7 @@ class AgentGroup:
                 store=store,
                 memory_limit_bytes=node.memory_bytes,
                 cpu_limit=node.num_cpus,
+                shares_lan=len(nodes) > 1,
             )
             for node in nodes
         }
@@ -83,6 +85,13 @@ class AgentGroup:
     def check_disks(self, hosts: Sequence[str]) -> None:
         """Raise DiskSpaceError where a share does not fit, before any of it is downloaded."""
         self._all({host: self._agents[host].check_disk.remote() for host in hosts})
+
+    def divide(self, hosts: Sequence[str]) -> None:
+        """Let the next `download` bring each piece from outside once, and share it inside."""
+        joined = self._all({host: self._agents[host].join.remote() for host in hosts})
+        members = [member for member in joined.values() if member is not None]
+        roles = assign_roles(members)
+        self._all({host: self._agents[host].share.remote(role) for host, role in roles.items()})
 
     def download(self, hosts: Sequence[str]) -> dict[str, str]:
         """Bring to each of `hosts` what it wants; the release folder on each."""

@@ -177,6 +177,8 @@ class Controller:
                 }
             )
         self._agents.check_disks(hosts)
+        if len(hosts) > 1 and self._spec.source.kind != "folder":
+            self._agents.divide(hosts)
         folders = self._agents.download(hosts)
         self._leave("download")
         self._enter("verify")

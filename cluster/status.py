@@ -73,6 +73,8 @@ class FetchedShare:
     """Its share, in whole pieces; some of it may have been there before."""
     received_bytes: int
     """Payload that came over the network, from whomever."""
+    sent_bytes: int = 0
+    """Payload that went to other nodes (and to strangers who asked)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,8 @@ from ..errors import (
 )
 from .config import ReleaseHints
 from .layout import Selection, select_files
+from .outlook import Outlook
+from .ownership import Member, Role
 from .piece_map import ByteRange, PieceMap
 from .progress import Phase, Progress, ProgressSink
 from .store import ReleaseFolder, Store
@@ -63,8 +65,10 @@ class Fetch:
         node: str = "",
         dht: bool | None = None,
         session_factory: Callable[[SessionSettings], TorrentSession] = LibtorrentSession,
+        lan_address: str | None = None,
     ) -> None:
-        """`dht` None asks the DHT only when no peer is named.
+        """`dht` None asks the DHT only when no peer is named. `lan_address` is this node's own, on
+        which it listens for other nodes that fetch the same release.
 
         Raises:
             MagnetError: the magnet link is beyond repair. UsageError: a peer is no HOST:PORT.
@@ -77,6 +81,7 @@ class Fetch:
         self._stop = stop
         self._node = node
         self._session_factory = session_factory
+        self._lan_address = lan_address
         self._magnet: Magnet | None = None
         self._peers = tuple(dict.fromkeys(peers))
         if kind == "magnet":
@@ -115,6 +120,16 @@ class Fetch:
     def received_bytes(self) -> int:
         """Payload that came over the network so far."""
         return self._download.received_bytes if self._download is not None else 0
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload that went to others so far."""
+        return self._download.sent_bytes if self._download is not None else 0
+
+    def count(self) -> None:
+        """Makes `received_bytes` and `sent_bytes` exact; takes over a second after `join`."""
+        if self._download is not None:
+            self._download.count()
 
     @property
     def hashed_bytes(self) -> int:
@@ -203,6 +218,20 @@ class Fetch:
         if piece_map is not None:
             self._transfer.restrict(None if ranges is None else piece_map.pieces(ranges))
 
+    def join(self) -> Member | None:
+        """Opens the torrent for other nodes that fetch it too; None for a folder. After `restrict`.
+
+        The session serves them until `close`, whatever this fetch does meanwhile.
+        """
+        if self.piece_map() is None:
+            return None
+        address, held = self._transfer.join()
+        return Member(host=self._node, address=address, wanted=self._transfer.wanted(), held=held)
+
+    def share(self, role: Role) -> None:
+        """Lets the next `download` divide the work with the others. After `join`."""
+        self._transfer.share(role)
+
     def verified(self) -> tuple[ByteRange, ...] | None:
         """The bytes of the release that may be read, after `verify`; None: all of them."""
         piece_map = self.piece_map()
@@ -215,6 +244,23 @@ class Fetch:
         """Bytes of what `download` brings, in whole pieces; of a folder 0. After `metadata`."""
         piece_map = self.piece_map()
         return 0 if piece_map is None else piece_map.num_bytes(self._transfer.wanted())
+
+    def outlook(self) -> Outlook:
+        """What `download` would bring, and whether there is room. Does `metadata`."""
+        sizes, piece_map = self.sizes(), self.piece_map()
+        in_torrent = piece_map is not None
+        root = self._in_store.root if in_torrent else Path(self._location)
+        return Outlook(
+            name=self._torrent.name if in_torrent else Path(self._location).name,
+            info_hash=self.info_hash,
+            files=sizes,
+            piece_length=self._torrent.piece_length if in_torrent else 0,
+            num_pieces=len(self._transfer.wanted()) if in_torrent else 0,
+            wanted_bytes=self.wanted_bytes,
+            missing_bytes=self._transfer.missing_bytes() if in_torrent else 0,
+            store=self._store.root,
+            free_bytes=shutil.disk_usage(root).free,
+        )
 
     def check_disk(self) -> None:
         """Whether the rest of what is wanted fits on the disk.
@@ -338,6 +384,7 @@ class Fetch:
             stop=self._stop,
             node=self._node,
             session_factory=self._session_factory,
+            lan_address=self._lan_address,
         )
 
     def _accept(self, metainfo: Metainfo) -> None:

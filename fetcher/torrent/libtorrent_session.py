@@ -51,7 +51,9 @@ class LibtorrentSession:
         params.disk_io_constructor = "pread_disk_io_constructor"
         self._session: Any = self._lt.session(params)
         self._dht = settings.dht
+        self._pex = settings.pex
         self._handle: Any = None
+        self._web_seeds: tuple[str, ...] = ()
         self._status: TorrentStatus | None = None
         self._asked_s = 0.0
         self._earlier_bytes = 0
@@ -65,6 +67,7 @@ class LibtorrentSession:
         if job.upload_bytes_per_s:
             handle.set_upload_limit(job.upload_bytes_per_s)
         self._handle = handle
+        self._web_seeds = tuple(job.web_seeds)
         self._status = None
         self._asked_s = 0.0
         self._earlier_bytes = 0
@@ -82,13 +85,15 @@ class LibtorrentSession:
                 params = lt.read_resume_data(job.resume)
                 params.ti = loaded.ti
         # Not paused and not queued by libtorrent; what a resume file says about peers is dropped.
-        flags = lt.torrent_flags.disable_lsd
+        flags = lt.torrent_flags.disable_lsd | lt.torrent_flags.apply_ip_filter
         if job.metainfo is None:
             flags |= lt.torrent_flags.default_dont_download
         if job.is_seed:
             flags |= lt.torrent_flags.seed_mode
         if not self._dht:
             flags |= lt.torrent_flags.disable_dht
+        if not self._pex:
+            flags |= lt.torrent_flags.disable_pex
         params.flags = flags
         params.save_path = str(job.save_path)
         params.trackers = list(job.trackers)
@@ -134,6 +139,21 @@ class LibtorrentSession:
     def connect(self, peers: Iterable[Address]) -> None:
         for peer in peers:
             self._handle.connect_peer(peer)
+
+    def only(self, hosts: Iterable[str] | None) -> None:
+        # A filter that blocks a connected peer disconnects it, so that this takes effect at once.
+        lists = self._lt.ip_filter()
+        if hosts is not None:
+            lists.add_rule("0.0.0.0", "255.255.255.255", 1)
+            lists.add_rule("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 1)
+            for host in hosts:
+                lists.add_rule(host, host, 0)
+        self._session.set_ip_filter(lists)
+        for url in self._web_seeds:
+            if hosts is None:
+                self._handle.add_url_seed(url)
+            else:
+                self._handle.remove_url_seed(url)
 
     def prioritize(self, priorities: Sequence[int]) -> None:
         self._handle.prioritize_pieces(list(priorities))
@@ -251,6 +271,7 @@ def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
         | category.dht_notification,
         "alert_queue_size": 100_000,
         "listen_interfaces": settings.listen,
+        "outgoing_interfaces": settings.leaves_by,
         # A port that is taken is an error, not a reason to listen on another one.
         "max_retry_port_bind": 0,
         "listen_system_port_fallback": False,
@@ -259,7 +280,7 @@ def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
         "enable_upnp": False,
         "enable_natpmp": False,
         "enable_incoming_utp": settings.utp,
-        "enable_outgoing_utp": settings.utp,
+        "enable_outgoing_utp": settings.utp and settings.utp_out,
         "upload_rate_limit": settings.upload_bytes_per_s,
         "unchoke_slots_limit": -1,
         # Several nodes may share one address, and nodes that have finished stay in touch.

@@ -111,6 +111,7 @@ def seed(
             listen=shown((host, port)),
             utp=not is_local(host),
             dht=False,
+            leaves_by="" if host in ("0.0.0.0", "::") else host,
             upload_bytes_per_s=upload_bytes_per_s,
         )
     )

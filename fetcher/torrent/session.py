@@ -27,6 +27,12 @@ class SessionSettings:
     utp: bool
     """uTP crawls on fast links (8.5 MB/s on loopback against 67-125), but passes through NAT."""
     dht: bool
+    utp_out: bool = True
+    """Whether connections that we open may be uTP; without, only those that others open."""
+    leaves_by: str = ""
+    """IP address from which connections are opened; empty leaves it to the routing table."""
+    pex: bool = True
+    """Whether peers are told of each other."""
     upload_bytes_per_s: int = WAN_UPLOAD_BYTES_PER_S
     """0: no limit."""
 
@@ -211,6 +217,13 @@ class TorrentSession(Protocol):
 
     def connect(self, peers: Iterable[Address]) -> None:
         """Asks these peers (again)."""
+        ...
+
+    def only(self, hosts: Iterable[str] | None) -> None:
+        """Keeps to peers with these IP addresses, and drops all others and the web seeds.
+
+        None lets everybody in again.
+        """
         ...
 
     def prioritize(self, priorities: Sequence[int]) -> None:

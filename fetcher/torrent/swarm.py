@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ...errors import DownloadError, InterruptedByUserError, TimedOutError
@@ -13,6 +13,7 @@ from .session import (
     Checked,
     Event,
     Flushed,
+    Listening,
     MetadataArrived,
     Removed,
     ResumeData,
@@ -27,8 +28,14 @@ REPORT_S = 0.25
 STALL_S = 5.0
 RECONNECT_S = 2.0
 RESUME_S = 30.0
+FRESH_S = 2.0
+COUNT_S = 1.5
 ANSWER_S = 60.0
 """How long the session itself may take for what needs no network."""
+
+
+class StalledError(Exception):
+    """Nothing arrives; for whoever can ask somebody else, never for a user."""
 
 
 class Swarm:
@@ -63,12 +70,51 @@ class Swarm:
         self._earlier_bytes = 0
         self._is_checking = False
         self._has_files = False
+        self._listens: list[Address] = []
 
     @property
     def received_bytes(self) -> int:
         """Payload received in all, also under torrents that were removed."""
         status = self._session.status()
         return self._earlier_bytes + (status.downloaded_bytes if status else 0)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload sent since the torrent was added, at the last reading."""
+        status = self._session.status()
+        return status.uploaded_bytes if status is not None else 0
+
+    def count(self) -> None:
+        """Takes readings for so long that `sent_bytes` and `received_bytes` are right.
+
+        libtorrent adds up the amounts of its peers once a second.
+        """
+        until_s = self._clock() + COUNT_S
+        while self._clock() < until_s:
+            for event in self._session.poll(POLL_S):
+                self._take(event)
+
+    def address(self, host: str | None) -> Address | None:
+        """Where the session listens on this IP address, or anywhere; None if it does not."""
+
+        def matching() -> Address | None:
+            found = [address for address in self._listens if host in (None, address[0])]
+            return found[0] if found else None
+
+        deadline_s = self._clock() + FRESH_S
+        while matching() is None and self._clock() < deadline_s:
+            for event in self._session.poll(POLL_S):
+                self._take(event)
+        return matching()
+
+    def join(self, partners: tuple[Address, ...]) -> None:
+        """Stays connected with these peers besides the named ones."""
+        self._named_peers = tuple(dict.fromkeys(self._named_peers + partners))
+        self._session.connect(partners)
+
+    def only(self, hosts: Iterable[str] | None) -> None:
+        """See `TorrentSession.only`."""
+        self._session.only(hosts)
 
     def fetch_metadata(self, job: TorrentJob) -> bytes:
         """Adds a torrent known by its hash only, waits for the info dictionary, removes it again.
@@ -95,13 +141,20 @@ class Swarm:
         return self._checked()
 
     def fetch(
-        self, priorities: list[int], *, urgent: tuple[int, ...] = (), phase: Phase, doing: str
+        self,
+        priorities: list[int],
+        *,
+        urgent: tuple[int, ...] = (),
+        phase: Phase,
+        doing: str,
+        patience_s: float | None = None,
     ) -> TorrentStatus:
         """Waits until every piece with a priority is verified and in the files.
 
         Raises:
-            TimedOutError: nothing arrived for the given time. DownloadError: the disk failed.
-            InterruptedByUserError: `stop` was set.
+            StalledError: nothing arrived for `patience_s`, if that is given. TimedOutError: nor for
+            the time of the constructor. DownloadError: the disk failed. InterruptedByUserError:
+            `stop` was set.
         """
         self._session.prioritize(priorities)
         if urgent:
@@ -116,7 +169,7 @@ class Swarm:
                 and all(status.have[piece] for piece in wanted)
             )
 
-        self._wait(is_there, phase=phase, doing=doing)
+        self._wait(is_there, phase=phase, doing=doing, patience_s=patience_s)
         status = self._session.status()
         assert status is not None
         self.flush()
@@ -180,6 +233,8 @@ class Swarm:
         self._contacts.note(event)
         if isinstance(event, MetadataArrived):
             self._metadata = event.info
+        elif isinstance(event, Listening):
+            self._listens.append(event.address)
         elif isinstance(event, ResumeData) and event.data:
             self._on_resume_data(event.data)
         elif isinstance(event, StorageFailed):
@@ -193,7 +248,14 @@ class Swarm:
                 f"the disk failed{where}: {event.reason}; what arrived is kept: run it again"
             )
 
-    def _wait(self, is_done: Callable[[], bool], *, phase: Phase, doing: str) -> None:
+    def _wait(
+        self,
+        is_done: Callable[[], bool],
+        *,
+        phase: Phase,
+        doing: str,
+        patience_s: float | None = None,
+    ) -> None:
         moved_s = reported_s = self._clock()
         last: object = None
         while True:
@@ -210,6 +272,8 @@ class Swarm:
             if (mark := _moving_parts(status)) != last:
                 last, moved_s = mark, now_s
             idle_s = now_s - moved_s
+            if patience_s is not None and idle_s >= patience_s:
+                raise StalledError
             if self._timeout_s is not None and idle_s >= self._timeout_s and not self._is_checking:
                 raise self._timed_out(doing, status)
             if now_s - reported_s >= REPORT_S:
