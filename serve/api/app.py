@@ -9,6 +9,7 @@ from starlette.routing import Route
 
 from ...errors import MagnetarError
 from ...fetcher.config import ChatFormat
+from ..text.grammar import GrammarCompiler
 from ..text.tokenizer import Tokenizer
 from .chat_completions import answer_chat
 from .completions import answer_completion
@@ -66,6 +67,7 @@ def create_app(
     app.state.model = ServedModel(
         engine=engine,
         tokenizer=tokenizer,
+        grammars=GrammarCompiler(tokenizer),
         chat_format=chat_format,
         name=model_name,
         max_context_tokens=max_context_tokens,

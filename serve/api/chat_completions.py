@@ -18,6 +18,7 @@ from .protocol import ChatBody, MessageBody, parse_body
 from .request_body import read_body
 from .served_model import ServedModel
 from .sse import EventStream
+from .structured_output import compile_grammar
 from .usage import UsageCount, finite
 
 _Json = dict[str, Any]
@@ -44,6 +45,7 @@ async def answer_chat(request: Request) -> Response:
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         seed=body.seed if body.seed is not None else body.random_seed,
         num_prompt_logprobs=body.prompt_logprobs,
+        grammar=await compile_grammar(model.grammars, body),
         lead=[lead],
         at_start=True,
     )

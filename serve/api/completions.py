@@ -16,6 +16,7 @@ from .protocol import CompletionBody, parse_body
 from .request_body import read_body
 from .served_model import ServedModel
 from .sse import EventStream
+from .structured_output import compile_grammar
 from .usage import UsageCount, finite
 
 _Json = dict[str, Any]
@@ -36,6 +37,7 @@ async def answer_completion(request: Request) -> Response:
         num_logprobs=body.logprobs,
         seed=body.seed,
         num_prompt_logprobs=body.num_prompt_logprobs,
+        grammar=await compile_grammar(model.grammars, body),
         lead=[
             ""
             if not body.echo

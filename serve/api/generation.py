@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, ParamSpec, TypeVar
 
 from ...errors import StageLostError
-from ..engine.request import GenerationParams, TokenEvent
+from ..engine.request import GenerationParams, Grammar, TokenEvent
 from ..engine.step import SamplingParams
 from ..text.detokenizer import Detokenizer, StopFilter
 from .errors import ApiError
@@ -66,6 +66,7 @@ def plan_jobs(
     seed: int | None,
     lead: Sequence[str],
     num_prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
     at_start: bool | None = None,
 ) -> list[Job]:
     """`body.n` answers to each prompt, in the order of the choices.
@@ -116,6 +117,7 @@ def plan_jobs(
                 stop_token_ids=frozenset(body.stop_token_ids),
                 ignore_eos=body.ignore_eos,
                 min_tokens=body.min_tokens,
+                grammar=grammar,
                 num_prompt_logprobs=num_prompt_logprobs,
                 reads_cache=num_prompt_logprobs is None,
                 priority=body.priority,

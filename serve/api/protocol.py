@@ -9,6 +9,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 from ..text.chat import Role
 from .errors import ApiError
 from .field_policy import BODY_NEUTRAL, MESSAGE_NEUTRAL, without_neutral
+from .structured_output import StructuredFields
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 64
@@ -39,7 +40,7 @@ class StreamOptions(Body):
     """vLLM's: the usage so far in every chunk."""
 
 
-class GenerationBody(Body):
+class GenerationBody(Body, StructuredFields):
     """What completions and chat have in common."""
 
     model: str | None = None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ...fetcher.config import ChatFormat
 from ..engine.request import GenerationParams, TokenEvent
+from ..text.grammar import GrammarCompiler
 from ..text.tokenizer import Tokenizer
 from .errors import ApiError
 from .metrics import Metrics
@@ -45,6 +46,7 @@ class ServedModel:
 
     engine: EngineLike
     tokenizer: Tokenizer
+    grammars: GrammarCompiler
     chat_format: ChatFormat
     name: str
     max_context_tokens: int

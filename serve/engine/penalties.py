@@ -7,6 +7,7 @@ Shapes: V vocabulary.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .step import SamplingParams, TokenHistory
@@ -46,8 +47,9 @@ def adjust(
     *,
     counts: TokenCounts | None,
     banned_ids: Sequence[int] = (),
+    allowed: bytes = b"",
 ) -> torch.Tensor:
-    """Biased, then penalised logits [V], -inf for banned tokens; `logits_V` itself stays as it is.
+    """Biased, then penalised logits [V], -inf where `StepRow` says so; `logits_V` stays as it is.
 
     Tokens beyond the model's vocabulary are ignored.
     """
@@ -57,6 +59,11 @@ def adjust(
         logits_V = logits_V.index_add(0, torch.tensor(ids), torch.tensor(amounts))
     if counts is not None:
         logits_V = counts.penalise(logits_V, params)
+    if allowed:
+        bits = np.unpackbits(np.frombuffer(allowed, np.uint8), count=vocab_size, bitorder="little")
+        logits_V = logits_V.masked_fill(torch.from_numpy(bits) == 0, -float("inf"))
     if banned := [token_id for token_id in banned_ids if token_id < vocab_size]:
-        logits_V = logits_V.index_fill(0, torch.tensor(banned), -float("inf"))
+        rest_V = logits_V.index_fill(0, torch.tensor(banned), -float("inf"))
+        if float(rest_V.max()) > -float("inf"):
+            logits_V = rest_V
     return logits_V

@@ -2,13 +2,30 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from ...settings import KV_BLOCK_TOKENS
 from .blocks import block_digest, root_digest
 from .step import Pooling, SamplingParams, ScoredToken, Scoring, StepRow, TokenHistory
 
 FinishReason = Literal["stop", "length", "abort"]
+
+
+class Matcher(Protocol):
+    """Where one answer stands in its grammar."""
+
+    def allowed(self) -> bytes:
+        """What may come next, as `StepRow.allowed`; asking again gives the same."""
+
+    def accept(self, token_id: int) -> None:
+        """Go on by a token of the answer; one that ends it is taken too."""
+
+
+class Grammar(Protocol):
+    """What an answer must be. Shared by threads."""
+
+    def start(self) -> Matcher:
+        """At the beginning of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +40,8 @@ class GenerationParams:
     """Go on past the model's own end-of-text tokens, not past `stop_token_ids`."""
     min_tokens: int = 0
     """Tokens of the answer before which nothing may end it."""
+    grammar: Grammar | None = None
+    """Keeps the answer to its rules; it ends by an end token where they allow it."""
     num_prompt_logprobs: int | None = None
     """None: the prompt is not scored; k: with the k most likely tokens. Wants every token computed:
     set `reads_cache` to false."""
@@ -83,6 +102,8 @@ class Request:
     """A step in flight will bring its next token."""
     last_step_id: int = -1
     """The last step it took part in."""
+    matcher: Matcher | None = field(init=False)
+    """Stands behind the last known token; None without a grammar."""
     sent_history: bool = False
     """The last stage knows all its tokens, if its parameters count them."""
 
@@ -95,12 +116,14 @@ class Request:
     def __post_init__(self) -> None:
         self.rank = (self.params.priority, self.request_id)
         self.token_ids = list(self.prompt_ids)
+        self.matcher = None if self.params.grammar is None else self.params.grammar.start()
         params = self.params
         self.has_wishes = (
             params.sampling.counts_tokens
             or params.min_tokens > 0
             or params.num_prompt_logprobs is not None
             or params.pooling is not None
+            or params.grammar is not None
         )
 
     def digest(self, index: int) -> bytes:
@@ -165,6 +188,8 @@ class Request:
                 row = replace(row, history=history)
             if self.num_generated < params.min_tokens:
                 row = replace(row, banned_ids=tuple(sorted(self.end_ids)))
+            if self.matcher is not None:
+                row = replace(row, allowed=self.matcher.allowed())
         if self.num_generated == 0:
             if params.num_prompt_logprobs is not None:
                 end = row.position + len(row.token_ids) + 1

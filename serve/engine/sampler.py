@@ -58,12 +58,18 @@ class Sampler:
                 )
             assert row.sampling is not None
             adjusted_V = logits_V
-            if row.sampling.counts_tokens or row.sampling.logit_bias or row.banned_ids:
+            if (
+                row.sampling.counts_tokens
+                or row.sampling.logit_bias
+                or row.banned_ids
+                or row.allowed
+            ):
                 adjusted_V = adjust(
                     logits_V,
                     row.sampling,
                     counts=self._count(row, len(logits_V)),
                     banned_ids=row.banned_ids,
+                    allowed=row.allowed,
                 )
                 value, token_id = (x.item() for x in adjusted_V.max(dim=-1))
             if row.sampling.temperature > 0:

@@ -362,6 +362,8 @@ class Scheduler:
 
     def _append(self, request: Request, sample: Sample) -> TokenEvent:
         request.token_ids.append(sample.token_id)
+        if request.matcher is not None:
+            request.matcher.accept(sample.token_id)
         request.awaits_sample = False
         params = request.params
         finish_reason: FinishReason | None = None

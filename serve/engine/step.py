@@ -83,7 +83,11 @@ class StepRow:
     """For a request that `counts_tokens`, on its first sampled row since it was admitted: prompts
     may be computed in chunks, again, or not at all. Later rows bring one more of the answer."""
     banned_ids: tuple[int, ...] = ()
-    """Tokens that must not be sampled: those that would end the answer too early."""
+    """Tokens that must not be sampled: those that would end the answer too early. They may all the
+    same where nothing else is left."""
+    allowed: bytes = b""
+    """A bit for each token, lowest first, 1 where a grammar lets it follow, and tokens beyond its
+    end may not; empty allows all."""
     scoring: Scoring | None = None
     """The results are kept on the last stage and come with the request's next sample."""
     pooling: Pooling | None = None

@@ -3,6 +3,7 @@
 The step id is not part of it: frames carry it.
 """
 
+import base64
 import json
 import math
 from dataclasses import replace
@@ -116,13 +117,20 @@ def _sampling(row: StepRow, known: Known) -> list[Any] | int | None:
 def _extras(row: StepRow) -> list[Any] | None:
     """What few rows have."""
     history, scoring = row.history, row.scoring
-    if history is None and scoring is None and row.pooling is None and not row.banned_ids:
+    if (
+        history is None
+        and scoring is None
+        and row.pooling is None
+        and not row.banned_ids
+        and not row.allowed
+    ):
         return None
     return [
         None if history is None else [history.prompt_ids, history.answer_ids],
         row.banned_ids,
         None if scoring is None else [scoring.next_ids, scoring.num_top],
         row.pooling,
+        base64.b64encode(row.allowed).decode(),
     ]
 
 
@@ -146,15 +154,18 @@ def _row(value: Any, known: Known) -> StepRow:
 
 
 def _with_extras(row: StepRow, value: Any) -> StepRow:
-    history, banned_ids, scoring, pooling = _list(value, 4)
+    history, banned_ids, scoring, pooling, allowed = _list(value, 5)
     if pooling not in (None, "last", "mean"):
         _refuse(pooling)
+    if not isinstance(allowed, str):
+        _refuse(allowed)
     return replace(
         row,
         history=None if history is None else _history(history),
         banned_ids=_counts(banned_ids),
         scoring=None if scoring is None else _scoring(scoring),
         pooling=pooling,
+        allowed=base64.b64decode(allowed, validate=True),
     )
 
 

@@ -1,1 +1,1 @@
-"""Tokenizers, chat formats, and tokens back to text."""
+"""Tokenizers, chat formats, grammars, and tokens back to text."""

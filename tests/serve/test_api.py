@@ -148,6 +148,11 @@ def test_what_is_no_json_object_is_refused(shared: Service, raw: bytes) -> None:
         ("logit_bias", [5], "valid dictionary"),
         ("min_tokens", 17, "at least 17 tokens is asked for, and of at most 16"),
         ("prompt_logprobs", 21, "less than or equal to 20"),
+        ("response_format", "xml", "object"),
+        ("response_format", {"type": "json_schema"}, "belongs to the type"),
+        ("guided_json", "{", "not valid JSON"),
+        ("guided_choice", [], "at least 1"),
+        ("structured_outputs", {"regex": "a", "choice": ["b"]}, "give one"),
         ("prompt", {}, "a list of token ids"),
         ("prompt", [], "a list of token ids"),
         ("prompt", [[1], []], "a list of token ids"),
@@ -195,10 +200,8 @@ def test_too_many_sequences_are_refused() -> None:
     ("field", "value"),
     [
         ("tools", [{"type": "function"}]),
-        ("response_format", {"type": "json_object"}),
         ("best_of", 3),
         ("suffix", "end"),
-        ("guided_json", {}),
         ("chat_template", "{{ messages }}"),
     ],
 )

@@ -1,5 +1,6 @@
 """The API over the real engine and real stages: what the last stage reads out reaches a client."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,7 +34,10 @@ PROMPT = [1, *range(300, 340), *range(300, 320)]
 def served(*bounds: int) -> Iterator[OpenAI]:
     """A client of a small random model, split at `bounds`."""
     stages = Pipeline(CONFIG, MemorySource(random_tensors(CONFIG)), bounds=bounds).stages
-    with running_engine(stages, num_kv_blocks=64, config=CONFIG) as (engine, _):
+    with running_engine(stages, num_kv_blocks=64, config=CONFIG, eos_token_ids=MISTRAL.eos_ids) as (
+        engine,
+        _,
+    ):
         app = create_app(
             engine=engine,
             tokenizer=MISTRAL,
@@ -132,3 +136,34 @@ def vector_of(token_ids: list[int], pooling: str) -> torch.Tensor:
     states = torch.linalg.lstsq(head, logits_of(token_ids).T).solution.T
     pooled = states[-1] if pooling == "last" else states.mean(dim=0)
     return torch.nn.functional.normalize(pooled, dim=0)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"size": {"enum": ["small", "large"]}, "ripe": {"type": "boolean"}},
+    "required": ["size", "ripe"],
+    "additionalProperties": False,
+}
+
+
+@SPLIT
+def test_a_model_of_random_numbers_keeps_to_a_schema(bounds: tuple[int, ...]) -> None:
+    with served(*bounds) as client:
+        answer = client.completions.create(
+            model="small",
+            prompt=PROMPT,
+            max_tokens=150,
+            n=3,
+            seed=1,
+            extra_body={
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "fruit", "schema": SCHEMA, "strict": True},
+                }
+            },
+        )
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        fruit = json.loads(choice.text)
+        assert fruit["size"] in ("small", "large")
+        assert fruit["ripe"] in (True, False)

@@ -136,6 +136,38 @@ def test_an_answer_does_not_end_before_min_tokens() -> None:
     assert [event.finish_reason for event in events] == [None, None, "stop"]
 
 
+class Counting:
+    """A `Grammar`: token 20, 21, 22 and so on, and the end after 12 of them."""
+
+    def __init__(self) -> None:
+        self.num_accepted = 0
+
+    def start(self) -> Counting:
+        return Counting()
+
+    def allowed(self) -> bytes:
+        return (1 << (EOS if self.num_accepted == 12 else 20 + self.num_accepted)).to_bytes(
+            8, "little"
+        )
+
+    def accept(self, token_id: int) -> None:
+        self.num_accepted += 1
+
+
+@CUTS
+def test_a_grammar_goes_on_where_it_was(
+    bounds: tuple[int, ...], max_step_tokens: int, num_kv_blocks: int
+) -> None:
+    params = GenerationParams(sampling=PENALISED, max_tokens=30, grammar=Counting())
+    requests = [(prompt(index, 30 + 7 * index), params) for index in range(4)]
+    requests.append(penalised_requests()[0])
+    answers, _ = serve(
+        requests, bounds=bounds, max_step_tokens=max_step_tokens, num_kv_blocks=num_kv_blocks
+    )
+    for events in answers[:4]:
+        assert [event.token_id for event in events] == [*range(20, 32), EOS]
+
+
 def scores_by_definition(prompt_ids: tuple[int, ...]) -> torch.Tensor:
     """Log-probabilities [len(prompt) - 1, vocabulary] of a whole pass."""
     pipeline = Pipeline(CONFIG, MemorySource(random_tensors(CONFIG)))

@@ -236,4 +236,10 @@ def test_a_bias_can_force_a_token_and_banned_tokens_are_never_drawn() -> None:
     assert {s.token_id for s in draws(forced)} == {2}
     row = replace(row_of(SamplingParams(temperature=0.0)), banned_ids=(1, 3, 99))
     assert sample(LOGITS.unsqueeze(0), [row])[0].token_id == 5
+    allowed = replace(row_of(SamplingParams()), allowed=bytes([0b10101]))
+    assert {s.token_id for s in sample(LOGITS.expand(999, -1), [allowed] * 999)} <= {0, 2, 4}
+    only = replace(allowed, banned_ids=(0, 2, 4))
+    assert sample(LOGITS.unsqueeze(0), [only])[0].token_id in (0, 2, 4), "a grammar must go on"
+    short = sample(torch.ones(1, 20), [replace(allowed, allowed=bytes([0b10]))])
+    assert short[0].token_id == 1
     assert LOGITS.tolist() == [0.5, 2.0, -1.0, 1.5, 0.0, 1.0], "the logits stay as they were"

@@ -56,6 +56,7 @@ rows = st.builds(
     banned_ids=ids,
     scoring=st.none() | st.builds(Scoring, next_ids=ids, num_top=st.integers(0, 20)),
     pooling=st.sampled_from([None, "last", "mean"]),
+    allowed=st.binary(max_size=9),
 )
 plans = st.builds(
     StepPlan, step_id=st.just(7), rows=st.lists(rows, max_size=4).map(tuple), released=ids
@@ -157,9 +158,11 @@ def test_bytes_that_are_no_step_are_refused(
         b"[[[1,2,[3],[],[0,1,0,0,NaN,0,1,0,0,[]],null]],[]]",
         b"[[[1,2,[3],[],[NaN,1,0,0,null,0,1,0,0,[]],null]],[]]",
         b"[[[1,2,[3],[],[0,1,0,0,null,0,1,0,0,[[1]]],null]],[]]",
-        b'[[[1,2,[3],[],null,[null,[],null,"max"]]],[]]',
-        b"[[[1,2,[3],[],null,[null,[],null,[]]]],[]]",
-        b"[[[1,2,[3],[],null,[[[1]],[],null,null]]],[]]",
+        b'[[[1,2,[3],[],null,[null,[],null,"max",""]]],[]]',
+        b'[[[1,2,[3],[],null,[null,[],null,[],""]]],[]]',
+        b'[[[1,2,[3],[],null,[[[1]],[],null,null,""]]],[]]',
+        b"[[[1,2,[3],[],null,[null,[],null,null,null]]],[]]",
+        b'[[[1,2,[3],[],null,[null,[],null,null,"!"]]],[]]',
         b"[[],[],[]]",
     ],
 )
