@@ -117,9 +117,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="form of what is printed; yaml is an inventory file",
     )
 
-    fetch = verb("fetch", "download and verify a release; prints its folder")
+    fetch = verb("fetch", "download and verify a release, or a part; prints its folder")
     _add_source(fetch)
-    _add_network(fetch)
+    fetch.add_argument(
+        "--only",
+        metavar="LAYERS[/EXPERTS]",
+        help="these layers, for example 0-7, and of their experts these, for example 0-31/2,5",
+    )
+    fetch.add_argument(
+        "--dry-run", action="store_true", help="print what would be fetched, and fetch no more"
+    )
+    _add_facts(fetch)
+    _add_output(fetch)
 
     verify = verb(
         "verify",

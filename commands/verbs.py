@@ -65,14 +65,26 @@ def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
 
 
 def fetch(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
-    """Downloads and verifies a release into the store."""
+    """Downloads and verifies a release, or a part of one, into the store."""
+    from ..fetcher.only import parse_only
+    from ..fetcher.piece_map import ranges_of
+
     source, store = _source(args, console), _store(args)
+    only = None if args.only is None else parse_only(args.only)
     with fetching(source, store, console, stop) as fetch:
         fetch.metadata()
+        if only is not None:
+            facts = fetch.facts(given=source.given, known=source.known)
+            fetch.restrict(ranges_of(only.tensors(facts.index)))
+        if args.dry_run:
+            outlook = fetch.outlook()
+            json_wanted = args.output == "json"
+            console.data(_json(outlook.to_json()) if json_wanted else outlook.table())
+            return
         fetch.check_disk()
         folder = fetch.download()
         fetch.verify()
-    console.data(str(folder))
+    console.data(_json({"folder": str(folder)}) if args.output == "json" else str(folder))
 
 
 def verify(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:

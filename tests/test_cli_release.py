@@ -76,6 +76,28 @@ def test_fetch_prints_the_folder_and_verify_reads_it_again(
     assert {"metadata", "verify"} <= phases
 
 
+def test_a_dry_run_fetches_nothing_and_only_fetches_a_part(
+    seed: str, release: Path, tmp_path: Path
+) -> None:
+    store = f"--store={tmp_path}"
+    whole = json.loads(data_of("fetch", seed, store, "--dry-run", "-o", "json"))
+    assert whole["files"] == {path.name: path.stat().st_size for path in release.iterdir()}
+    assert whole["missing_bytes"] == sum(whole["files"].values()) <= whole["wanted_bytes"]
+    assert not list(tmp_path.rglob("consolidated.00.pth"))
+
+    part = [seed, store, "--only=1-2/0", *FACTS]
+    told = json.loads(data_of("fetch", *part, "--dry-run", "-o", "json"))
+    assert 0 < told["wanted_bytes"] < whole["wanted_bytes"] / 2
+    folder = Path(data_of("fetch", *part))
+    assert (folder / "tokenizer.model").read_bytes() == (release / "tokenizer.model").read_bytes()
+    assert json.loads(data_of("fetch", *part, "--dry-run", "-o", "json"))["missing_bytes"] == 0
+    assert "missing  0 bytes" in data_of("fetch", *part, "--dry-run")
+
+    done = run("fetch", seed, store, "--only=7", *FACTS, "--progress=none")
+    assert done.returncode == 2
+    assert "no layer 7: the model has 4 layers" in done.stderr
+
+
 def test_verify_of_what_is_not_in_the_store_is_not_found(seed: str, tmp_path: Path) -> None:
     done = run("verify", seed, f"--store={tmp_path}", "--progress", "plain")
     assert done.returncode == 4
