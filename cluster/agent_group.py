@@ -9,6 +9,7 @@ from ..fetcher.ownership import assign_roles
 from ..fetcher.piece_map import ByteRange
 from ..fetcher.progress import ProgressSink
 from .agent import NodeAgent
+from .link_cache import remembered_links
 from .plan import Inventory
 from .ray_calls import call, gather
 from .ray_runtime import RayNode
@@ -70,7 +71,8 @@ class AgentGroup:
         """Every node as its agent measured it, by host."""
         refs = {host: agent.inventory.remote(info_hash) for host, agent in self._agents.items()}
         found = self._all(refs, timeout_s=START_TIMEOUT_S)
-        return Inventory(nodes=tuple(found[host] for host in sorted(found)))
+        nodes = tuple(found[host] for host in sorted(found))
+        return Inventory(nodes=nodes, links=remembered_links(nodes))
 
     def metadata(self, hosts: Sequence[str], source: SourceSpec) -> None:
         """Let the agents of `hosts` learn what the release consists of."""

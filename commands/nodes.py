@@ -24,11 +24,13 @@ def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
         inventory = _here(again=args.again)
     else:
         need_importable_package()
+        from ..cluster.link_cache import remember_links
         from ..cluster.ray_runtime import joined_ray, ray_nodes
         from ..cluster.survey import survey
 
         with joined_ray(args.ray_address):
             inventory = survey(ray_nodes(), again=args.again)
+        remember_links(inventory)
     if args.output == "table":
         console.data(nodes_table(inventory))
     elif args.output == "json":

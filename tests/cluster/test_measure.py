@@ -7,8 +7,9 @@ import pytest
 
 from magnetar.cluster import measure
 from magnetar.cluster.inventory import probe_node
+from magnetar.cluster.link_cache import remember_links, remembered_links
 from magnetar.cluster.link_probe import Echo, probe_link
-from magnetar.cluster.plan import Inventory
+from magnetar.cluster.plan import Inventory, Link, Node
 from magnetar.cluster.survey import rounds
 from magnetar.commands.nodes import nodes_table
 from magnetar.errors import StageLostError
@@ -61,6 +62,21 @@ def test_a_link_is_measured_through_the_transport_that_serves() -> None:
             probe_link("a", "b", echo.address, secret=b"t" * 32)
     finally:
         echo.close()
+
+
+def test_measured_links_are_remembered_for_the_same_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAGNETAR_HOME", str(tmp_path))
+    a, b, moved = (
+        Node(host=host, address=address, num_cpus=1, devices=())
+        for host, address in (("a", "10.0.0.1"), ("b", "10.0.0.2"), ("b", "10.0.0.3"))
+    )
+    assert remembered_links([a, b]) == ()
+    link = Link(source="a", target="b", rtt_s=0.001, gbps=1.5)
+    remember_links(Inventory(nodes=(a, b), links=(link,)))
+    assert remembered_links([a, b]) == (link,)
+    assert remembered_links([a, moved]) == ()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
