@@ -158,6 +158,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_output(inspect)
 
+    store = verb("store", "list what the store holds, or print the folder of a release")
+    store.add_argument("action", choices=("ls", "path"), help="what to do")
+    store.add_argument("release", nargs="?", metavar="RELEASE", help="name or info-hash, for path")
+    _add_store(store)
+    _add_output(store)
+
     status = verb("status", "print what is deployed")
     status.add_argument("name", nargs="?", metavar="NAME", help="only this deployment")
     _add_ray_address(status)

@@ -98,6 +98,21 @@ def test_a_dry_run_fetches_nothing_and_only_fetches_a_part(
     assert "no layer 7: the model has 4 layers" in done.stderr
 
 
+def test_the_store_lists_its_releases_and_says_where_one_is(seed: str, tmp_path: Path) -> None:
+    store = f"--store={tmp_path}"
+    assert data_of("store", "ls", store) == ""
+    folder = data_of("fetch", seed, store)
+    (held,) = json.loads(data_of("store", "ls", store, "-o", "json"))
+    assert (held["name"], held["complete"], held["folder"]) == ("tiny-moe", True, folder)
+    assert "whole  tiny-moe" in data_of("store", "ls", store)
+    assert data_of("store", "path", "tiny-moe", store) == folder
+    assert data_of("store", "path", held["info_hash"], store) == folder
+    missing = run("store", "path", "other", store, "--progress=none")
+    assert missing.returncode == 4
+    assert "no release called 'other'" in missing.stderr
+    assert run("store", "path", store, "--progress=none").returncode == 2
+
+
 def test_verify_of_what_is_not_in_the_store_is_not_found(seed: str, tmp_path: Path) -> None:
     done = run("verify", seed, f"--store={tmp_path}", "--progress", "plain")
     assert done.returncode == 4
