@@ -52,18 +52,18 @@ def test_a_number_of_stages_that_is_asked_for_is_kept(num_stages: int) -> None:
         assert found.round_trip_s == pytest.approx(min(r.round_trip_s for r in ways))
 
 
-@pytest.mark.parametrize(("num_sites", "num_layers", "limit_s"), [(8, 32, 5.0), (64, 80, 30.0)])
+@pytest.mark.parametrize(("num_sites", "num_layers", "limit_s"), [(8, 32, 10.0), (64, 80, 30.0)])
 def test_large_clusters_take_no_longer_than_they_may(
     num_sites: int, num_layers: int, limit_s: float
 ) -> None:
-    # Three times what is promised on an idle machine; the benchmark holds the promise itself.
+    # Processor time, and several times what is promised: the benchmark holds the promise itself.
     def problem_of(count: int) -> Problem:
         tokens = -(-8 // (count + 1))
         return random_problem(3, num_sites=num_sites, num_layers=num_layers, step_tokens=tokens)
 
-    began = time.perf_counter()
+    began = time.process_time()
     route = fastest(problem_of(1))
     found = busiest(problem_of, num_sites=num_sites)
     assert route is not None
     assert found is not None
-    assert time.perf_counter() - began < limit_s
+    assert time.process_time() - began < limit_s
