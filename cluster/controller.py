@@ -109,12 +109,11 @@ class Controller:
         facts, plan = self._find_place()
         folders, verified = self._fetch(facts, plan)
         facts_json = facts_to_json(facts)
-        gateway = self._gateway_host(plan)
 
         self._enter("load")
         self._pipeline.brief_gateway(
             plan,
-            folder=folders[gateway],
+            folder=folders[self._home],
             facts_json=facts_json,
             model_name=self._spec.model_name,
         )
@@ -131,17 +130,16 @@ class Controller:
 
         self._enter("serving")
         url = self._pipeline.serve()
-        note = self._endpoint_note(gateway)
-        self._change(url=url, endpoint_note=note)
+        self._change(url=url)
         self._leave("serving", url)
-        self._hold("EndpointReady", "Listening", f"{url} {note}".strip())
+        self._hold("EndpointReady", "Listening", url)
 
     def _find_place(self) -> tuple[ReleaseFacts, Plan]:
-        """Metadata and plan; takes the port as soon as its node is known."""
+        """Metadata and plan. The port is taken first: on the node where it was asked for."""
         spec = self._spec
-        listen = (spec.host, spec.port)
-        if len(self._nodes) == 1:
-            self._pipeline.bind_gateway(self._home, listen=listen, api_key=self._api_key)
+        self._pipeline.bind_gateway(
+            self._home, listen=(spec.host, spec.port), api_key=self._api_key
+        )
         self._enter("metadata")
         facts, info_hash = self._agents.read_facts(spec.source)
         self._change(chat_format=facts.chat_format)
@@ -152,8 +150,6 @@ class Controller:
         workload = workload_of(spec, facts.config)
         plan = place_model(facts.config, facts.index, inventory, workload)
         self._change(plan=plan)
-        gateway = self._gateway_host(plan)
-        self._pipeline.bind_gateway(gateway, listen=listen, api_key=self._api_key)
         self._leave("plan", "; ".join((_placement(plan), *plan.notes)))
         return facts, plan
 
@@ -162,20 +158,15 @@ class Controller:
     ) -> tuple[dict[str, str], dict[str, tuple[ByteRange, ...] | None]]:
         """Download and verify on every node of the plan what its stages read.
 
-        The release folder on each, and what may be read of it.
+        The home node joins them for the gateway's sake, which needs the tokenizer: where it has no
+        stage it fetches the small files alone. The release folder on each, and what may be read
+        of it.
         """
-        hosts = list(dict.fromkeys(stage.host for stage in plan.stages))
+        hosts = list(dict.fromkeys([*(stage.host for stage in plan.stages), self._home]))
         self._enter("download")
         self._agents.metadata(hosts, self._spec.source)
-        if len(hosts) > 1 and not self._spec.fetch_full:
-            self._agents.restrict(
-                {
-                    host: ranges_of(
-                        shard_of(facts.index, (s for s in plan.stages if s.host == host))
-                    )
-                    for host in hosts
-                }
-            )
+        if len(hosts) > 1:
+            self._agents.restrict({host: self._share(facts, plan, host) for host in hosts})
         self._agents.check_disks(hosts)
         if len(hosts) > 1 and self._spec.source.kind != "folder":
             self._agents.divide(hosts)
@@ -191,16 +182,12 @@ class Controller:
         self._hold("SourceVerified", "Verified")
         return folders, verified
 
-    def _gateway_host(self, plan: Plan) -> str:
-        """The home node if it has the tokenizer (it holds a stage), else that of stage 0."""
-        hosts = [stage.host for stage in plan.stages]
-        return self._home if self._home in hosts else hosts[0]
-
-    def _endpoint_note(self, gateway: str) -> str:
-        if gateway == self._home:
-            return ""
-        address = next(node.address for node in self._nodes if node.host == gateway)
-        return f"on node {gateway} ({address}); a loopback address answers only there"
+    def _share(self, facts: ReleaseFacts, plan: Plan, host: str) -> tuple[ByteRange, ...] | None:
+        """What a node wants of the weights; None: all of them."""
+        stages = [stage for stage in plan.stages if stage.host == host]
+        if stages and self._spec.fetch_full:
+            return None
+        return ranges_of(shard_of(facts.index, stages))
 
     def _watch(self) -> None:
         """Until `stop`: notice what dies."""

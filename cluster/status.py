@@ -91,8 +91,6 @@ class DeploymentStatus:
     chat_format: str | None = None
     url: str | None = None
     """Set once the API answers."""
-    endpoint_note: str = ""
-    """From where the URL can be reached, if that is not obvious."""
     fetched: tuple[FetchedShare, ...] = ()
     """By node of the plan, once everything is there; empty for a plain folder."""
     failure: Failure | None = None

@@ -46,8 +46,6 @@ def serving(
                 api_key_file=spec.api_key_file,
             )
         )
-        if endpoint.note:
-            console.note(endpoint.note)
         yield endpoint
 
 

@@ -48,8 +48,6 @@ class Endpoint:
         assert status.url is not None
         assert status.plan is not None
         self.url: str = status.url
-        self.note: str = status.endpoint_note
-        """From where the URL can be reached, if that is not obvious."""
         self.model_name: str = status.model_name
         self.chat_format: str = status.chat_format or "none"
         self.plan: Plan = status.plan
