@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from ..cluster.assignment import GatewayAssignment, LinkSetup, StageAssignment
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_from_json
 from .api.server import Server, bind
-from .text.tokenizer import Tokenizer, load_tokenizer
+from .text.load import load_tokenizer
+from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ..cluster.link import LinkListener, TcpLink

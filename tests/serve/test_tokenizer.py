@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from magnetar.errors import TokenizerError, UsageError
 from magnetar.fetcher.config import ChatFormat, ModelConfig
 from magnetar.serve.text.json_tokenizer import JsonTokenizer
+from magnetar.serve.text.load import load_tokenizer
 from magnetar.serve.text.sentencepiece_tokenizer import SentencePieceTokenizer
-from magnetar.serve.text.tokenizer import load_tokenizer
 from magnetar.tests.tokenizers_for_tests import chatml_tokenizer_json, mistral_tokenizer_file
 
 MISTRAL = SentencePieceTokenizer(mistral_tokenizer_file())
