@@ -18,13 +18,10 @@ from magnetar.tests.stages import Pipeline
 
 pytestmark = pytest.mark.slow
 
-TEXT = (
-    "The Licensor hereby grants to each recipient a perpetual, worldwide licence to reproduce, "
-    "prepare derivative works of, publicly display and distribute the Work. In 1905 Albert "
-    "Einstein published four papers, among them the special theory of relativity, and physics "
-    "was never the same again. The capital of France is Paris, and the capital of Germany is "
-    "Berlin. Water boils at one hundred degrees and freezes at zero."
-)
+TEXT = (Path(__file__).resolve().parents[2] / "LICENSE").read_text(encoding="utf-8")
+NUM_TOKENS = 400
+"""In the first few tokens of a text the choice of experts is a near tie: one row of a short text,
+which bf16 itself keeps to fp32 at 0.997 only, would outweigh the others."""
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +36,10 @@ def text_logits(release: Path, dtype: str) -> torch.Tensor:
     """Logits after every fourth token of the text."""
     facts = read_release(FolderReader(release), given=ReleaseHints(), known=ReleaseHints())
     tokenizer = Tokenizer.from_file(str(release / "tokenizer.json"))
-    ids = tokenizer.encode(TEXT).ids
+    ids = tokenizer.encode(TEXT).ids[:NUM_TOKENS]
     pipeline = Pipeline(facts.config, FileTensorSource(release, facts.index), dtype=dtype)
     steps = [pipeline.logits(pipeline.row(0, ids[at : at + 4])) for at in range(0, len(ids), 4)]
-    return torch.cat(steps)
+    return torch.cat(steps).double()  # a sum over millions: in fp32 a vector is not its own twin
 
 
 def test_logits_stay_near_those_of_bf16(release: Path) -> None:
