@@ -1,7 +1,10 @@
 """The data of planning: what machines there are, what is asked of them, and the answer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, TypeAlias
+
+from ..errors import InfeasiblePlanError
 
 ComputeDtype = Literal["bf16", "fp16", "fp32", "int8", "int4"]
 """``int8`` and ``int4`` are of the weights only; everything else is then bf16."""
@@ -80,9 +83,35 @@ class Workload:
     objective: Objective = "latency"
 
 
+ExpertIds: TypeAlias = tuple[tuple[int, ...], ...]
+"""Per layer of a stage, from its first one on: ascending expert ids, () for none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertHost:
+    """A device that computes experts of a stage whose attention and router are elsewhere.
+
+    It has no keys and values, and holds its experts in the dtype of the stage. Rows travel to it
+    from the stage's own device and come back weighted, once a layer.
+    """
+
+    host: str
+    device: str
+    """``cpu`` or ``cuda:0``; never the stage's own device."""
+    num_threads: int
+    weights_bytes: int
+    free_bytes: int
+    """Memory of the device left after everything that the plan puts there."""
+    experts: ExpertIds
+    step_s: float | None = None
+    """Predicted time of its experts in one decode step, all layers; None: no speed is known."""
+    hop_s: float | None = None
+    """Predicted time for the rows of one layer to get there and back."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
-    """Consecutive layers on one device."""
+    """Consecutive layers: attention on one device, experts there and on the stage's helpers."""
 
     index: int
     host: str
@@ -103,6 +132,17 @@ class StagePlan:
     """Predicted time of one decode step; None where no speed is known."""
     hop_s: float | None = None
     """Predicted time to hand a step on: to the next stage, from the last to the first."""
+    experts: ExpertIds | None = None
+    """Those on the stage's own device; None: all of every layer."""
+    helpers: tuple[ExpertHost, ...] = ()
+    """Other devices with experts of these layers. An expert that two devices hold is a replica."""
+
+    def holders(self, layer: int, expert: int) -> tuple[int, ...]:
+        """Who has one expert of a global layer: -1 the stage's own device, else its helpers."""
+        row = layer - self.first_layer
+        own = (-1,) if self.experts is None or expert in self.experts[row] else ()
+        there = (n for n, helper in enumerate(self.helpers) if expert in helper.experts[row])
+        return (*own, *there)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,3 +189,43 @@ class Plan:
     """What was conceded, for people."""
     prediction: Prediction | None = None
     """None where no speed is known."""
+
+
+def check_experts(plan: Plan, num_experts: int) -> None:
+    """Hold the experts of a plan to their contract, wherever it came from.
+
+    Raises:
+        InfeasiblePlanError: a stage without a device for one of its experts, or an expert that
+            the model does not have, is named twice or out of order, or with a layer too many.
+    """
+    for stage in plan.stages:
+        layers = range(stage.first_layer, stage.end_layer)
+        own = ((stage.host, stage.device, stage.experts),) if stage.experts is not None else ()
+        shares = (*own, *((h.host, h.device, h.experts) for h in stage.helpers))
+        places = [(stage.host, stage.device), *((h.host, h.device) for h in stage.helpers)]
+        if len(set(places)) < len(places):
+            raise InfeasiblePlanError(
+                f"stage {stage.index} names a device twice among itself and its helpers: "
+                f"{', '.join(' '.join(place) for place in places)}; name each once"
+            )
+        for host, device, experts in shares:
+            where = f"stage {stage.index}, {host} {device}"
+            if len(experts) != len(layers):
+                raise InfeasiblePlanError(
+                    f"{where}: experts of {len(experts)} layers, the stage has {len(layers)}; "
+                    "name them for each layer"
+                )
+            for layer, row in zip(layers, experts, strict=True):
+                ascending = all(a < b for a, b in pairwise(row))
+                if not ascending or not all(0 <= expert < num_experts for expert in row):
+                    raise InfeasiblePlanError(
+                        f"{where}: experts {row} of layer {layer}; they must be ascending "
+                        f"and each less than {num_experts}"
+                    )
+        for layer in layers:
+            for expert in range(num_experts):
+                if not stage.holders(layer, expert):
+                    raise InfeasiblePlanError(
+                        f"stage {stage.index}: nobody holds expert {expert} of layer {layer}; "
+                        "give it to the stage's device or to a helper"
+                    )
