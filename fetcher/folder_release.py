@@ -1,0 +1,118 @@
+"""A release folder that is there already, and is taken as it is."""
+
+import shutil
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import NotFoundError
+from .config import ReleaseHints
+from .outlook import Outlook
+from .ownership import Member, Role
+from .piece_map import ByteRange, PieceMap
+from .progress import ProgressSink
+from .store import Store
+from .verify import check_release_sums
+
+if TYPE_CHECKING:
+    from .checkpoint.release import ReleaseFacts
+
+
+class FolderRelease:
+    """Stands where `TorrentRelease` stands for a torrent; nothing is fetched."""
+
+    metainfo = None
+    wanted_bytes = 0
+    received_bytes = 0
+    sent_bytes = 0
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        store: Store,
+        on_progress: ProgressSink,
+        stop: threading.Event,
+        node: str,
+    ) -> None:
+        """Raises NotFoundError where there is no folder."""
+        if not folder.is_dir():
+            raise NotFoundError(f"there is no folder {folder}: check the path")
+        self.name = str(folder)
+        self.hashed_bytes = 0
+        """Bytes that were read to check them."""
+        self._folder = folder
+        self._store = store
+        self._on_progress = on_progress
+        self._stop = stop
+        self._node = node
+
+    def facts(self, *, given: ReleaseHints, known: ReleaseHints) -> "ReleaseFacts":
+        """See `Fetch.facts`."""
+        from .checkpoint.release import FolderReader, read_release
+
+        return read_release(FolderReader(self._folder), given=given, known=known)
+
+    def piece_map(self) -> PieceMap | None:
+        """None."""
+        return None
+
+    def sizes(self) -> dict[str, int]:
+        """The files and their sizes."""
+        from .checkpoint.release import FolderReader
+
+        return dict(FolderReader(self._folder).files())
+
+    def restrict(self, ranges: Iterable[ByteRange] | None) -> None:
+        """Does nothing: what is there is there."""
+
+    def join(self) -> Member | None:
+        """None: there is no torrent to share."""
+        return None
+
+    def share(self, role: Role) -> None:
+        """Does nothing."""
+
+    def count(self) -> None:
+        """Does nothing."""
+
+    def verified(self) -> tuple[ByteRange, ...] | None:
+        """None: all of it may be read."""
+        return None
+
+    def outlook(self) -> Outlook:
+        """The files, of which none is wanted."""
+        return Outlook(
+            name=self._folder.name,
+            info_hash=None,
+            files=self.sizes(),
+            piece_length=0,
+            num_pieces=0,
+            wanted_bytes=0,
+            missing_bytes=0,
+            store=self._store.root,
+            free_bytes=shutil.disk_usage(self._folder).free,
+        )
+
+    def check_disk(self) -> None:
+        """Does nothing: no room is needed."""
+
+    def download(self) -> Path:
+        """The folder."""
+        return self._folder
+
+    def verify(self) -> None:
+        """Checks the md5 sums of a RELEASE file. Raises what `Fetch.verify` raises."""
+        folder = self._folder.resolve()
+        self.hashed_bytes += check_release_sums(
+            base=folder,
+            root="",
+            record_file=self._store.folder_record(folder),
+            on_progress=self._on_progress,
+            stop=self._stop,
+            node=self._node,
+        )
+
+    def close(self) -> None:
+        """Does nothing."""

@@ -1,0 +1,117 @@
+"""What of one torrent is wanted, and what of that is known to lie in the store."""
+
+from collections.abc import Iterable, Sequence
+
+from ..layout import Selection
+from ..piece_map import PieceMap
+from ..store import Record, ReleaseFolder, fingerprints
+from .metainfo import Metainfo
+
+SMALL_FILE_BYTES = 16 << 20
+"""Config and tokenizer files up to this size come with the first and last pieces."""
+
+
+class Holding:
+    """The wanted files of a torrent and the store's record of them; touches no network.
+
+    The record counts only while every file has the size and time that it had when it was written.
+    """
+
+    def __init__(self, place: ReleaseFolder, metainfo: Metainfo, selection: Selection) -> None:
+        self.place = place
+        self.metainfo = metainfo
+        self.selection = selection
+        self.piece_map = PieceMap.of_torrent(metainfo, root=selection.root)
+        self._share: frozenset[int] | None = None
+
+    def restrict(self, share: frozenset[int] | None) -> None:
+        """Wants only these pieces and the small files' from now on; None wants all files."""
+        self._share = share
+
+    def wanted(self) -> frozenset[int]:
+        """The pieces that a download brings."""
+        if self._share is None:
+            return self.file_pieces(self.selection.wanted)
+        small = set(self.selection.wanted) - set(self.selection.weights)
+        return self._share | self.file_pieces(small)
+
+    def is_intact(self) -> bool:
+        """All that is wanted was there and right, and no file has changed since."""
+        record = self.place.record.read()
+        return self.matches(record) and (record.complete or self.wanted() <= record.pieces)
+
+    def matches(self, record: Record) -> bool:
+        """Whether the files still look as they did when the record was written."""
+        return fingerprints(self.place.data, self.selection.wanted) == dict(record.files)
+
+    def verified(self) -> frozenset[int]:
+        """Pieces in the files that had the right hashes, as far as that is on record."""
+        record = self.place.record.read()
+        if not self.matches(record):
+            return frozenset()
+        return self.file_pieces(self.selection.wanted) if record.complete else record.pieces
+
+    def partial_files(self) -> frozenset[str]:
+        """Wanted files of which not every piece is on record."""
+        there = self.verified()
+        return frozenset(
+            path for path in self.selection.wanted if not self.file_pieces([path]) <= there
+        )
+
+    def missing_bytes(self) -> int:
+        """Bytes of wanted pieces that take no room on the disk yet."""
+        if self.is_intact():
+            return 0
+        there = fingerprints(self.place.data, self.selection.wanted)
+        if self._share is None:
+            return sum(
+                max(0, self.metainfo.file(path).length - there[path].allocated)
+                if path in there
+                else self.metainfo.file(path).length
+                for path in self.selection.wanted
+            )
+        wanted, known = self.wanted(), self.verified()
+        num_bytes = self.piece_map.num_bytes
+        if known:
+            return num_bytes(wanted - known)
+        # After a crash nobody knows which pieces take the room; what is there is counted for us.
+        return max(0, num_bytes(wanted) - sum(file.allocated for file in there.values()))
+
+    def first_look(self) -> set[int]:
+        """Small files whole, and of the others the first and last piece: headers are there."""
+        pieces: set[int] = set()
+        for path in self.selection.wanted:
+            file = self.metainfo.file(path)
+            of_file = self.metainfo.pieces(file)
+            is_small = path not in self.selection.weights and file.length <= SMALL_FILE_BYTES
+            pieces.update(of_file if is_small else (of_file[0], of_file[-1]))
+        return pieces
+
+    def file_bytes(self) -> int:
+        """Sizes of the wanted files that are there, holes included."""
+        return sum(
+            file.size for file in fingerprints(self.place.data, self.selection.wanted).values()
+        )
+
+    def remember(self, have: Sequence[bool], *, done: bool) -> None:
+        """Writes down what is there. `done`: everything wanted is, and nothing is under way."""
+        earlier = self.place.record.read()
+        now = fingerprints(self.place.data, self.selection.wanted)
+        md5 = {
+            path: digest
+            for path, digest in earlier.md5.items()
+            if path in now and earlier.files.get(path) == now[path]
+        }
+        there = frozenset(piece for piece, is_there in enumerate(have) if is_there)
+        complete = done and self.file_pieces(self.selection.wanted) <= there
+        self.place.record.write(Record(complete=complete, files=now, md5=md5, pieces=there))
+
+    def forget(self) -> None:
+        """Claims nothing any more."""
+        self.place.record.write(Record())
+
+    def file_pieces(self, paths: Iterable[str]) -> frozenset[int]:
+        """All pieces of these files, which are named as in the torrent."""
+        return frozenset(
+            piece for path in paths for piece in self.metainfo.pieces(self.metainfo.file(path))
+        )

@@ -1,0 +1,152 @@
+"""A magnet link or a .torrent file, and the release that it names in a store."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import NotFoundError, VerifyError
+from .layout import Selection, select_files
+from .store import ReleaseFolder, Store
+from .torrent.bencode import decode, encode
+from .torrent.connection import Connection, Sources
+from .torrent.magnet import Magnet, parse_magnet, split_peer
+from .torrent.metainfo import MAX_METAINFO_BYTES, Metainfo, parse_metainfo
+from .torrent.session import TorrentJob
+
+logger = logging.getLogger(__name__)
+
+
+class TorrentSource:
+    """Finds the metainfo of one torrent. Blocking; one thread; `close` in the end."""
+
+    def __init__(
+        self,
+        location: str,
+        *,
+        is_magnet: bool,
+        store: Store,
+        peers: tuple[str, ...],
+        dht: bool | None,
+        lan_address: str | None,
+        connect: Callable[[Sources], Connection],
+    ) -> None:
+        """`dht` None asks the DHT only when no peer is named.
+
+        Raises:
+            MagnetError: the magnet link is beyond repair. UsageError: a peer is no HOST:PORT.
+        """
+        self._location = location
+        self._store = store
+        self._magnet: Magnet | None = None
+        self._peers = tuple(dict.fromkeys(peers))
+        if is_magnet:
+            self._magnet = parse_magnet(location)
+            for repair in self._magnet.repairs:
+                logger.warning("magnet link: %s", repair)
+            self._peers = tuple(dict.fromkeys(peers + self._magnet.peers))
+        for peer in self._peers:
+            split_peer(peer)
+        self._dht = not self._peers if dht is None else dht
+        self._lan_address = lan_address
+        self._connect = connect
+        self._place: ReleaseFolder | None = None
+        self._connection: Connection | None = None
+
+    @property
+    def info_hash(self) -> str | None:
+        """The torrent's: from the start for a magnet, after `find` for a .torrent file."""
+        if self._magnet is not None:
+            return self._magnet.info_hash
+        return self._place.info_hash if self._place is not None else None
+
+    def find(self) -> tuple[ReleaseFolder, Metainfo, Selection, Connection]:
+        """The locked place of the release, what is in it, what is wanted of it, and a session.
+
+        From the .torrent file, the store or the swarm; kept in the store from then on.
+
+        Raises:
+            What `Fetch.metadata` raises.
+        """
+        if self._magnet is None:
+            metainfo = _read_torrent_file(Path(self._location))
+            place, connection = self._take_place(
+                metainfo.info_hash, metainfo.trackers, metainfo.web_seeds
+            )
+        else:
+            magnet = self._magnet
+            place, connection = self._take_place(
+                magnet.info_hash, magnet.trackers, magnet.web_seeds
+            )
+            metainfo = place.metainfo() or _ask_swarm(magnet.info_hash, place, connection)
+        return place, metainfo, _accepted(place, metainfo), connection
+
+    def close(self) -> None:
+        """Ends the session and unlocks the store. May be called twice."""
+        try:
+            if self._connection is not None:
+                self._connection.close()
+        finally:
+            if self._place is not None:
+                self._place.unlock()
+
+    def _take_place(
+        self, info_hash: str, trackers: tuple[str, ...], web_seeds: tuple[str, ...]
+    ) -> tuple[ReleaseFolder, Connection]:
+        place = self._place = self._place or self._store.release_folder(info_hash)
+        place.lock()
+        if self._connection is None:
+            self._connection = self._connect(
+                Sources(
+                    trackers=trackers,
+                    web_seeds=web_seeds,
+                    peers=self._peers,
+                    dht=self._dht,
+                    lan_address=self._lan_address,
+                )
+            )
+        return place, self._connection
+
+
+def _ask_swarm(info_hash: str, place: ReleaseFolder, connection: Connection) -> Metainfo:
+    swarm = connection.swarm()
+    job = TorrentJob(
+        info_hash=info_hash,
+        save_path=place.data,
+        trackers=connection.sources.trackers,
+        web_seeds=connection.sources.web_seeds,
+        peers=connection.addresses,
+    )
+    metainfo = parse_metainfo(encode({b"info": decode(swarm.fetch_metadata(job))}))
+    if info_hash not in metainfo.info_hashes:
+        raise VerifyError(
+            f"the metadata has hash {metainfo.info_hash}, not {info_hash}: "
+            "try again with other peers"
+        )
+    return metainfo
+
+
+def _accepted(place: ReleaseFolder, metainfo: Metainfo) -> Selection:
+    """Takes the metainfo when it is a release that can be loaded, and keeps it."""
+    selection = select_files({file.path: file.length for file in metainfo.files})
+    place.refuse_escape(selection.wanted)
+    if place.metainfo() is None:
+        place.save_metainfo(metainfo)
+    if surplus := selection.surplus:
+        logger.warning(
+            "%s: not downloading %d files that are not part of the release: %s%s",
+            metainfo.name,
+            len(surplus),
+            ", ".join(surplus[:5]),
+            ", ..." if len(surplus) > 5 else "",
+        )
+    return selection
+
+
+def _read_torrent_file(path: Path) -> Metainfo:
+    try:
+        with path.open("rb") as file:
+            return parse_metainfo(file.read(MAX_METAINFO_BYTES + 1))
+    except OSError as error:
+        raise NotFoundError(
+            f"{path} cannot be read ({error.strerror}): check the path of the .torrent file"
+        ) from error
