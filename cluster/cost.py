@@ -13,8 +13,6 @@ from ..fetcher.tensors import TensorIndex
 from .footprint import Footprint, footprint
 from .plan import ComputeDtype, Device, Inventory, Link
 
-HOP_OVERHEAD_S = 0.1e-3
-"""Software of one hop over a socket: framing, two wake-ups."""
 TOKEN_ID_BYTES = 256
 """What returns from the last stage for one token: its id in a small frame."""
 HIDDEN_ITEM_BYTES = 2
@@ -145,9 +143,8 @@ def experts_s(
     if not model.num_experts:
         return 0.0
     distinct = distinct_experts(model.num_experts, model.experts_per_token, tokens, popularity)
-    expert = model.expert_bytes[layer]
-    flops = _flops(model, expert) * model.experts_per_token * tokens
-    return roofline_s(distinct * expert, flops, speed)
+    flops = expert_flops(model, layer) * model.experts_per_token * tokens
+    return roofline_s(distinct * model.expert_bytes[layer], flops, speed)
 
 
 def embeddings_s(model: ModelCost, speed: Speed, *, tokens: int) -> float:
@@ -181,7 +178,7 @@ def transfer_s(num_bytes: float, link: Link) -> float:
 
 def hop_s(num_bytes: float, link: Link) -> float:
     """From a stage that has its result to the next one that can begin."""
-    return HOP_OVERHEAD_S + link.rtt_s / 2 + transfer_s(num_bytes, link)
+    return link.overhead_s + link.rtt_s / 2 + transfer_s(num_bytes, link)
 
 
 def assumed_link(source: str, target: str) -> Link:
@@ -195,6 +192,11 @@ def known_links(inventory: Inventory) -> dict[tuple[str, str], Link]:
     """By source and target; a link measured one way alone counts for both."""
     found = {(link.target, link.source): link for link in inventory.links}
     return found | {(link.source, link.target): link for link in inventory.links}
+
+
+def expert_flops(model: ModelCost, layer: int) -> float:
+    """Operations of one token in one expert."""
+    return _flops(model, model.expert_bytes[layer])
 
 
 def _flops(model: ModelCost, num_bytes: float) -> float:

@@ -41,6 +41,8 @@ class Link:
     rtt_s: float
     gbps: float
     """Gigabytes (1e9) per second; a 10 Gbit/s network has 1.25."""
+    overhead_s: float = 0.1e-3
+    """Software of one message: framing, two wake-ups."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

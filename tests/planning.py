@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import combinations, permutations
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from magnetar.fetcher.config import ModelConfig
 from magnetar.fetcher.tensors import StoredDtype, TensorEntry, TensorIndex
 
 GB = 1_000_000_000
+DATA = Path(__file__).parent / "data"
+POPULARITY = DATA / "mixtral-expert-popularity.yaml"
+"""Expert counts of Mixtral 8x7B over two texts; its head names the source."""
 
 
 def model(
