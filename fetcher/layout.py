@@ -3,11 +3,9 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from ..errors import ReleaseError
-
-ReleaseKind = Literal["mistral-pth", "mistral-safetensors", "huggingface"]
+from .checkpoint.layouts import Layout, missing_parts, parts_of
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
@@ -31,7 +29,7 @@ _HUGGINGFACE_EXTRAS = (
 class Selection:
     """The files of a release among those of a listing."""
 
-    kind: ReleaseKind
+    kind: Layout
     root: str
     """Folder of the release inside the listing, with a trailing slash; empty at the top."""
     weights: tuple[str, ...]
@@ -87,7 +85,7 @@ def select_files(sizes: Mapping[str, int]) -> Selection:
     return chosen[0]
 
 
-_Choice = tuple[ReleaseKind, list[str], list[str]]
+_Choice = tuple[Layout, list[str], list[str]]
 
 
 def _select_in(names: Mapping[str, int]) -> _Choice | str:
@@ -124,13 +122,17 @@ def _huggingface(names: Mapping[str, int]) -> _Choice | str:
 
 def _mistral(names: Mapping[str, int]) -> _Choice | str:
     if "consolidated.safetensors" in names:
-        kind: ReleaseKind = "mistral-safetensors"
+        kind: Layout = "mistral-safetensors"
         weights = ["consolidated.safetensors"]
     elif "consolidated.01.pth" in names:
         return "its weights are split by tensor (consolidated.01.pth), which cannot be read"
     elif "consolidated.00.pth" in names:
         kind = "mistral-pth"
         weights = ["consolidated.00.pth"]
+    elif parts := parts_of(names):
+        kind, weights = "mistral-pt", parts
+        if missing := missing_parts(parts):
+            return f"missing files: {_listed(missing)}"
     else:
         return _no_weights(names, "consolidated.00.pth or consolidated.safetensors")
     if "tokenizer.model" not in names:
@@ -155,8 +157,7 @@ def _no_release(sizes: Mapping[str, int]) -> str:
 
 
 _FORMATS: tuple[tuple[Callable[[str], bool], str], ...] = (
-    (lambda name: name.endswith(".gguf"), "GGUF (quantised for llama.cpp)"),
-    (lambda name: bool(re.fullmatch(r"consolidated\.\d\d\.pt", name)), "eight fused .pt parts"),
+    (lambda name: name.endswith(".gguf"), "GGUF (quantised in blocks for llama.cpp)"),
     (lambda name: name.startswith("pytorch_model") and name.endswith(".bin"), "PyTorch .bin"),
     (lambda name: name.endswith((".npz", ".onnx", ".h5", ".msgpack")), "another framework's"),
 )
@@ -169,7 +170,8 @@ def _unreadable(names: Iterable[str]) -> str:
         if found := [name for name in names if matches(name)]:
             return (
                 f"its weights are in a form that Magnetar does not read, {kind}: {_listed(found)}; "
-                "take the release with safetensors or consolidated.00.pth"
+                "take the original release, with safetensors or consolidated.00.pth (--dtype int4 "
+                "holds its weights in as little memory)"
             )
     return ""
 

@@ -31,9 +31,11 @@ class TensorEntry:
     """First byte inside the file."""
     dtype: StoredDtype
     shape: tuple[int, ...]
-    """Shape as stored, row-major."""
+    """Of the tensor as it is read; row-major in the file unless it is transposed there."""
     rope_permuted_heads: int = 0
     """Heads whose rows the file holds in half-split rotary order (Hugging Face); 0: interleaved."""
+    transposed: bool = False
+    """The file holds the columns of this matrix one after the other."""
 
     @property
     def num_bytes(self) -> int:

@@ -22,10 +22,13 @@ from magnetar.fetcher.config import ReleaseHints
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Layout = Literal["mistral-pth", "mistral-safetensors", "huggingface", "huggingface-sharded"]
+Layout = Literal[
+    "mistral-pth", "mistral-pt", "mistral-safetensors", "huggingface", "huggingface-sharded"
+]
 Dtype = Literal["fp32", "bf16"]
 LAYOUTS: tuple[Layout, ...] = (
     "mistral-pth",
+    "mistral-pt",
     "mistral-safetensors",
     "huggingface",
     "huggingface-sharded",
@@ -110,16 +113,19 @@ def write_release(
         name: tensor.to(TORCH_DTYPES[dtype]).contiguous()
         for name, tensor in mistral_tensors(model).items()
     }
+    params = _params(model)
     if layout == "mistral-pth":
-        weights = folder / "consolidated.00.pth"
-        torch.save(tensors, weights)
+        hashed = [folder / "consolidated.00.pth"]
+        torch.save(tensors, hashed[0])
+    elif layout == "mistral-pt":
+        hashed = _write_parts(folder, fused_tensors(tensors))
+        params = _renamed_params(model)
     else:
         from safetensors.torch import save_file
 
-        weights = folder / "consolidated.safetensors"
-        save_file(tensors, weights)
-    (folder / "params.json").write_text(json.dumps(_params(model)) + "\n", encoding="utf-8")
-    hashed = [weights]
+        hashed = [folder / "consolidated.safetensors"]
+        save_file(tensors, hashed[0])
+    (folder / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
     if tokenizer:
         target = folder / "tokenizer.model"
         raw = tokenizer_model.read_bytes() if tokenizer_model else sentencepiece_model(vocab_size)
@@ -163,6 +169,55 @@ def mistral_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     tensors["norm.weight"] = state["model.norm.weight"]
     tensors["output.weight"] = state["lm_head.weight"]
     return tensors
+
+
+def fused_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The release's tensors as its Hugging Face repository has them in eight ``.pt`` parts.
+
+    The experts of a layer are stacked by rows in matrices of two dimensions, `w2` turned over.
+    """
+    fused: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".feed_forward.experts.0." in name:
+            layer, part = name.split(".")[1], name.split(".")[5]
+            experts = [
+                tensors[name.replace(".experts.0.", f".experts.{e}.")] for e in range(NUM_EXPERTS)
+            ]
+            rows = [expert.T if part == "w2" else expert for expert in experts]
+            fused[f"layers.{layer}.block_sparse_moe.{part}"] = torch.cat(rows)
+        elif ".feed_forward.gate." in name:
+            fused[name.replace("feed_forward", "block_sparse_moe")] = tensor
+        elif ".experts." not in name:
+            fused[name] = tensor
+    return fused
+
+
+def _write_parts(folder: Path, tensors: Mapping[str, torch.Tensor]) -> list[Path]:
+    """Eight files, each with every eighth tensor."""
+    parts = []
+    for number in range(8):
+        parts.append(folder / f"consolidated.{number:02}.pt")
+        torch.save({name: tensors[name] for name in list(tensors)[number::8]}, parts[-1])
+    return parts
+
+
+def _renamed_params(model: PreTrainedModel) -> dict[str, Any]:
+    """The params.json beside the eight parts: names of a config.json, the window as a string."""
+    config = model.config
+    params = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": NUM_KV_HEADS,
+        "rms_norm_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "rope_theta": ROPE_THETA,
+        "sliding_window": str(getattr(config, "sliding_window", None)),
+    }
+    if hasattr(config, "num_local_experts"):
+        params |= {"num_experts_per_tok": 2, "num_local_experts": NUM_EXPERTS}
+    return params
 
 
 @functools.cache

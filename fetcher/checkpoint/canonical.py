@@ -1,19 +1,20 @@
 """From the names in a weights file to canonical names, every one of them accounted for."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from ...errors import CheckpointError, ReleaseError
 from ..config import ModelConfig
 from ..tensors import TensorEntry, TensorIndex
+from .fused import is_fused, slice_name, split_experts
 from .stored_tensor import StoredTensor, some
 
-Naming = Literal["mistral", "huggingface"]
+Naming = Literal["mistral", "fused", "huggingface"]
 
 MAX_TENSORS: Final = 200_000
 
-_MARKERS: Final[dict[Naming, str]] = {
+_MARKERS: Final[Mapping[Naming, str]] = {
     "mistral": "tok_embeddings.weight",
     "huggingface": "model.embed_tokens.weight",
 }
@@ -31,6 +32,15 @@ class ExpectedTensor:
     shape: tuple[int, ...]
     rotary_heads: int = 0
     """Heads of a q or k projection, whose row order depends on the naming."""
+    fused_name: str = ""
+    """Where the naming with fused experts differs from the canonical one."""
+    fused_is_transposed: bool = False
+
+    def name_in(self, naming: Naming) -> str:
+        """What a file of that naming calls it."""
+        if naming == "huggingface":
+            return self.huggingface_name
+        return (self.fused_name or self.name) if naming == "fused" else self.name
 
 
 def detect_naming(names: Iterable[str]) -> Naming:
@@ -40,6 +50,8 @@ def detect_naming(names: Iterable[str]) -> Naming:
         CheckpointError: nobody's that is known here.
     """
     held = set(names)
+    if _MARKERS["mistral"] in held and any(map(is_fused, held)):
+        return "fused"
     for naming, marker in _MARKERS.items():
         if marker in held:
             return naming
@@ -56,13 +68,15 @@ def expected_tensors(config: ModelConfig) -> Iterator[ExpectedTensor]:
     queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
 
     def expect(
-        name: str, huggingface_name: str, *shape: int, rotary_heads: int = 0
+        name: str, huggingface_name: str, *shape: int, rotary_heads: int = 0, fused: str = ""
     ) -> ExpectedTensor:
         return ExpectedTensor(
             name=f"{name}.weight",
             huggingface_name=f"{huggingface_name}.weight",
             shape=shape,
             rotary_heads=rotary_heads,
+            fused_name=fused,
+            fused_is_transposed=".w2[" in fused,
         )
 
     yield expect("tok_embeddings", "model.embed_tokens", config.vocab_size, dim)
@@ -86,13 +100,21 @@ def expected_tensors(config: ModelConfig) -> Iterator[ExpectedTensor]:
             yield expect(f"{ours}.feed_forward.w3", f"{theirs}.mlp.up_proj", hidden, dim)
             continue
         moe = f"{theirs}.block_sparse_moe"
-        yield expect(f"{ours}.feed_forward.gate", f"{moe}.gate", config.num_experts, dim)
+        gate = f"{ours}.feed_forward.gate"
+        fused_gate = f"{ours}.block_sparse_moe.gate.weight"
+        yield expect(gate, f"{moe}.gate", config.num_experts, dim, fused=fused_gate)
         for expert in range(config.num_experts):
-            expert_ours = f"{ours}.feed_forward.experts.{expert}"
-            expert_theirs = f"{moe}.experts.{expert}"
-            yield expect(f"{expert_ours}.w1", f"{expert_theirs}.w1", hidden, dim)
-            yield expect(f"{expert_ours}.w2", f"{expert_theirs}.w2", dim, hidden)
-            yield expect(f"{expert_ours}.w3", f"{expert_theirs}.w3", hidden, dim)
+            for part, shape in (
+                ("w1", (hidden, dim)),
+                ("w2", (dim, hidden)),
+                ("w3", (hidden, dim)),
+            ):
+                yield expect(
+                    f"{ours}.feed_forward.experts.{expert}.{part}",
+                    f"{moe}.experts.{expert}.{part}",
+                    *shape,
+                    fused=slice_name(layer, part, expert),
+                )
     yield expect("norm", "model.norm", dim)
     yield expect("output", "lm_head", config.vocab_size, dim)
 
@@ -113,18 +135,18 @@ def canonical_index(stored: Sequence[StoredTensor], config: ModelConfig) -> Tens
             f"A model of {config.n_layers} layers with {config.num_experts} experts has more than "
             f"{MAX_TENSORS} tensors; its configuration must be wrong."
         )
+    naming = detect_naming(tensor.name for tensor in stored)
     by_name: dict[str, StoredTensor] = {}
-    for tensor in stored:
+    for tensor in split_experts(stored, config.num_experts) if naming == "fused" else stored:
         if (other := by_name.setdefault(tensor.name, tensor)) is not tensor:
             raise CheckpointError(
                 f"{some([tensor.name])} is in {other.file} and again in {tensor.file}."
             )
-    naming = detect_naming(by_name)
     missing: list[str] = []
     misshapen: list[str] = []
     entries: dict[str, TensorEntry] = {}
     for expected in expected_tensors(config):
-        source_name = expected.name if naming == "mistral" else expected.huggingface_name
+        source_name = expected.name_in(naming)
         found = by_name.pop(source_name, None)
         embeddings = entries.get("tok_embeddings.weight")
         if config.tie_embeddings and expected.name == "output.weight" and embeddings:
@@ -134,15 +156,18 @@ def canonical_index(stored: Sequence[StoredTensor], config: ModelConfig) -> Tens
         if found is None:
             missing.append(source_name)
             continue
-        if found.shape != expected.shape:
-            misshapen.append(f"{source_name} has {found.shape} and not {expected.shape}")
+        transposed = naming == "fused" and expected.fused_is_transposed
+        shape = expected.shape[::-1] if transposed else expected.shape
+        if found.shape != shape:
+            misshapen.append(f"{source_name} has {found.shape} and not {shape}")
         entries[expected.name] = TensorEntry(
             name=expected.name,
             source_name=source_name,
             file=found.file,
             offset=found.offset,
             dtype=found.dtype,
-            shape=found.shape,
+            shape=expected.shape,
+            transposed=transposed,
             rope_permuted_heads=expected.rotary_heads if naming == "huggingface" else 0,
         )
     unknown = [name for name in by_name if not name.endswith(_DERIVED_SUFFIX)]

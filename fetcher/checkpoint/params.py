@@ -4,12 +4,14 @@ Where both know a fact, what the user gave wins over the file, and the file over
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeVar
 
 from ...errors import ReleaseError, UsageError
 from ..config import ModelConfig, ReleaseHints
+from .fields import Fields
 from .json_object import parse_json_object
 from .stored_tensor import some
 
@@ -46,11 +48,15 @@ _HUGGINGFACE_MATHS: Final[Mapping[str, tuple[object, ...]]] = {
 """Fields of a config.json that change what is computed, with the values that are computed here.
 Absent or null is always fine."""
 
+_log = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
 
 
 def read_params(raw: bytes, *, given: ReleaseHints, known: ReleaseHints) -> ModelConfig:
     """The facts of a ``params.json`` in the form of Mistral's torrents.
+
+    That beside the eight ``consolidated.0X.pt`` has the names of a config.json; it is read as one.
 
     Raises:
         ReleaseError: it is malformed, or asks for what is not computed here.
@@ -58,7 +64,9 @@ def read_params(raw: bytes, *, given: ReleaseHints, known: ReleaseHints) -> Mode
             the message names every flag that is needed.
     """
     found = parse_json_object(raw, what="params.json", error=ReleaseError)
-    fields = _Fields("params.json", found)
+    if "hidden_size" in found:
+        return _huggingface_names("params.json", _renamed(found, given), given=given, known=known)
+    fields = Fields("params.json", found)
     strangers = [
         name
         for name, value in found.items()
@@ -71,7 +79,7 @@ def read_params(raw: bytes, *, given: ReleaseHints, known: ReleaseHints) -> Mode
             f"params.json has {len(strangers)} fields that are not known here "
             f"({some(strangers)}); the model may compute something else than Mistral's family does."
         )
-    moe = _Fields("params.json", fields.optional_object("moe") or {}, prefix="moe.")
+    moe = Fields("params.json", fields.optional_object("moe") or {}, prefix="moe.")
     if more := [name for name in moe.found if name not in ("num_experts", "num_experts_per_tok")]:
         raise ReleaseError(f"params.json has moe fields that are not known here ({some(more)}).")
 
@@ -125,11 +133,36 @@ def read_config(raw: bytes, *, given: ReleaseHints, known: ReleaseHints) -> Mode
     Raises:
         ReleaseError: it is malformed, or asks for what is not computed here.
     """
-    fields = _Fields("config.json", parse_json_object(raw, what="config.json", error=ReleaseError))
-    model_type = fields.found.get("model_type")
+    found = parse_json_object(raw, what="config.json", error=ReleaseError)
+    return _huggingface_names("config.json", found, given=given, known=known)
+
+
+def _renamed(found: dict[str, Any], given: ReleaseHints) -> dict[str, Any]:
+    """What the params.json beside the eight-part weights says, as a config.json says it."""
+    renamed = {"model_type": "mixtral" if "num_local_experts" in found else "mistral", **found}
+    window = renamed.get("sliding_window")
+    if isinstance(
+        window, str
+    ):  # so it is there, and transformers' converter turns it into a number
+        renamed["sliding_window"] = int(window) if window.isdecimal() else None
+    doubtful = renamed["model_type"] == "mixtral" and renamed.get("sliding_window") is not None
+    if doubtful and given.sliding_window is None:
+        _log.warning(
+            "params.json gives a sliding window of %s tokens, which early descriptions of Mixtral "
+            "did by mistake: --sliding-window none if this is Mixtral.",
+            renamed["sliding_window"],
+        )
+    return renamed
+
+
+def _huggingface_names(
+    file: str, found: dict[str, Any], *, given: ReleaseHints, known: ReleaseHints
+) -> ModelConfig:
+    fields = Fields(file, found)
+    model_type = found.get("model_type")
     if model_type not in ("mixtral", "mistral", "llama"):
         raise ReleaseError(
-            f"config.json has model_type {some([str(model_type)])}; mixtral, mistral and llama are "
+            f"{file} has model_type {some([str(model_type)])}; mixtral, mistral and llama are "
             "served."
         )
     _refuse_other_maths(fields)
@@ -143,14 +176,14 @@ def read_config(raw: bytes, *, given: ReleaseHints, known: ReleaseHints) -> Mode
         known.max_context_tokens,
     )
     if context is None:
-        raise UsageError("config.json has no max_position_embeddings: give --max-context.")
+        raise UsageError(f"{file} has no max_position_embeddings: give --max-context.")
     moe = model_type == "mixtral"
     return _checked(
-        "config.json",
+        file,
         ModelConfig(
             dim=dim,
             n_layers=fields.count("num_hidden_layers"),
-            head_dim=fields.optional_count("head_dim") or _even_share(dim, n_heads),
+            head_dim=fields.optional_count("head_dim") or _even_share(file, dim, n_heads),
             hidden_dim=fields.count("intermediate_size"),
             n_heads=n_heads,
             n_kv_heads=_config_kv_heads(fields, model_type) or n_heads,
@@ -170,7 +203,7 @@ def _first(*values: _T | None) -> _T | None:
     return next((value for value in values if value is not None), None)
 
 
-def _params_window(fields: "_Fields") -> int | Literal["none"] | None:
+def _params_window(fields: Fields) -> int | Literal["none"] | None:
     """The window of a params.json; None when it does not say."""
     for name in ("sliding_window", "_sliding_window"):
         if name not in fields.found:
@@ -183,7 +216,7 @@ def _params_window(fields: "_Fields") -> int | Literal["none"] | None:
     return None
 
 
-def _config_window(fields: "_Fields", model_type: str) -> int | Literal["none"]:
+def _config_window(fields: Fields, model_type: str) -> int | Literal["none"]:
     """The window of a config.json, as transformers understands it."""
     if model_type == "llama":
         return "none"
@@ -192,22 +225,22 @@ def _config_window(fields: "_Fields", model_type: str) -> int | Literal["none"]:
     return fields.optional_count("sliding_window") or "none"
 
 
-def _config_kv_heads(fields: "_Fields", model_type: str) -> int | None:
+def _config_kv_heads(fields: Fields, model_type: str) -> int | None:
     """The KV heads, as transformers understands it; None: one for every head."""
     if model_type != "llama" and "num_key_value_heads" not in fields.found:
         return _MISTRAL_DEFAULT_KV_HEADS
     return fields.optional_count("num_key_value_heads")
 
 
-def _config_theta(fields: "_Fields") -> float | None:
+def _config_theta(fields: Fields) -> float | None:
     """The rope theta, at the top level (transformers 4) or in `rope_parameters` (5)."""
     thetas = [fields.optional_number("rope_theta")]
     for name in ("rope_parameters", "rope_scaling"):
-        rope = _Fields("config.json", fields.optional_object(name) or {}, prefix=f"{name}.")
+        rope = Fields(fields.file, fields.optional_object(name) or {}, prefix=f"{name}.")
         kind = rope.found.get("rope_type", rope.found.get("type", "default"))
         if kind != "default":
             raise ReleaseError(
-                f"config.json has rope scaling of type {some([str(kind)])}; only unscaled rotary "
+                f"{fields.file} has rope scaling of type {some([str(kind)])}; only unscaled rotary "
                 "positions are computed."
             )
         if more := [
@@ -216,30 +249,30 @@ def _config_theta(fields: "_Fields") -> float | None:
             if key not in _ROPE_FIELDS and value not in (None, 1.0)  # a factor of one is none
         ]:
             raise ReleaseError(
-                f"config.json has {name} that are not known here ({some(more)}); only unscaled "
+                f"{fields.file} has {name} that are not known here ({some(more)}); only unscaled "
                 "rotary positions are computed."
             )
         thetas.append(rope.optional_number("rope_theta"))
     different = sorted({theta for theta in thetas if theta is not None})
     if len(different) > 1:
-        raise ReleaseError(f"config.json has more than one rope theta: {different}.")
+        raise ReleaseError(f"{fields.file} has more than one rope theta: {different}.")
     return different[0] if different else None
 
 
-def _refuse_other_maths(fields: "_Fields") -> None:
+def _refuse_other_maths(fields: Fields) -> None:
     for name, allowed in _HUGGINGFACE_MATHS.items():
         value = fields.found.get(name)
         if value is not None and value not in allowed:
             raise ReleaseError(
-                f"config.json has {name} {some([json.dumps(value)])}, which is not computed here"
+                f"{fields.file} has {name} {some([json.dumps(value)])}, which is not computed here"
                 + (f" (only {json.dumps(allowed[0])} is)." if allowed else ".")
             )
 
 
-def _even_share(dim: int, n_heads: int) -> int:
+def _even_share(file: str, dim: int, n_heads: int) -> int:
     if dim % n_heads:
         raise ReleaseError(
-            f"config.json has no head_dim, and {n_heads} heads do not share {dim} evenly."
+            f"{file} has no head_dim, and {n_heads} heads do not share {dim} evenly."
         )
     return dim // n_heads
 
@@ -281,63 +314,3 @@ def _checked(file: str, config: ModelConfig) -> ModelConfig:
     if wrong:
         raise ReleaseError(f"{file} describes a model that cannot be: {'; '.join(wrong)}.")
     return config
-
-
-class _Fields:
-    """The fields of a JSON object, each with the type it must have."""
-
-    def __init__(self, file: str, found: dict[str, Any], *, prefix: str = "") -> None:
-        self.found = found
-        self._file = file
-        self._prefix = prefix
-
-    def count(self, name: str) -> int:
-        """A positive integer that must be there."""
-        value = self.optional_count(name)
-        if value is None:
-            raise ReleaseError(
-                f"{self._file} has no {self._prefix}{name}; it does not describe a model of this "
-                "family."
-            )
-        return value
-
-    def optional_count(self, name: str) -> int | None:
-        """A positive integer, or None where it is absent or null."""
-        value = self.found.get(name)
-        if value is None or (type(value) is int and value > 0):
-            return value
-        raise self._wrong(name, "a positive integer")
-
-    def number(self, name: str) -> float:
-        """A number that must be there."""
-        value = self.optional_number(name)
-        if value is None:
-            raise ReleaseError(f"{self._file} has no {self._prefix}{name}.")
-        return value
-
-    def optional_number(self, name: str) -> float | None:
-        """A number, or None where it is absent or null."""
-        value = self.found.get(name)
-        if value is None:
-            return None
-        if type(value) in (int, float) and abs(value) < 1e300:
-            return float(value)
-        raise self._wrong(name, "a number")
-
-    def flag(self, name: str) -> bool:
-        """True or False; False where it is absent or null."""
-        value = self.found.get(name)
-        if value is None or type(value) is bool:
-            return bool(value)
-        raise self._wrong(name, "true or false")
-
-    def optional_object(self, name: str) -> dict[str, Any] | None:
-        """An object, or None where it is absent or null."""
-        value = self.found.get(name)
-        if value is None or isinstance(value, dict):
-            return value
-        raise self._wrong(name, "an object")
-
-    def _wrong(self, name: str, kind: str) -> ReleaseError:
-        shown = some([json.dumps(self.found[name])])
-        return ReleaseError(f"{self._file} has {self._prefix}{name} {shown}, which is not {kind}.")

@@ -1,36 +1,26 @@
 """What a release is, read from the few bytes that say so."""
 
 import json
-import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 from ...errors import NotFoundError, ReleaseError
 from ..config import ChatFormat, ModelConfig, ReleaseHints
 from ..tensors import RangeReader, StoredDtype, TensorEntry, TensorIndex
 from .canonical import canonical_index
 from .json_object import parse_json_object
+from .layouts import PTH, SAFETENSORS, SHARD, SHARD_INDEX, SINGLE, Layout, detect_layout, parts_of
 from .params import MAX_JSON_BYTES, read_config, read_params
 from .pth import read_pth
 from .safetensors_header import read_safetensors
 from .stored_tensor import StoredTensor, some
 
-Layout = Literal["mistral-pth", "mistral-safetensors", "huggingface"]
-
 MAX_SHARD_INDEX_BYTES: Final = 64 << 20
 MAX_TEMPLATE_BYTES: Final = 4 << 20
-
-_PTH: Final = "consolidated.00.pth"
-_SAFETENSORS: Final = "consolidated.safetensors"
-_SHARD_INDEX: Final = "model.safetensors.index.json"
-_SINGLE: Final = "model.safetensors"
-_SHARD: Final = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +54,7 @@ def read_release(reader: RangeReader, *, given: ReleaseHints, known: ReleaseHint
         stored: Sequence[StoredTensor] = _read_shards(reader)
     else:
         config = read_params(_small_file(reader, "params.json"), given=given, known=known)
-        read = read_pth if layout == "mistral-pth" else read_safetensors
-        stored = read(reader, _PTH if layout == "mistral-pth" else _SAFETENSORS)
+        stored = _read_consolidated(reader, layout)
     index = canonical_index(stored, config)
     tokenizer_file = _tokenizer_file(files, layout)
     return ReleaseFacts(
@@ -80,62 +69,11 @@ def read_release(reader: RangeReader, *, given: ReleaseHints, known: ReleaseHint
     )
 
 
-def detect_layout(files: Mapping[str, int]) -> Layout:
-    """Which layout the names of the files make.
-
-    Raises:
-        ReleaseError: none that is read here, or more than one.
-    """
-    names = set(files)
-    consolidated = sorted(
-        name
-        for name in names
-        if name.startswith("consolidated.") and name.endswith((".pth", ".pt", ".safetensors"))
-    )
-    shards = bool(names & {_SINGLE, _SHARD_INDEX}) or any(map(_SHARD.fullmatch, names))
-    huggingface = shards and "config.json" in names
-    if huggingface and consolidated:
-        # Mistral's later repositories hold both forms of the same weights; config.json says more.
-        _log.warning(
-            "The release holds its weights twice; reading the Hugging Face form and ignoring %s.",
-            some(consolidated),
-        )
-    if huggingface:
-        return "huggingface"
-    if len(consolidated) > 1:
-        reason = (
-            "which of them counts is not said; remove one"
-            if consolidated == [_PTH, _SAFETENSORS]
-            else "weights split over several consolidated files are not read"
-        )
-        raise ReleaseError(f"The release holds {some(consolidated)}: {reason}.")
-    if consolidated in ([_PTH], [_SAFETENSORS]):
-        if "params.json" not in names:
-            raise ReleaseError(f"The release holds {consolidated[0]} but no params.json.")
-        return "mistral-pth" if consolidated == [_PTH] else "mistral-safetensors"
-    if shards:
-        raise ReleaseError(
-            "The release holds safetensors but no config.json, which describes the model."
-        )
-    raise ReleaseError(_no_layout(names))
-
-
-def _no_layout(names: set[str]) -> str:
-    readable = (
-        f"{_PTH} or {_SAFETENSORS} with params.json, or {_SINGLE} (or {_SHARD_INDEX} with its "
-        "shards) with config.json"
-    )
-    if gguf := sorted(name for name in names if name.endswith(".gguf")):
-        return (
-            f"The release is a GGUF file ({some(gguf)}), whose weights are quantised in blocks; "
-            f"take the original release instead: {readable}."
-        )
-    if bins := sorted(name for name in names if name.startswith("pytorch_model")):
-        return (
-            f"The release holds {some(bins)}; pickled shards are not read. Take the safetensors "
-            f"of the same model: {readable}."
-        )
-    return f"The release holds {some(sorted(names)) or 'no files'}; needed: {readable}."
+def _read_consolidated(reader: RangeReader, layout: Layout) -> list[StoredTensor]:
+    if layout == "mistral-safetensors":
+        return list(read_safetensors(reader, SAFETENSORS))
+    files = [PTH] if layout == "mistral-pth" else parts_of(reader.files())
+    return [tensor for file in files for tensor in read_pth(reader, file)]
 
 
 def _small_file(reader: RangeReader, file: str, *, limit: int = MAX_JSON_BYTES) -> bytes:
@@ -148,16 +86,16 @@ def _small_file(reader: RangeReader, file: str, *, limit: int = MAX_JSON_BYTES) 
 def _read_shards(reader: RangeReader) -> list[StoredTensor]:
     """The tensors of all shards; their names, their index and they themselves must agree."""
     files = reader.files()
-    numbers = {name: match[1] for name in sorted(files) if (match := _SHARD.fullmatch(name))}
+    numbers = {name: match[1] for name in sorted(files) if (match := SHARD.fullmatch(name))}
     shards = list(numbers)
-    weight_map = _weight_map(reader) if _SHARD_INDEX in files else None
-    if _SINGLE in files:
+    weight_map = _weight_map(reader) if SHARD_INDEX in files else None
+    if SINGLE in files:
         if shards or weight_map:
             raise ReleaseError(
-                f"The release holds {_SINGLE} and also {some([*shards, _SHARD_INDEX])}; which of "
+                f"The release holds {SINGLE} and also {some([*shards, SHARD_INDEX])}; which of "
                 "them counts is not said: remove one."
             )
-        return list(read_safetensors(reader, _SINGLE))
+        return list(read_safetensors(reader, SINGLE))
     complete = {
         f"model-{number:05d}-of-{count}.safetensors"
         for count in set(numbers.values())
@@ -170,10 +108,10 @@ def _read_shards(reader: RangeReader) -> list[StoredTensor]:
             "release."
         )
     if odd := [shard for shard in named if "/" in shard or not shard.endswith(".safetensors")]:
-        raise ReleaseError(f"{_SHARD_INDEX} names {some(odd)}, which is no safetensors file.")
+        raise ReleaseError(f"{SHARD_INDEX} names {some(odd)}, which is no safetensors file.")
     if surplus := sorted(set(shards) - set(named)):
         raise ReleaseError(
-            f"{len(surplus)} shards are not in {_SHARD_INDEX} ({some(surplus)}); the folder may "
+            f"{len(surplus)} shards are not in {SHARD_INDEX} ({some(surplus)}); the folder may "
             "hold two releases."
         )
     stored = [tensor for shard in named for tensor in read_safetensors(reader, shard)]
@@ -183,14 +121,14 @@ def _read_shards(reader: RangeReader) -> list[StoredTensor]:
 
 
 def _weight_map(reader: RangeReader) -> dict[str, str]:
-    raw = _small_file(reader, _SHARD_INDEX, limit=MAX_SHARD_INDEX_BYTES)
-    weight_map = parse_json_object(raw, what=_SHARD_INDEX, error=ReleaseError).get("weight_map")
+    raw = _small_file(reader, SHARD_INDEX, limit=MAX_SHARD_INDEX_BYTES)
+    weight_map = parse_json_object(raw, what=SHARD_INDEX, error=ReleaseError).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
         or not all(isinstance(shard, str) for shard in weight_map.values())
     ):
-        raise ReleaseError(f"{_SHARD_INDEX} has no weight_map from tensors to shards.")
+        raise ReleaseError(f"{SHARD_INDEX} has no weight_map from tensors to shards.")
     return weight_map
 
 
@@ -198,12 +136,12 @@ def _check_weight_map(weight_map: Mapping[str, str], stored: Sequence[StoredTens
     held = {(tensor.name, tensor.file) for tensor in stored}
     if elsewhere := sorted(name for name, _ in weight_map.items() - held):
         raise ReleaseError(
-            f"{len(elsewhere)} tensors are not in the shard that {_SHARD_INDEX} names "
+            f"{len(elsewhere)} tensors are not in the shard that {SHARD_INDEX} names "
             f"({some(elsewhere)}); take the whole release anew."
         )
     if unlisted := sorted(name for name, _ in held - weight_map.items()):
         raise ReleaseError(
-            f"{len(unlisted)} tensors of the shards are not in {_SHARD_INDEX} ({some(unlisted)}); "
+            f"{len(unlisted)} tensors of the shards are not in {SHARD_INDEX} ({some(unlisted)}); "
             "take the whole release anew."
         )
 

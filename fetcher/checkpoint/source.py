@@ -40,7 +40,8 @@ class FileTensorSource:
     def read(self, name: str) -> torch.Tensor:
         """The tensor on the CPU in its stored dtype, freshly allocated; blocks on the disk.
 
-        Rows that the file holds in half-split rotary order come out interleaved.
+        Rows that the file holds in half-split rotary order come out interleaved, and what it holds
+        transposed comes out upright.
 
         Raises:
             CheckpointError: the name is unknown, its bytes cannot be read, or not all of them were
@@ -52,9 +53,12 @@ class FileTensorSource:
             raise CheckpointError(f"The release has no tensor {name!r}; it has {len(self._index)}.")
         entry = self._index[name]
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[entry.dtype]
-        tensor = torch.empty(entry.shape, dtype=dtype)
+        shape = entry.shape[::-1] if entry.transposed else entry.shape
+        tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
             self._read_into(entry, tensor.view(-1).view(torch.uint8).numpy().data)
+        if entry.transposed:
+            return tensor.t().contiguous()
         if entry.rope_permuted_heads:
             return interleave_rotary_rows(tensor, entry.rope_permuted_heads)
         return tensor

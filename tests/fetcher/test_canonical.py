@@ -30,7 +30,7 @@ MOE = ModelConfig(
     num_experts_per_tok=2,
 )
 DENSE = replace(MOE, num_experts=0, num_experts_per_tok=0)
-NAMINGS: tuple[Naming, ...] = ("mistral", "huggingface")
+NAMINGS: tuple[Naming, ...] = ("mistral", "huggingface")  # "fused" has tests of its own
 
 
 def stored(config: ModelConfig, naming: Naming) -> list[StoredTensor]:
@@ -183,3 +183,56 @@ def test_every_missing_or_renamed_tensor_is_an_error(data: st.DataObject) -> Non
 
     with pytest.raises(CheckpointError):
         canonical_index(given[:victim] + changed + given[victim + 1 :], MOE)
+
+
+def fused(config: ModelConfig) -> list[StoredTensor]:
+    """As the eight ``.pt`` parts hold it: all experts of a layer in one matrix per kind."""
+    found: list[StoredTensor] = []
+    for tensor in stored(config, "mistral"):
+        name = tensor.name.replace("feed_forward", "block_sparse_moe")
+        if ".experts." not in name:
+            found.append(replace(tensor, name=name))
+        elif ".experts.0." in name:
+            rows = config.num_experts * config.hidden_dim
+            part = name.replace(".experts.0", "").removesuffix(".weight")
+            found.append(replace(tensor, name=part, shape=(rows, config.dim)))
+    return found
+
+
+def test_fused_experts_are_rows_of_one_matrix_and_w2_lies_transposed() -> None:
+    given = fused(MOE)
+    index = canonical_index(given, MOE)
+
+    assert detect_naming(tensor.name for tensor in given) == "fused"
+    assert [entry.name for entry in index] == [tensor.name for tensor in expected_tensors(MOE)]
+    assert {entry.name for entry in index if entry.transposed} == {
+        entry.name for entry in index if entry.name.endswith(".w2.weight")
+    }
+    stack = next(each for each in given if each.name == "layers.1.block_sparse_moe.w2")
+    w2 = index["layers.1.feed_forward.experts.3.w2.weight"]
+    assert w2.source_name == "layers.1.block_sparse_moe.w2[3]"
+    assert (w2.shape, w2.num_bytes) == ((64, 96), 96 * 64 * 2)
+    assert w2.offset == stack.offset + 3 * w2.num_bytes
+
+
+@pytest.mark.parametrize(
+    "shape", [(4 * 96, 65), (4 * 96 + 1, 64), (4 * 96,), (4, 96, 64), (0, 64), (64, 4 * 96)]
+)
+@pytest.mark.parametrize("part", ["w1", "w2"])
+def test_refuses_a_stack_of_another_shape(part: str, shape: tuple[int, ...]) -> None:
+    name = f"layers.0.block_sparse_moe.{part}"
+    given = [replace(t, shape=shape) if t.name == name else t for t in fused(MOE)]
+
+    with pytest.raises(CheckpointError):
+        canonical_index(given, MOE)
+
+
+def test_a_missing_or_repeated_stack_is_an_error() -> None:
+    given = fused(MOE)
+    lacking = without(given, "layers.0.block_sparse_moe.w3")
+
+    with pytest.raises(CheckpointError, match=r"4 tensors are missing .*w3\[0\]"):
+        canonical_index(lacking, MOE)
+    stack = next(t for t in given if t.name.endswith(".w3"))
+    with pytest.raises(CheckpointError, match="again in other"):
+        canonical_index([*given, replace(stack, file="other")], MOE)

@@ -21,6 +21,7 @@ def listing(*names: str, root: str = "") -> dict[str, int]:
     [
         (MISTRAL, "mistral-pth"),
         ((*MISTRAL[:2], "consolidated.safetensors"), "mistral-safetensors"),
+        ((*MISTRAL[:2], "consolidated.00.pt", "consolidated.01.pt"), "mistral-pt"),
         (HUGGINGFACE, "huggingface"),
         (("config.json", "tokenizer.model", *SHARDS), "huggingface"),
     ],
@@ -63,9 +64,10 @@ def test_takes_the_layout_that_is_complete_of_two() -> None:
         (("config.json", "model.safetensors"), "missing files: tokenizer"),
         (("config.json", "tokenizer.json", *SHARDS[1:]), "model-00001-of-00003"),
         (("config.json", "tokenizer.json", *SHARDS, "model-00001-of-00002.safetensors"), "splits"),
-        (("model.Q4_K_M.gguf",), "GGUF"),
+        (("model.Q4_K_M.gguf",), r"GGUF \(quantised .* take the original release"),
+        (("config.json", "tokenizer.json", "a-00001-of-00002.gguf"), "GGUF"),
         (("config.json", "tokenizer.json", "pytorch_model.bin"), r"PyTorch \.bin"),
-        (("params.json", "tokenizer.model", "consolidated.03.pt"), "fused"),
+        ((*MISTRAL[:2], "consolidated.02.pt"), r"missing files: consolidated\.00\.pt, .*01\.pt"),
     ],
 )
 def test_says_what_is_missing_or_cannot_be_read(names: Any, reason: str) -> None:

@@ -271,3 +271,50 @@ def test_never_raises_anything_but_our_errors(
     except MagnetarError:
         return
     assert found.n_heads % found.n_kv_heads == 0
+
+
+RENAMED = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 512,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def test_the_params_beside_eight_parts_have_the_names_of_a_config() -> None:
+    config = read_params(json.dumps(RENAMED).encode(), given=NOTHING, known=MIXTRAL_FACTS)
+
+    assert (config.dim, config.hidden_dim, config.n_layers) == (64, 96, 2)
+    assert (config.n_heads, config.n_kv_heads, config.head_dim) == (4, 2, 16)
+    assert (config.num_experts, config.num_experts_per_tok) == (8, 2)
+    assert (config.rope_theta, config.sliding_window) == (1e6, None)
+
+
+@pytest.mark.parametrize(("written", "window"), [("4096", 4096), ("None", None), (None, None)])
+def test_their_window_is_a_string_and_doubted_for_experts(
+    written: str | None, window: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = json.dumps(RENAMED | {"sliding_window": written}).encode()
+
+    assert read_params(raw, given=NOTHING, known=MIXTRAL_FACTS).sliding_window == window
+    assert ("--sliding-window none if this is Mixtral" in caplog.text) == (window is not None)
+    caplog.clear()
+    none = ReleaseHints(sliding_window="none")
+    assert read_params(raw, given=none, known=MIXTRAL_FACTS).sliding_window is None
+    assert not caplog.text
+
+
+def test_errors_of_such_params_name_their_file() -> None:
+    with pytest.raises(ReleaseError, match=r"params\.json has no num_attention_heads"):
+        read_params(b'{"hidden_size": 64}', given=NOTHING, known=MIXTRAL_FACTS)
+    with pytest.raises(ReleaseError, match=r"params\.json has hidden_act"):
+        read_params(
+            json.dumps(RENAMED | {"hidden_act": "gelu"}).encode(),
+            given=NOTHING,
+            known=MIXTRAL_FACTS,
+        )

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from magnetar.errors import CheckpointError, NotFoundError, ReleaseError, UsageError
+from magnetar.fetcher.checkpoint.layouts import detect_layout
 from magnetar.fetcher.checkpoint.release import (
     FolderReader,
     ReleaseFacts,
-    detect_layout,
     facts_from_json,
     facts_to_json,
     read_release,
@@ -127,7 +127,7 @@ def test_a_release_that_arrives_piece_by_piece_is_read_before_its_weights(
             arriving.fetch(missing)
 
     assert facts == read(written(layout))
-    weights = {name for name in complete.files() if name.endswith((".pth", ".safetensors"))}
+    weights = {name for name in complete.files() if name.endswith((".pth", ".pt", ".safetensors"))}
     pieces_read = sum(file in weights for file, _ in arriving.pieces)
     # Head and tail of each file, each of them two pieces at most.
     assert pieces_read <= 4 * len(weights)
@@ -206,7 +206,7 @@ def test_each_layout_prefers_its_own_tokenizer(copied: Callable[[Layout], Path])
     [
         ("mistral-pth", "params.json", "consolidated.00.pth but no params.json"),
         ("mistral-pth", "tokenizer.model", "neither tokenizer.model nor tokenizer.json"),
-        ("mistral-pth", "consolidated.00.pth", "needed: consolidated.00.pth or consolidated.saf"),
+        ("mistral-pth", "consolidated.00.pth", "needed: consolidated.00.pth, consolidated.saf"),
         ("huggingface", "config.json", "no config.json"),
         ("huggingface-sharded", "model-00002-of-", "1 of 10 shards are missing .model-00002-of-00"),
     ],
@@ -226,9 +226,10 @@ def test_says_which_file_is_missing(
     [
         (["model.gguf", "README.md"], "is a GGUF file .model.gguf., whose weights are quantised"),
         (["config.json", "pytorch_model-00001-of-00002.bin"], "pickled shards are not read"),
-        (["params.json", "consolidated.00.pth", "consolidated.safetensors"], "remove one"),
-        (["params.json", "consolidated.00.pt", "consolidated.01.pt"], "split over several"),
-        (["params.json", "consolidated.00.pth", "consolidated.01.pth"], "split over several"),
+        (["params.json", "consolidated.00.pth", "consolidated.safetensors"], "keep one form"),
+        (["params.json", "consolidated.00.pt", "consolidated.02.pt"], "missing .consolidated.01"),
+        (["params.json", "consolidated.00.pt", "consolidated.00.pth"], "keep one form"),
+        (["params.json", "consolidated.00.pth", "consolidated.01.pth"], "split by tensor"),
         (["sub/params.json"], "The release holds sub/params.json; needed"),
         ([], "holds no files"),
     ],
