@@ -6,7 +6,7 @@ tensors, and accounts for all of them: what is missing, has another shape, or be
 of the model is an error.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ from .attention import Attention
 from .feed_forward import FeedForward
 from .linear import LINEAR_KERNELS, Linear, WeightFormat, default_linear_kernel, plain_linear
 from .moe import Experts, ExpertsKind, GroupedExperts, LoopExperts, MoeLayer, default_experts_kind
+from .spread import HeldExperts, SpreadExperts
 from .transformer import Transformer, TransformerLayer
 
 COMPUTE_DTYPES: Mapping[str, torch.dtype] = {
@@ -30,6 +31,8 @@ COMPUTE_DTYPES: Mapping[str, torch.dtype] = {
 }
 """What is computed in, by the dtype of a stage; int8 and int4 are of the weights only."""
 
+ExpertIds = Mapping[int, Sequence[int]]
+"""By layer (global ids), the ids of experts."""
 _Part = tuple[str, tuple[int, int]]
 """Name and shape of a matrix."""
 
@@ -44,17 +47,20 @@ def load_transformer(
     has_output: bool,
     dtype: ComputeDtype,
     device: torch.device,
+    held_experts: ExpertIds | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> tuple[Transformer, int]:
     """The layers ``first_layer .. end_layer`` and the bytes that their weights occupy.
 
-    Blocks on the disk. `on_layer` hears, after each layer and each of the outer parts, the bytes
-    loaded so far, as they are held.
+    Blocks on the disk. `held_experts` has the layers whose experts are spread over hosts, each with
+    the ids of those to hold here; such a layer is to be told where the others are
+    (`SpreadExperts.join`). `on_layer` hears, after each layer and each of the outer parts, the
+    bytes loaded so far, as they are held.
 
     Raises:
         CheckpointError: a tensor is missing, surplus, of another shape, or beyond fp16.
     """
-    loader = _Loader(config, source, dtype, device)
+    loader = _Loader(config, source, dtype, device, held_experts or {})
     _refuse_surplus(config, source, range(first_layer, end_layer))
 
     def told(loaded_bytes: int) -> None:
@@ -83,17 +89,45 @@ def load_transformer(
     return transformer, loader.loaded_bytes
 
 
+def load_experts(
+    config: ModelConfig,
+    source: TensorSource,
+    experts: ExpertIds,
+    *,
+    dtype: ComputeDtype,
+    device: torch.device,
+    on_layer: Callable[[int], None] | None = None,
+) -> tuple[dict[int, HeldExperts], int]:
+    """Some experts of some layers, without anything else of these, and their bytes.
+
+    As `load_transformer` in all else.
+    """
+    loader = _Loader(config, source, dtype, device, experts)
+    layers = {}
+    for layer_id, ids in experts.items():
+        layers[layer_id] = loader.held_experts(layer_id, ids)
+        if on_layer is not None:
+            on_layer(loader.loaded_bytes)
+    return layers, loader.loaded_bytes
+
+
 class _Loader:
     """Reads, checks, casts, stacks and packs."""
 
     def __init__(
-        self, config: ModelConfig, source: TensorSource, dtype: ComputeDtype, device: torch.device
+        self,
+        config: ModelConfig,
+        source: TensorSource,
+        dtype: ComputeDtype,
+        device: torch.device,
+        spread: ExpertIds,
     ) -> None:
         self.config = config
         self.source = source
         self.held_dtype: ComputeDtype = dtype
         self.dtype = COMPUTE_DTYPES[dtype]
         self.device = device
+        self.spread = spread
         self.loaded_bytes = 0
         self.keeps_weights = self._kernel("output.weight", (1, 1)) == "plain"
         """Whether the output head uses the weight itself, not a copy of it."""
@@ -150,7 +184,7 @@ class _Loader:
             feed_forward = MoeLayer(
                 config,
                 gate=self._gate(self.tensor(f"{prefix}.feed_forward.gate.weight", gate_shape)),
-                experts=self._experts(f"{prefix}.feed_forward.experts"),
+                experts=self._experts(layer_id),
             )
         else:
             feed_forward = self._feed_forward(f"{prefix}.feed_forward")
@@ -173,13 +207,24 @@ class _Loader:
         w13, w2 = self._parts(prefix)
         return FeedForward(w13=self.linear(*w13), w2=self.linear(w2))
 
-    def _experts(self, prefix: str) -> Experts:
+    def held_experts(self, layer_id: int, ids: Sequence[int]) -> HeldExperts:
+        """Some experts of a layer."""
+        return HeldExperts(ids, self._stacked(layer_id, ids))
+
+    def _experts(self, layer_id: int) -> Experts:
+        num_experts = self.config.num_experts
+        if layer_id not in self.spread:
+            return self._stacked(layer_id, range(num_experts))
+        held = self.held_experts(layer_id, self.spread[layer_id])
+        return SpreadExperts(layer_id, num_experts=num_experts, held=held)
+
+    def _stacked(self, layer_id: int, ids: Sequence[int]) -> Experts:
         config = self.config
-        names = [f"{prefix}.{expert}" for expert in range(config.num_experts)]
+        names = [f"layers.{layer_id}.feed_forward.experts.{expert}" for expert in ids]
         if self._experts_kind == "loop":
             return LoopExperts([self._feed_forward(name) for name in names])
-        stacked_w13 = self._empty(config.num_experts, 2 * config.hidden_dim, config.dim)
-        stacked_w2 = self._empty(config.num_experts, config.dim, config.hidden_dim)
+        stacked_w13 = self._empty(len(names), 2 * config.hidden_dim, config.dim)
+        stacked_w2 = self._empty(len(names), config.dim, config.hidden_dim)
         for name, w13_FC, w2_CI in zip(names, stacked_w13, stacked_w2, strict=True):
             w13, w2 = self._parts(name)
             self._fill(w13_FC, *w13)
