@@ -124,6 +124,7 @@ class Pipeline:
         dtype: str = "fp32",
         num_kv_blocks: int = 256,
         scattered: bool = True,
+        held_experts: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         """`bounds` are the layers at which stages begin and the last ends; default: one stage."""
         bounds = bounds or (0, config.n_layers)
@@ -138,6 +139,7 @@ class Pipeline:
                 dtype=dtype,
                 device="cpu",
                 num_kv_blocks=num_kv_blocks,
+                held_experts=held_experts,
             )
             for first, end in itertools.pairwise(bounds)
         ]

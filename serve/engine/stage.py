@@ -5,7 +5,7 @@ Shapes: T tokens of the step, S tokens whose successor is sampled, D model width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -16,7 +16,9 @@ from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorSource
 from ..model.batch import lay_out
 from ..model.kv_cache import KVCache
-from ..model.loader import COMPUTE_DTYPES, load_transformer
+from ..model.loader import COMPUTE_DTYPES, ExpertIds, load_transformer
+from ..model.moe import MoeLayer
+from ..model.spread import RemoteExperts, SpreadExperts
 from ..model.transformer import Transformer
 from .readout import Readout
 from .step import StepPlan, StepResult
@@ -60,13 +62,15 @@ class Stage:
         dtype: str,
         device: str,
         num_kv_blocks: int,
+        held_experts: ExpertIds | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> Stage:
         """Read the weights of the layers ``first_layer .. end_layer`` and make room for their KV.
 
-        `dtype` is one of `COMPUTE_DTYPES`, `device` as torch names it. Blocks on the disk.
-        `on_layer` hears the bytes loaded so far, as they are held; at the end they are
-        `loaded_bytes`.
+        `dtype` is one of `COMPUTE_DTYPES`, `device` as torch names it. `held_experts` has, by
+        layer, the experts to hold here where helpers hold others; such a stage must
+        `join_helpers` before its first step. Blocks on the disk. `on_layer` hears the bytes loaded
+        so far, as they are held; at the end they are `loaded_bytes`.
 
         Raises:
             CheckpointError: a tensor is missing, surplus, of another shape, or beyond fp16.
@@ -84,6 +88,7 @@ class Stage:
             has_output=has_output,
             dtype=cast(ComputeDtype, dtype),
             device=torch_device,
+            held_experts=held_experts,
             on_layer=on_layer,
         )
         caches = {
@@ -100,6 +105,13 @@ class Stage:
             loaded_bytes=loaded_bytes,
         )
 
+    def join_helpers(self, helpers: Sequence[tuple[RemoteExperts, ExpertIds]]) -> None:
+        """Let helpers compute the experts that they hold; ValueError where one is on no host."""
+        for layer_id, layer in self._transformer.layers.items():
+            moe = layer.feed_forward
+            if isinstance(moe, MoeLayer) and isinstance(moe.experts, SpreadExperts):
+                moe.experts.join([(helper, held.get(layer_id, ())) for helper, held in helpers])
+
     def step(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor | StepResult:
         """Compute the plan's rows: hidden states [T, D] on the CPU, or the last stage's samples.
 
@@ -110,6 +122,7 @@ class Stage:
         Raises:
             ValueError: hidden states that do not fit the plan, or a row without room in its
                 blocks: a defect of the engine, not of the request.
+            StageLostError: a helper is gone.
             MagnetarError: logits that are not finite.
         """
         with torch.inference_mode():
