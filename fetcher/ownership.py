@@ -1,7 +1,8 @@
 """Who brings which piece into the cluster, and who takes it from a neighbour. Pure.
 
 The network outside is slow and shared: every piece should cross it once. So each piece that nobody
-holds gets one owner among the nodes that need it; the others borrow it inside.
+holds gets one owner among the nodes that need it and have a way out; the others borrow it inside.
+Where none of those that need it has a way out, a node that has one carries it for them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,14 @@ class Member:
     wanted: frozenset[int]
     held: frozenset[int]
     """Pieces on its disk, verified."""
+    begun: frozenset[int] = frozenset()
+    """Pieces of which it has a part already."""
     rate: float = 1.0
     """How fast it gets bytes from outside, in any unit; above 0."""
+    has_way_out: bool = True
+    """Whether it gets anything from outside at all."""
+    is_apart: bool = False
+    """The others do not reach it: it brings whatever it wants from outside by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +34,7 @@ class Role:
     """What one member does. Pieces that it holds already are in none of the sets."""
 
     owned: frozenset[int]
-    """Brought in from outside, by this member alone."""
+    """Brought in from outside, by this member alone; some of them perhaps for others only."""
     lent: frozenset[int]
     """Those of `owned` that others wait for."""
     borrowed: frozenset[int]
@@ -39,29 +46,53 @@ class Role:
 def assign_roles(members: Sequence[Member]) -> Mapping[str, Role]:
     """One owner for each wanted piece that nobody holds, so that all owners end about together.
 
-    A piece that only one member wants is its own. The others go, in order, to that of their
-    takers which would have it first; pieces count as equally large. Deterministic.
+    A piece that was begun stays where it was begun. One that only one member could bring is its
+    own. The others go, in order, to that of their takers which would have it first; pieces count as
+    equally large. Deterministic. A piece that no member with a way out could bring is still owned,
+    by one of its takers: it may come yet.
     """
-    held = frozenset().union(*(member.held for member in members))
+    members = sorted(members, key=lambda member: member.host)
+    together = [member for member in members if not member.is_apart]
+    held = frozenset().union(*(member.held for member in together))
     takers: dict[int, list[Member]] = {}
-    for member in members:
+    for member in together:
         for piece in member.wanted - held:
             takers.setdefault(piece, []).append(member)
+    carriers = [member for member in together if member.has_way_out]
+    begun = {piece: member for member in reversed(carriers) for piece in member.begun}
+
+    def choice(piece: int) -> list[Member]:
+        able = [member for member in takers[piece] if member.has_way_out]
+        return able or carriers or takers[piece]
+
     busy_s = {member.host: 0.0 for member in members}
     owner: dict[int, str] = {}
+
+    def give(piece: int, member: Member) -> None:
+        owner[piece] = member.host
+        busy_s[member.host] += 1 / member.rate
+
+    for piece in sorted(takers.keys() & begun.keys()):
+        give(piece, begun[piece])
+    choices = {piece: choice(piece) for piece in takers if piece not in owner}
     # Pieces without a choice first: they say how much each owner has to do anyway.
-    for piece in sorted(takers, key=lambda piece: (len(takers[piece]), piece)):
-        first = min(takers[piece], key=lambda m: (busy_s[m.host] + 1 / m.rate, m.host))
-        owner[piece] = first.host
-        busy_s[first.host] += 1 / first.rate
+    for piece in sorted(choices, key=lambda piece: (len(choices[piece]), piece)):
+        give(piece, min(choices[piece], key=lambda m: (busy_s[m.host] + 1 / m.rate, m.host)))
+    owned: dict[str, set[int]] = {member.host: set() for member in members}
+    for piece, host in owner.items():
+        owned[host].add(piece)
     roles = {}
     for member in members:
         missing = member.wanted - member.held
-        owned = frozenset(piece for piece in missing if owner.get(piece) == member.host)
+        own = missing if member.is_apart else frozenset(owned[member.host])
         roles[member.host] = Role(
-            owned=owned,
-            lent=frozenset(piece for piece in owned if len(takers[piece]) > 1),
-            borrowed=missing - owned,
+            owned=own,
+            lent=frozenset(
+                piece
+                for piece in owned[member.host]
+                if any(taker.host != member.host for taker in takers[piece])
+            ),
+            borrowed=missing - own,
             partners=tuple(other.address for other in members if other.host != member.host),
         )
     return roles
