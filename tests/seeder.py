@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from magnetar.fetcher.torrent.seed import SeedInfo, seed
@@ -28,12 +28,22 @@ def seeding(
     listen: str = "127.0.0.1:0",
     upload_bytes_per_s: int = 0,
     cache: Path | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[SeedInfo]:
     """Shares the folder from another process while the block runs.
 
-    The limit is exact only above some hundred kB/s; 0 is none.
+    `prefix` stands before the command, to run it elsewhere. The limit is exact only above some
+    hundred kB/s; 0 is none.
     """
-    command = [sys.executable, "-m", "magnetar.tests.seeder", str(folder), "--listen", listen]
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "magnetar.tests.seeder",
+        str(folder),
+        "--listen",
+        listen,
+    ]
     command += ["--upload-bytes-per-s", str(upload_bytes_per_s)]
     if cache is not None:
         command += ["--cache", str(cache)]

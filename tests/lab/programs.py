@@ -1,0 +1,63 @@
+"""The other programs of the lab, each in a process of its own: tracker, web seed, worse links."""
+
+import contextlib
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from .network import Place
+
+
+@contextlib.contextmanager
+def tracker(place: Place) -> Iterator[str]:
+    """The URL of a tracker outside."""
+    with _running(place, "tracker", _outside(place)) as port:
+        yield f"http://{_outside(place)}:{port}/announce"
+
+
+@contextlib.contextmanager
+def web_seed(place: Place, folder: Path) -> Iterator[str]:
+    """The URL below which the files of a folder are served, in ranges."""
+    with _running(place, "web_seed", _outside(place), str(folder)) as port:
+        yield f"http://{_outside(place)}:{port}/"
+
+
+@contextlib.contextmanager
+def proxy(place: Place, to: str, *, delay_s: float, stall_bytes: int) -> Iterator[str]:
+    """Where a proxy listens in the local network that passes on to ``HOST:PORT``."""
+    options = ["--delay-s", str(delay_s), "--stall-bytes", str(stall_bytes)]
+    with _running(place, "proxy", place.lan, to, *options) as port:
+        yield f"{place.lan}:{port}"
+
+
+def read(place: Place, url: str) -> bytes:
+    """What is at a URL, as seen from a place."""
+    if not place.prefix:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return bytes(answer.read())
+    script = "import sys, urllib.request as r; "
+    script += "sys.stdout.buffer.write(r.urlopen(sys.argv[1], timeout=10).read())"
+    command = [*place.prefix, sys.executable, "-c", script, url]
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
+def _outside(place: Place) -> str:
+    assert place.wan is not None
+    return place.wan
+
+
+@contextlib.contextmanager
+def _running(place: Place, program: str, *arguments: str) -> Iterator[int]:
+    """The port that the program prints; it ends with the block."""
+    command = [*place.prefix, sys.executable, "-m", f"{__package__}.{program}", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"{program} ended with {process.wait()}")
+            yield int(line)
+        finally:
+            process.kill()
