@@ -1,5 +1,6 @@
 """What is asked of the engine, what comes back, and the state of a request in between."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -96,6 +97,8 @@ class Request:
     """Leading `block_ids` that are full and were offered to others, or come from them."""
     num_cached_tokens: int | None = None
     """Tokens of the prompt that were in the KV cache when it was first admitted."""
+    row_ends: list[int] = field(default_factory=list)
+    """Where the rows ended in which its prompt was first computed, or found in the cache."""
     num_scheduled: int = 0
     """Leading tokens whose keys and values are computed or on their way through the stages."""
     awaits_sample: bool = False
@@ -139,6 +142,29 @@ class Request:
         """Of its full blocks but the one with its last token, which must be computed in any case:
         the next one is sampled from it."""
         return map(self.digest, range((len(self.token_ids) - 1) // KV_BLOCK_TOKENS))
+
+    def resume_at(self, num_cached: int) -> int:
+        """How many of so many cached tokens, whole blocks, to take: as many as let the next row
+        begin where one did in the first run. What that run did not compute has no such borders."""
+        if num_cached <= (self.num_cached_tokens or 0) or num_cached >= len(self.prompt_ids):
+            return num_cached
+        if not self.row_ends or num_cached > self.row_ends[-1]:
+            return num_cached
+        begun = (end for end in self.row_ends if end <= num_cached and end % KV_BLOCK_TOKENS == 0)
+        return max(begun, default=0)
+
+    def next_end(self) -> int | None:
+        """Where its next row must end, as in the first run; None: it has not come so far before."""
+        start = self.num_scheduled
+        if self.num_generated and start >= len(self.prompt_ids):
+            return start + 1
+        index = bisect_right(self.row_ends, start)
+        return self.row_ends[index] if index < len(self.row_ends) else None
+
+    def note_end(self, end: int) -> None:
+        """Remember where a row of the prompt ended, if it had not come so far before."""
+        if end <= len(self.prompt_ids) and (not self.row_ends or end > self.row_ends[-1]):
+            self.row_ends.append(end)
 
     @property
     def num_unscheduled(self) -> int:

@@ -19,6 +19,16 @@ that one. It is not shared within one step, where the order of rows is the stage
 that the request that fills it is aborted or preempted meanwhile changes nothing, because a step
 that was sent is computed whole. Nobody writes into a shared block: it is full, and a request's own
 tokens begin after it.
+
+A preempted request takes the path of its first run again: its prompt in the same rows, and each
+token of its answer in a row of its own. In floating point the same tokens round otherwise in rows
+of another length, and where two of them are nearly as likely the rest of an answer would turn out
+differently (vllm#54993, vllm#5543). It is always so, not only in reproducible mode, because it
+costs little: the tokens are known, so that one step takes as many such rows as requests may run,
+and reads the weights once for all of them. An answer of 500 tokens is back after eight steps of a
+size that decoding has too. Of the cache such a request takes no more than lets its next row begin
+where one did before; prompts are therefore cut at the borders of blocks. What is left to chance,
+outside of reproducible mode, is what else is computed in the same steps.
 """
 
 from bisect import insort
@@ -169,7 +179,7 @@ class Scheduler:
         rows: list[StepRow] = []
         if may_sample:
             rows += self._decode_rows()
-        rows += self._prefill_rows(self._max_step_tokens - len(rows), may_sample=may_sample)
+        rows += self._prefill_rows(len(rows), may_sample=may_sample)
         if not rows:
             return None
         self._publish()
@@ -282,18 +292,49 @@ class Scheduler:
         insort(self._waiting, request, key=_BY_RANK)
         self.num_preemptions += 1
 
-    def _prefill_rows(self, budget: int, *, may_sample: bool) -> Iterator[StepRow]:
-        """Chunks of what is not computed yet."""
-        if budget == 0:
-            return
-        for request in self._prefilling():
-            num_tokens = min(request.num_unscheduled, budget)
-            if num_tokens == request.num_unscheduled and not may_sample:
-                continue
-            yield self._row(request, num_tokens)
-            budget -= num_tokens
-            if budget == 0:
-                return
+    def _prefill_rows(self, num_decoding: int, *, may_sample: bool) -> Iterator[StepRow]:
+        """Chunks of what is not computed yet, beside so many rows that decode.
+
+        A row that is computed again is not cut: the first of a step may go beyond the budget, by no
+        more than those that decode.
+        """
+        budget = self._max_step_tokens - num_decoding
+        num_single = self._max_running - num_decoding
+        is_first = True
+        for request in self._prefilling() if budget else ():
+            while num_unscheduled := request.num_unscheduled:
+                is_again = request.next_end() is not None
+                num_tokens = self._num_tokens(request, budget, is_first=is_first)
+                if num_tokens == 0:
+                    return
+                if num_tokens == num_unscheduled and not may_sample:
+                    break
+                if num_tokens == 1 and request.num_generated:
+                    if num_single == 0:
+                        break
+                    num_single -= 1
+                yield self._row(request, num_tokens)
+                is_first = False
+                budget -= num_tokens
+                if budget <= 0:
+                    return
+                if not is_again:
+                    break
+
+    def _num_tokens(self, request: Request, budget: int, *, is_first: bool) -> int:
+        """Of the request's next row: as in its first run, or as many as the budget allows.
+
+        0 where it must wait for a step in which it comes first, or it would be cut small.
+        """
+        start = request.num_scheduled
+        if (end := request.next_end()) is not None:
+            # What was found in the cache then may be longer than any row.
+            num_tokens = min(end - start, self._max_step_tokens)
+            return num_tokens if is_first or num_tokens <= budget else 0
+        if request.num_unscheduled <= budget:
+            return request.num_unscheduled
+        whole = (start + budget) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS - start
+        return whole if whole > 0 else budget if is_first else 0
 
     def _prefilling(self) -> Iterator[Request]:
         """Running requests whose prompts are not computed, and then as many more as there is room
@@ -319,6 +360,8 @@ class Scheduler:
         shared = []
         if request.params.reads_cache:
             shared = self._pool.match(request.cacheable_digests())
+            num_cached = request.resume_at(len(shared) * KV_BLOCK_TOKENS)
+            del shared[num_cached // KV_BLOCK_TOKENS :]
         needed = blocks_for(len(request.token_ids)) - len(shared)
         # A block for each running request to grow into, else one is soon preempted again.
         if not self._pool.can_allocate(needed + num_running, shared):
@@ -327,6 +370,8 @@ class Scheduler:
         request.block_ids = self._pool.allocate(needed, shared)
         request.num_published = len(shared)
         request.num_scheduled = len(shared) * KV_BLOCK_TOKENS
+        if shared:
+            request.note_end(request.num_scheduled)
         self._count_hit(request)
         insort(self._running, request, key=_BY_RANK)
         return request
@@ -344,6 +389,7 @@ class Scheduler:
         """The request's next tokens as part of the step that is being made."""
         row = request.row(num_tokens)
         end = request.num_scheduled + num_tokens
+        request.note_end(end)
         request.num_scheduled = end
         request.num_blocks_sent = len(request.block_ids)
         request.awaits_sample = row.sampling is not None

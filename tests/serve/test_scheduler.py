@@ -186,9 +186,52 @@ def test_the_newest_request_gives_its_blocks_to_older_ones_and_starts_again() ->
     assert scheduler.num_waiting == 1
     scheduler.abort(0)
     plan = next_plan(scheduler)
-    assert rows_of(plan) == [(1, 0, 32)]
+    assert rows_of(plan)[0] == (1, 0, 16)
     assert plan.released == (0,)
-    assert next_plan(scheduler).rows[0].sampling is not None
+    rest = next_plan(scheduler)
+    assert [row.position for row in (*plan.rows[1:], *rest.rows)] == list(range(16, 32))
+    answer(scheduler, plan)
+    assert rows_of(last := next_plan(scheduler)) == [(1, 32, 1)]
+    assert last.rows[0].sampling is not None
+
+
+def test_a_preempted_request_takes_the_path_of_its_first_run_again() -> None:
+    scheduler = make_scheduler(num_kv_blocks=8, max_running=4)
+    add(scheduler, 0, 40)
+    add(scheduler, 1, 50)
+    while not scheduler.num_preemptions:
+        answer(scheduler, next_plan(scheduler))
+    scheduler.abort(0)
+    steps: list[list[tuple[int, int]]] = []
+    plans: list[StepPlan] = []
+    while not plans or plans[-1].rows[-1].sampling is None:
+        plans.append(next_plan(scheduler))
+        steps.append([(position, count) for _, position, count in rows_of(plans[-1])])
+        if len(plans) > 1:
+            scheduler.complete(StepResult(step_id=plans[-2].step_id, samples=()))
+    # Its prompt in the rows that there was room for beside the other one, which took 32 and then 8
+    # tokens of the first steps, and no more of its answer at once than may decode.
+    path = [row for step in steps for row in step]
+    prompt_rows, answer_rows = path[:3], path[3:]
+    assert prompt_rows == [(0, 16), (16, 16), (32, 18)]
+    assert answer_rows == [(50 + index, 1) for index in range(len(answer_rows))]
+    assert max(sum(row in answer_rows for row in step) for step in steps) == 4
+
+
+def test_a_row_that_is_computed_again_is_not_cut_for_those_that_decode() -> None:
+    scheduler = make_scheduler(num_kv_blocks=6)
+    add(scheduler, 1, 32, GenerationParams(max_tokens=40, reads_cache=False, priority=1))
+    answer(scheduler, next_plan(scheduler))
+    add(scheduler, 0, 16)
+    while not scheduler.num_preemptions:
+        answer(scheduler, next_plan(scheduler))
+    add(scheduler, 2)
+    plan = next_plan(scheduler)
+    while 1 not in [row.request_id for row in plan.rows]:
+        answer(scheduler, plan)
+        plan = next_plan(scheduler)
+    # The budget is 32 tokens.
+    assert [(row.request_id, len(row.token_ids)) for row in plan.rows] == [(2, 1), (1, 32)]
 
 
 def test_a_token_in_flight_for_a_preempted_request_counts() -> None:
@@ -207,7 +250,7 @@ def test_a_token_in_flight_for_a_preempted_request_counts() -> None:
     assert list(answer(scheduler, new)) == [1]
     scheduler.abort(0)
     again = next_plan(scheduler)
-    assert again.rows[0].token_ids == (*range(1, 32), 5, 5, 5)
+    assert [row.token_ids for row in again.rows] == [tuple(range(1, 32)), (5,), (5,), (5,)]
 
 
 def test_waiting_requests_do_not_overtake() -> None:
@@ -351,11 +394,11 @@ def test_a_block_is_shared_once_the_step_that_fills_it_is_scheduled() -> None:
     add(scheduler, 1, 40, CACHED)
     together = next_plan(scheduler)
     # Not within one step: the order of its rows is the stages' affair.
-    assert rows_of(together) == [(0, 0, 40), (1, 0, 24)]
+    assert rows_of(together) == [(0, 0, 40), (1, 0, 16)]
     scheduler.abort(0)
     add(scheduler, 2, 40, CACHED)
     plan = next_plan(scheduler)
-    assert rows_of(plan) == [(1, 24, 16), (2, 32, 8)]
+    assert rows_of(plan) == [(1, 16, 24), (2, 32, 8)]
     assert plan.rows[1].new_block_ids[:2] == together.rows[0].new_block_ids[:2]
 
 
@@ -382,13 +425,13 @@ def test_requests_that_share_blocks_fit_where_they_would_not_apart() -> None:
 
 
 def test_a_preempted_request_finds_its_own_blocks_again() -> None:
-    scheduler = make_scheduler(num_kv_blocks=5)
+    scheduler = make_scheduler(num_kv_blocks=5, max_step_tokens=17)
     add(scheduler, 0, 30, GenerationParams(max_tokens=30, reads_cache=False))
     scheduler.add(Request(request_id=1, prompt_ids=tuple(range(100, 130)), params=CACHED))
     while not scheduler.num_preemptions:
         answer(scheduler, next_plan(scheduler))
     scheduler.abort(0)
-    assert [position for _, position, _ in rows_of(next_plan(scheduler))] == [16]
+    assert rows_of(next_plan(scheduler))[0] == (1, 16, 14)
     assert scheduler.num_cache_queries == 30
 
 
@@ -411,6 +454,7 @@ class Simulation:
         self.stages = fake_stages(num_stages, num_kv_blocks=num_kv_blocks)
         self.num_kv_blocks = num_kv_blocks
         self.belt: deque[StepPlan] = deque()
+        self.paths: dict[int, dict[int, tuple[int, int]]] = {}
         self.answers: list[list[int]] = []
         self.events: list[list[TokenEvent]] = []
         self.aborted: set[int] = set()
@@ -432,12 +476,25 @@ class Simulation:
         self.scheduler.check_integrity()
         if plan is None:
             return False
-        ids = [row.request_id for row in plan.rows]
-        assert ids
-        assert len(set(ids)) == len(ids), "a request has two rows in one step"
+        assert plan.rows
         assert all(row.token_ids for row in plan.rows)
+        self._follow(plan)
         self.belt.append(plan)
         return True
+
+    def _follow(self, plan: StepPlan) -> None:
+        """Rows of one request follow each other, and each is as when its tokens came first."""
+        ends: dict[int, int] = {}
+        for row in plan.rows:
+            assert ends.get(row.request_id, row.position) == row.position
+            ends[row.request_id] = row.position + len(row.token_ids)
+            path = self.paths.setdefault(row.request_id, {})
+            request = self.scheduler._requests[row.request_id]
+            for position in range(row.position, ends[row.request_id]):
+                # What others computed at first has no row of its own to follow.
+                if position >= (request.num_cached_tokens or 0):
+                    shape = (row.position, len(row.token_ids))
+                    assert path.setdefault(position, shape) == shape
 
     def complete(self) -> bool:
         if not self.belt:
