@@ -46,7 +46,10 @@ class GatewayAssignment:
     num_stages: int
     num_kv_blocks: int
     max_context_tokens: int
-    max_concurrency: int
+    max_running: int
+    """Requests that hold KV blocks at once."""
+    max_waiting: int
+    """Requests that wait for theirs; more are refused."""
     model_name: str
 
 

@@ -112,10 +112,7 @@ class Controller:
 
         self._enter("load")
         self._pipeline.brief_gateway(
-            plan,
-            folder=folders[self._home],
-            facts_json=facts_json,
-            model_name=self._spec.model_name,
+            plan, self._spec, folder=folders[self._home], facts_json=facts_json
         )
         self._pipeline.place(plan, folders=folders, facts_json=facts_json, verified=verified)
         self._hold("PipelinePlaced", "Placed", _placement(plan))

@@ -19,6 +19,7 @@ from .assignment import GatewayAssignment, LinkSetup, PipelineRoles, StageAssign
 from .plan import Plan, StagePlan
 from .ray_calls import any_ended, call, endings, gather
 from .ray_runtime import RayNode
+from .spec import DeploymentSpec
 
 PLACE_TIMEOUT_S: Final = 60.0
 CONNECT_TIMEOUT_S: Final = 120.0
@@ -78,7 +79,9 @@ class PipelineGroup:
         )
         gather([self._gateway.bind.remote()], who="the gateway", stop=self._stop)
 
-    def brief_gateway(self, plan: Plan, *, folder: str, facts_json: str, model_name: str) -> None:
+    def brief_gateway(
+        self, plan: Plan, spec: DeploymentSpec, *, folder: str, facts_json: str
+    ) -> None:
         """Tell the gateway what it will serve; it reads the tokenizer while the stages load."""
         assignment = GatewayAssignment(
             links=self._links(plan, self._gateway_host),
@@ -87,8 +90,9 @@ class PipelineGroup:
             num_stages=len(plan.stages),
             num_kv_blocks=plan.num_kv_blocks,
             max_context_tokens=plan.max_context_tokens,
-            max_concurrency=plan.max_concurrency,
-            model_name=model_name,
+            max_running=spec.running_limit,
+            max_waiting=spec.max_waiting,
+            model_name=spec.model_name,
         )
         self._briefing = self._gateway.listen.remote(assignment)
 

@@ -43,6 +43,11 @@ class DeploymentSpec:
     max_context_tokens: int | None = None
     """None: the model's own, shortened to what memory holds."""
     max_concurrency: int = 8
+    """Requests whose keys and values fit at full context."""
+    max_running: int | None = None
+    """Requests worked on at once, most of them shorter than the context; None: `running_limit`."""
+    max_waiting: int = 256
+    """Requests that wait to be worked on; more are refused until some are done."""
     host: str = "127.0.0.1"
     port: int = 8080
     """0 takes a free one."""
@@ -50,3 +55,8 @@ class DeploymentSpec:
     """Needed to listen on anything but loopback."""
     fetch_full: bool = False
     """Every node of the plan brings the whole release, so that a later plan needs no download."""
+
+    @property
+    def running_limit(self) -> int:
+        """`max_running`, or else 64, and more where that many fit at full context."""
+        return self.max_running or max(64, self.max_concurrency)

@@ -21,7 +21,7 @@ from pathlib import Path
 from ..cluster.spec import DeploymentSpec
 from ..errors import InterruptedByUserError, MagnetarError, TimedOutError
 from ..fetcher.progress import Progress
-from ..settings import DEFAULT_HOST, DEFAULT_PORT, default_store
+from ..settings import default_store
 from .console import Console
 from .serving import need_importable_package, serving
 
@@ -68,23 +68,15 @@ def demo(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
 
 def _spec(args: argparse.Namespace, seed: Seed, store: Path, console: Console) -> DeploymentSpec:
     from ..manifests.source import deployment_name, resolve_source
+    from .verbs import with_options
 
     source = resolve_source(
         seed.magnet, peers=(seed.address,), timeout_s=60.0, on_note=console.note
     )
-    model_name = args.name or MODEL_NAME
-    return DeploymentSpec(
-        name=deployment_name(model_name),
-        source=source,
-        store=str(store),
-        model_name=model_name,
-        dtype=args.dtype,
-        num_stages=args.stages,
-        max_concurrency=args.max_concurrency or 8,
-        host=args.host or DEFAULT_HOST,
-        port=DEFAULT_PORT if args.port is None else args.port,
-        api_key_file=args.api_key_file,
+    spec = DeploymentSpec(
+        name=deployment_name(MODEL_NAME), source=source, store=str(store), model_name=MODEL_NAME
     )
+    return with_options(spec, args)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ _EXIT_CODES = """\
 exit codes: 0 done, 1 failed, 2 usage or invalid manifest, 4 not found, 6 timed out,
 7 it cannot work on this machine, 130 interrupted
 """
-_CONCURRENCY_HELP = "requests worked on at a time (8)"
+_CONCURRENCY_HELP = "requests of full context that fit in memory (8)"
 _SOURCE_HELP = "a magnet link, a name of the catalogue, a .torrent file or a release folder"
 
 
@@ -99,21 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="plan for the machines of this file, as `magnetar nodes -o yaml` writes it",
     )
-    plan.add_argument(
-        "--diff",
-        nargs="?",
-        const="",
-        metavar="NAME",
-        help="print what would move of the deployment that runs (of this name, else of the "
-        "manifest's or the model's)",
-    )
-    plan.add_argument(
-        "-o",
-        "--output",
-        choices=("table", "json", "yaml", "svg"),
-        default="table",
-        help="form of what is printed; svg is a picture",
-    )
+    _add_output(plan)
 
     nodes = verb(
         "nodes",
@@ -299,6 +285,18 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-concurrency", type=_positive, metavar="N", help=_CONCURRENCY_HELP)
     group.add_argument(
+        "--max-running",
+        type=_positive,
+        metavar="N",
+        help="requests worked on at a time, most of them shorter (64, or --max-concurrency)",
+    )
+    group.add_argument(
+        "--max-waiting",
+        type=_natural,
+        metavar="N",
+        help="requests that wait beside them; more are answered 429 (256)",
+    )
+    group.add_argument(
         "--api-key-file",
         metavar="FILE",
         help="file with the key that clients must send; needed beyond loopback",
@@ -315,6 +313,10 @@ def _positive(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def _natural(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _port(text: str) -> int:

@@ -19,7 +19,6 @@ from ..settings import default_store
 from .console import Console
 from .demo import demo
 from .nodes import nodes
-from .plan_output import shown_plan
 from .serving import need_importable_package, serving, status_table
 
 if TYPE_CHECKING:
@@ -51,20 +50,18 @@ def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
         inventory = load_inventory(Path(args.inventory).expanduser(), environment=os.environ)
     elif ray_address is not None:
         need_importable_package()
-    from ..serve.launch import plan_only, running_plan
+    from ..cluster.plan_view import plan_json, plan_table
+    from ..serve.launch import plan_only
 
-    running = None
-    if args.diff is not None:
-        running = running_plan(args.diff or spec.name, ray_address=ray_address)
     preview = plan_only(
         spec,
         ray_address=ray_address,
         inventory=inventory,
-        running=running,
         on_progress=console.progress,
         stop=stop,
     )
-    console.data(shown_plan(preview, running, name=spec.name, output=args.output))
+    json_wanted = args.output == "json"
+    console.data(_json(plan_json(preview.plan)) if json_wanted else plan_table(preview.plan))
 
 
 def fetch(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
@@ -275,6 +272,8 @@ def with_options(spec: DeploymentSpec, args: argparse.Namespace) -> DeploymentSp
         "objective": options.get("objective"),
         "max_context_tokens": options.get("max_context"),
         "max_concurrency": options.get("max_concurrency"),
+        "max_running": options.get("max_running"),
+        "max_waiting": options.get("max_waiting"),
         "host": options.get("host"),
         "port": options.get("port"),
         "api_key_file": options.get("api_key_file") and str(Path(args.api_key_file).absolute()),

@@ -146,7 +146,23 @@ class Serve(Part):
     host: str = Field(default=DEFAULT_HOST, min_length=1, description="Address to listen on.")
     port: int = Field(default=DEFAULT_PORT, ge=0, le=65535, description="Port; 0 takes a free one.")
     max_concurrency: int = Field(
-        default=8, ge=1, le=4096, description="Requests worked on at a time."
+        default=8,
+        ge=1,
+        le=4096,
+        description="Requests of full context whose keys and values are to fit in memory.",
+    )
+    max_running: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Requests worked on at a time, most of them shorter than the context; by "
+        "default 64, or maxConcurrency if that is more.",
+    )
+    max_waiting: int = Field(
+        default=256,
+        ge=0,
+        le=65536,
+        description="Requests that wait beside them; more are answered 429, with Retry-After.",
     )
     api_key_file: str | None = Field(
         default=None,
@@ -216,6 +232,8 @@ class Deployment(Part):
             objective=placement.objective,
             max_context_tokens=model.max_context_tokens,
             max_concurrency=serve.max_concurrency,
+            max_running=serve.max_running,
+            max_waiting=serve.max_waiting,
             host=serve.host,
             port=serve.port,
             api_key_file=_path(base, serve.api_key_file) if serve.api_key_file else None,

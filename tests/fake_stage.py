@@ -139,6 +139,8 @@ def running_engine(
     num_kv_blocks: int,
     eos_token_ids: frozenset[int] = frozenset(),
     config: ModelConfig | None = None,
+    max_running: int = 64,
+    max_waiting: int = 256,
 ) -> Iterator[tuple[Engine, list[StageWorker]]]:
     """An engine and its stages on real links; everything is stopped at the end."""
     pairs = [linked_pair() for _ in range(len(stages) + 1)]
@@ -150,7 +152,8 @@ def running_engine(
         config=config or model_config(),
         num_kv_blocks=num_kv_blocks,
         max_context_tokens=1024,
-        max_concurrency=4,
+        max_running=max_running,
+        max_waiting=max_waiting,
         num_stages=len(stages),
         downstream=pairs[0][0],
         upstream=pairs[-1][1],

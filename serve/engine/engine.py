@@ -23,12 +23,6 @@ from .step import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-MAX_RUNNING = 64
-"""Requests that hold KV blocks at once, where the plan does not ask for more. That they may not all
-fit at full length is meant: most are short, and the scheduler preempts when blocks run out."""
-MAX_WAITING = 256
-"""Requests that may wait for KV blocks; beyond, `QueueFullError`."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
@@ -80,27 +74,34 @@ class Engine:
         config: ModelConfig,
         num_kv_blocks: int,
         max_context_tokens: int,
-        max_concurrency: int,
+        max_running: int,
+        max_waiting: int,
         num_stages: int,
         downstream: StageLink,
         upstream: StageLink,
         eos_token_ids: Collection[int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Takes both links over: `downstream` to the first stage, `upstream` from the last."""
+        """Takes both links over: `downstream` to the first stage, `upstream` from the last.
+
+        At most `max_running` requests hold KV blocks at once. That they may not all fit at full
+        length is meant: most are short, and the scheduler preempts when blocks run out. Besides, at
+        most `max_waiting` wait for theirs.
+        """
         self._scheduler = Scheduler(
             num_kv_blocks=num_kv_blocks,
             max_context_tokens=max_context_tokens,
-            max_running=max(MAX_RUNNING, max_concurrency),
+            max_running=max_running,
             num_stages=num_stages,
             eos_token_ids=frozenset(eos_token_ids),
         )
-        # Unbounded in type only: at most MAX_WAITING requests and their aborts, the results of
+        # Unbounded in type only: at most `max_waiting` requests and their aborts, the results of
         # num_stages + 1 steps, and the probes that somebody waits for.
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._pipeline = Pipeline(
             downstream=downstream, upstream=upstream, on_arrival=self._inbox.put, clock=clock
         )
+        self._max_waiting = max_waiting
         self._vocab_size = config.vocab_size
         self._num_kv_blocks = num_kv_blocks
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -195,7 +196,7 @@ class Engine:
         with self._lock:
             self._check_open()
             num_waiting = self._stats.waiting + self._num_unseen
-            if num_waiting >= MAX_WAITING:
+            if num_waiting >= self._max_waiting:
                 raise QueueFullError(f"{num_waiting} requests wait already; try again later")
             # Ids ascend in the order of the inbox, because both are under the lock.
             stream = Stream(self._new_request_id(), loop)

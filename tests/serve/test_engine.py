@@ -11,7 +11,7 @@ import torch
 
 from magnetar.cluster.link import Frame, TcpLink
 from magnetar.errors import QueueFullError, StageLostError, UsageError
-from magnetar.serve.engine.engine import MAX_WAITING, Engine
+from magnetar.serve.engine.engine import Engine
 from magnetar.serve.engine.pipeline import STALL_S
 from magnetar.serve.engine.request import GenerationParams
 from magnetar.serve.engine.step import StepPlan, StepResult
@@ -46,7 +46,8 @@ def bare_engine(*, clock: Callable[[], float] = time.monotonic) -> tuple[Engine,
         config=model_config(),
         num_kv_blocks=4,
         max_context_tokens=64,
-        max_concurrency=1,
+        max_running=1,
+        max_waiting=1,
         num_stages=1,
         downstream=to_first,
         upstream=from_last,
@@ -140,22 +141,23 @@ def test_a_probe_that_nobody_waits_for_harms_nothing() -> None:
 
 
 def test_requests_beyond_the_queue_are_refused_and_the_others_served() -> None:
+    max_waiting = 5
     stage = GatedStage(num_kv_blocks=1, is_first=True, is_last=True)
 
     async def run(engine: Engine) -> None:
-        tasks = [asyncio.create_task(answer(engine, [1], 2)) for _ in range(MAX_WAITING)]
+        tasks = [asyncio.create_task(answer(engine, [1], 2)) for _ in range(max_waiting)]
         async with asyncio.timeout(TIMEOUT_S):
             while engine.stats().running == 0:
                 await asyncio.sleep(0.001)
-            assert engine.stats().waiting == MAX_WAITING - 1
+            assert engine.stats().waiting == max_waiting - 1
             tasks.append(asyncio.create_task(answer(engine, [1], 2)))
             await asyncio.sleep(0)
-            with pytest.raises(QueueFullError, match=f"{MAX_WAITING} requests wait"):
+            with pytest.raises(QueueFullError, match=f"{max_waiting} requests wait"):
                 await answer(engine, [1], 2)
             stage.gate.set()
-            assert await asyncio.gather(*tasks) == [expected_tokens([1], 2)] * (MAX_WAITING + 1)
+            assert await asyncio.gather(*tasks) == [expected_tokens([1], 2)] * (max_waiting + 1)
 
-    with running_engine([stage], num_kv_blocks=1) as (engine, _):
+    with running_engine([stage], num_kv_blocks=1, max_waiting=max_waiting) as (engine, _):
         asyncio.run(run(engine))
 
 
