@@ -54,6 +54,11 @@ class Header:
     shape: tuple[int, ...]
     body_bytes: int
 
+    @property
+    def tensor_bytes(self) -> int:
+        """0 without a tensor."""
+        return 0 if self.dtype is None else math.prod(self.shape) * _DTYPE_BYTES[self.dtype]
+
 
 def pack_header(frame: Frame) -> bytes:
     """The header that announces `frame`; ValueError when it cannot be sent."""

@@ -1,17 +1,21 @@
 """The loop of a stage process: receive a step, compute it, pass it on.
 
-Three threads, so that the next step arrives and the last one leaves while this one is computed,
-joined by short queues. What ends one of them ends the worker, and travels down the ring as an
-error frame, so that the engine hears the reason and not only that a link is dead.
+Handing a frame from one thread to another costs as much as its way from process to process. So the
+thread that computes also receives, and sends what the link takes at once; two others keep receiving
+and sending going while a step takes long to compute, or a frame to send.
+
+What ends one of them ends the worker, and travels down the ring as an error frame, so that the
+engine hears the reason and not only that a link is dead.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import queue
 import threading
-from typing import TYPE_CHECKING, Protocol, TypeVar
+import time
+from typing import TYPE_CHECKING, Protocol
 
 from ...cluster.link import ALIVE_S, SILENCE_S, Frame, StageLink
 from ...errors import MagnetarError, StageLostError
@@ -23,9 +27,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_QUEUED = 8
-_RETRY_S = 0.5
-_Item = TypeVar("_Item")
+_LONG_STEP_S = 0.2
+"""After that frames are received ahead. What comes before waits in the kernel, which has room for a
+chunk or two of a prompt; but TCP gives up a link that stays full."""
+_AT_ONCE_BYTES = 256 << 10
+"""The buffers of a link take so much without waiting for the peer, if nothing is before it."""
 
 
 class Executor(Protocol):
@@ -50,16 +56,26 @@ class StageWorker:
         self._upstream = upstream
         self._downstream = downstream
         self._name = name
-        self._arrived: queue.Queue[tuple[StepPlan, Frame] | None] = queue.Queue(_QUEUED)
-        self._computed: queue.Queue[Frame | None] = queue.Queue(_QUEUED)
+        # Unbounded in type only: they hold no more than the steps in flight, one for each stage and
+        # one more, and the word that ends them.
+        self._arrived: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._unsent: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._long_from = math.inf
+        """When the step in the making will have taken long."""
+        self._receives_ahead = False
+        self._waits = False
+        """The computing thread is out of work while the other receives."""
+        self._num_unsent = 0
+        """Frames that the sender has not sent yet, the one in its hands included."""
+        self._sending = threading.Lock()
         self._ending = threading.Event()
         self._lock = threading.Lock()
         self._error: MagnetarError | None = None
         self._threads = [
             threading.Thread(target=target, name=f"stage-{what}", daemon=True)
             for what, target in (
-                ("receive", self._receive),
                 ("compute", self._compute),
+                ("receive", self._receive_ahead),
                 ("send", self._send),
             )
         ]
@@ -92,68 +108,118 @@ class StageWorker:
             if thread.ident is not None:
                 thread.join()
 
-    def _receive(self) -> None:
-        known: Known = {}
-        try:
-            while True:
-                frame = self._upstream.receive(SILENCE_S)
-                if frame.kind == "error":
-                    # A stage before this one failed; what it says is all that still matters.
-                    self._put(self._computed, frame)
-                    return
-                if frame.kind != "step":
-                    raise ValueError(f"it sent a {frame.kind} to a stage")
-                plan = decode_plan(frame.step_id, frame.body, known)
-                self._put(self._arrived, (plan, frame))
-        except TimeoutError as error:
-            self._fail(StageLostError(f"{self._name}: {error} for {SILENCE_S:g} s"))
-        except (StageLostError, ValueError) as error:
-            self._fail(StageLostError(f"{self._name} lost the one before it: {error}"))
-
     def _compute(self) -> None:
-        while (item := self._arrived.get()) is not None and not self._ending.is_set():
-            plan, frame = item
+        known: Known = {}
+        while (frame := self._next()) is not None and not self._ending.is_set():
+            self._long_from = time.monotonic() + _LONG_STEP_S
+            try:
+                plan = decode_plan(frame.step_id, frame.body, known)
+            except ValueError as error:
+                self._fail(f"{self._name} lost the one before it: {error}")
+                return
             try:
                 output = self._stage.step(plan, frame.tensor)
             except Exception as error:  # whatever it is, the engine must hear of it
                 logger.exception("%s failed at step %d", self._name, plan.step_id)
                 what = str(error) if isinstance(error, MagnetarError) else repr(error)
-                self._fail(StageLostError(f"{self._name} failed at step {plan.step_id}: {what}"))
+                self._fail(f"{self._name} failed at step {plan.step_id}: {what}")
                 return
-            self._put(self._computed, _frame_of(output, frame))
+            self._pass_on(_frame_of(output, frame))
+
+    def _next(self) -> Frame | None:
+        """The next step; None at the end."""
+        with self._lock:
+            self._long_from = math.inf
+            none_ahead = self._arrived.empty()
+            self._waits = none_ahead and self._receives_ahead
+            receives = none_ahead and not self._receives_ahead
+        return self._receive() if receives else self._arrived.get()
+
+    def _receive_ahead(self) -> None:
+        """Receive while a step takes long, and still bring the frame that is waited for by then."""
+        while not self._ending.wait(_LONG_STEP_S):
+            with self._lock:
+                self._receives_ahead = self._is_long()
+            while self._receives_ahead:
+                frame = self._receive()
+                with self._lock:
+                    self._arrived.put(frame)
+                    self._receives_ahead = not self._waits and self._is_long()
+                    self._waits = False
+                if frame is None:
+                    return
+
+    def _is_long(self) -> bool:
+        return time.monotonic() >= self._long_from
+
+    def _receive(self) -> Frame | None:
+        """The next step; None when there is none any more, for a reason that is on its way."""
+        try:
+            frame = self._upstream.receive(SILENCE_S)
+            if frame.kind == "step":
+                return frame
+            if frame.kind != "error":
+                raise ValueError(f"it sent a {frame.kind} to a stage")
+            # A stage before this one failed; what it says is all that still matters.
+            self._leave_to_sender(frame)
+        except TimeoutError as error:
+            self._fail(f"{self._name}: {error} for {SILENCE_S:g} s")
+        except (StageLostError, ValueError) as error:
+            self._fail(f"{self._name} lost the one before it: {error}")
+        return None
+
+    def _pass_on(self, frame: Frame) -> None:
+        """Send a frame now if that is a moment's work, else leave it to the sender."""
+        num_bytes = len(frame.body) + (0 if frame.tensor is None else frame.tensor.nbytes)
+        if self._num_unsent or num_bytes > _AT_ONCE_BYTES:
+            self._leave_to_sender(frame)
+            return
+        try:
+            with self._sending:
+                self._downstream.send(frame)
+        except (StageLostError, ValueError) as error:
+            self._lose_downstream(error)
 
     def _send(self) -> None:
+        """Large frames, errors, and signs of life."""
         try:
             while not self._ending.is_set():
                 try:
-                    frame = self._computed.get(timeout=ALIVE_S)
+                    frame = self._unsent.get(timeout=ALIVE_S)
                 except queue.Empty:
-                    self._downstream.send_alive()
+                    with self._sending:
+                        self._downstream.send_alive()
                     continue
                 if frame is None:
                     return
-                self._downstream.send(frame)
+                with self._sending:
+                    self._downstream.send(frame)
+                with self._lock:
+                    self._num_unsent -= 1
                 if frame.kind == "error":
                     self._keep(StageLostError(decode_error(frame.body)))
                     return
         except (StageLostError, ValueError) as error:
-            self._keep(StageLostError(f"{self._name} lost the one after it: {error}"))
+            self._lose_downstream(error)
         finally:
             self._end()
 
-    def _fail(self, error: StageLostError) -> None:
+    def _leave_to_sender(self, frame: Frame) -> None:
+        with self._lock:
+            self._num_unsent += 1
+        self._unsent.put(frame)
+
+    def _lose_downstream(self, error: Exception) -> None:
+        self._keep(StageLostError(f"{self._name} lost the one after it: {error}"))
+        self._end()
+
+    def _fail(self, message: str) -> None:
         """Remember what ended the worker, and let the sender tell it as its last word."""
         if self._ending.is_set():
             return  # closing the links is what made them fail
-        self._keep(error)
-        self._put(
-            self._computed,
-            Frame(
-                kind="error",
-                epoch=self._downstream.epoch,
-                step_id=0,
-                body=encode_error(str(error)),
-            ),
+        self._keep(StageLostError(message))
+        self._leave_to_sender(
+            Frame(kind="error", epoch=self._downstream.epoch, step_id=0, body=encode_error(message))
         )
 
     def _keep(self, error: StageLostError) -> None:
@@ -162,24 +228,14 @@ class StageWorker:
             if self._error is None and not self._ending.is_set():
                 self._error = error
 
-    def _put(self, into: queue.Queue[_Item | None], item: _Item) -> None:
-        """Wait for room, unless whoever would make it has ended."""
-        while not self._ending.is_set():
-            try:
-                into.put(item, timeout=_RETRY_S)
-            except queue.Full:
-                continue
-            return
-
     def _end(self) -> None:
         """Wake all threads for the last time."""
         with self._lock:
             self._ending.set()
         self._upstream.close()
         self._downstream.close()
-        for waiting in (self._arrived, self._computed):
-            with contextlib.suppress(queue.Full):  # then its reader is not waiting
-                waiting.put_nowait(None)
+        self._arrived.put(None)
+        self._unsent.put(None)
 
 
 def _frame_of(output: torch.Tensor | StepResult, came: Frame) -> Frame:

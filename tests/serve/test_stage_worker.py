@@ -3,7 +3,9 @@
 import contextlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,11 +88,71 @@ def test_the_last_stage_answers_with_samples() -> None:
 def test_steps_are_received_while_one_is_computed_and_keep_their_order() -> None:
     stage = GatedStage()
     with running_worker(stage) as (before, _, after):
-        for step_id in range(30):  # more than its queues hold
+        for step_id in range(30):
             before.send(step_frame(step_id))
         assert stage.entered.wait(TIMEOUT_S)
         stage.gate.set()
         assert [after.receive(TIMEOUT_S).step_id for _ in range(30)] == list(range(30))
+
+
+def test_a_long_step_keeps_nobody_from_sending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_worker, "_LONG_STEP_S", 0.01)
+    stage = GatedStage()
+    with running_worker(stage) as (before, _, after):
+        before.send(step_frame(0))
+        assert stage.entered.wait(TIMEOUT_S)
+        for step_id in range(1, 20):  # 80 MB: far more than the kernel holds
+            hidden_TD = torch.zeros(512, 2048)
+            before.send(replace(step_frame(step_id), tensor=hidden_TD))
+        stage.gate.set()
+        assert [after.receive(TIMEOUT_S).step_id for _ in range(20)] == list(range(20))
+        for step_id in range(20, 40):  # short ones again
+            before.send(step_frame(step_id))
+            assert after.receive(TIMEOUT_S).step_id == step_id
+
+
+def test_steps_that_are_now_long_and_now_short_keep_their_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # So short that whoever receives changes all the time.
+    monkeypatch.setattr(stage_worker, "_LONG_STEP_S", 1e-4)
+    num_steps = 400
+    with running_worker(fake_stage(is_last=False)) as (before, _, after), ThreadPoolExecutor() as p:
+
+        def send() -> None:
+            for step_id in range(num_steps):
+                before.send(step_frame(step_id))
+
+        sent = p.submit(send)
+        got = [after.receive(TIMEOUT_S).step_id for _ in range(num_steps)]
+        assert got == list(range(num_steps))
+        sent.result()
+
+
+def test_large_and_small_frames_leave_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_worker, "_AT_ONCE_BYTES", 1000)
+
+    class Wide:
+        def step(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor:
+            return torch.zeros(1, 1 if plan.step_id % 3 else 1 << 20)
+
+    with running_worker(Wide()) as (before, _, after):
+        for step_id in range(30):
+            before.send(step_frame(step_id))
+        assert [after.receive(TIMEOUT_S).step_id for _ in range(30)] == list(range(30))
+
+
+def test_the_end_of_a_neighbour_is_told_in_the_middle_of_a_long_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage_worker, "_LONG_STEP_S", 0.01)
+    stage = GatedStage()
+    with running_worker(stage) as (before, _, after):
+        before.send(step_frame(0))
+        assert stage.entered.wait(TIMEOUT_S)
+        before.close()
+        assert "closed the link" in decode_error(after.receive(TIMEOUT_S).body)
+        stage.gate.set()
 
 
 def test_an_exception_travels_to_the_engine_and_ends_the_worker(
