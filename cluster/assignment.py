@@ -3,11 +3,12 @@
 The classes themselves belong to a higher room and are handed in, so that this one needs no model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..fetcher.piece_map import ByteRange
-from .plan import StagePlan
+from .plan import ComputeDtype, ExpertHost, StagePlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,23 @@ class StageAssignment:
     facts_json: str
     verified: tuple[ByteRange, ...] | None = None
     """What may be read of the release on this node; None: all of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HelperAssignment:
+    """Experts of one stage on another device: what it holds and where it finds it."""
+
+    links: LinkSetup
+    helper: ExpertHost
+    stage_index: int
+    first_layer: int
+    """Of the stage: the first row of the helper's experts."""
+    dtype: ComputeDtype
+    folder: str
+    """The verified release on this node."""
+    facts_json: str
+    verified: tuple[ByteRange, ...] | None = None
+    """As in `StageAssignment`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +88,11 @@ class StageRole(Protocol):
         """How far `load` is."""
         ...
 
-    def connect(self, downstream: str) -> None:
-        """Dial the next in the ring and accept the one before; blocks until both stand."""
+    def connect(self, downstream: str, helpers: Sequence[str]) -> None:
+        """Dial the next in the ring and the stage's helpers, and accept the one before.
+
+        `helpers` are the addresses of the plan's, in its order. Blocks until all links stand.
+        """
         ...
 
     def run(self) -> None:
@@ -80,6 +101,36 @@ class StageRole(Protocol):
 
     def stop(self) -> None:
         """End the work and the links."""
+        ...
+
+
+class HelperRole(Protocol):
+    """An actor with some experts of a stage; calls come as for a `StageRole`."""
+
+    def __init__(self, assignment: HelperAssignment) -> None: ...
+
+    def load(self) -> int:
+        """As `StageRole.load`."""
+        ...
+
+    def loaded_bytes(self) -> int:
+        """How far `load` is."""
+        ...
+
+    def listen(self) -> str:
+        """Open the link of the stage; its ``HOST:PORT``."""
+        ...
+
+    def connect(self) -> None:
+        """Accept the stage; blocks until the link stands."""
+        ...
+
+    def run(self) -> None:
+        """As `StageRole.run`."""
+        ...
+
+    def stop(self) -> None:
+        """End the work and the link."""
         ...
 
 
@@ -119,9 +170,15 @@ class GatewayRole(Protocol):
         ...
 
 
+def helper_name(stage_index: int, helper: ExpertHost) -> str:
+    """What errors call it."""
+    return f"the helper on {helper.host} of stage {stage_index}"
+
+
 @dataclass(frozen=True, slots=True)
 class PipelineRoles:
-    """The classes that play the two roles; importable by name on every node."""
+    """The classes that play the roles; importable by name on every node."""
 
     stage: type[Any]
+    helper: type[Any]
     gateway: type[Any]

@@ -12,6 +12,7 @@ from ..fetcher.piece_map import ByteRange, ranges_of
 from ..fetcher.progress import Phase, Progress
 from .agent_group import AgentGroup
 from .assignment import PipelineRoles
+from .expert_pins import pin_experts
 from .journal import controller_journal
 from .pipeline_group import PipelineGroup
 from .plan import Plan
@@ -146,6 +147,7 @@ class Controller:
         inventory = self._agents.inventory(info_hash)
         workload = workload_of(spec, facts.config)
         plan = place_model(facts.config, facts.index, inventory, workload)
+        plan = pin_experts(plan, spec.expert_pins, facts.config, facts.index, inventory)
         self._change(plan=plan)
         self._leave("plan", "; ".join((_placement(plan), *plan.notes)))
         return facts, plan
@@ -153,13 +155,13 @@ class Controller:
     def _fetch(
         self, facts: ReleaseFacts, plan: Plan
     ) -> tuple[dict[str, str], dict[str, tuple[ByteRange, ...] | None]]:
-        """Download and verify on every node of the plan what its stages read.
+        """Download and verify on every node of the plan what its stages and helpers read.
 
         The home node joins them for the gateway's sake, which needs the tokenizer: where it has no
         stage it fetches the small files alone. The release folder on each, and what may be read
         of it.
         """
-        hosts = list(dict.fromkeys([*(stage.host for stage in plan.stages), self._home]))
+        hosts = list(dict.fromkeys([*plan.hosts, self._home]))
         self._enter("download")
         self._agents.metadata(hosts, self._spec.source)
         if len(hosts) > 1:
@@ -181,10 +183,9 @@ class Controller:
 
     def _share(self, facts: ReleaseFacts, plan: Plan, host: str) -> tuple[ByteRange, ...] | None:
         """What a node wants of the weights; None: all of them."""
-        stages = [stage for stage in plan.stages if stage.host == host]
-        if stages and self._spec.fetch_full:
+        if host in plan.hosts and self._spec.fetch_full:
             return None
-        return ranges_of(shard_of(facts.index, stages))
+        return ranges_of(shard_of(facts.index, plan, host))
 
     def _watch(self) -> None:
         """Until `stop`: notice what dies."""
@@ -260,4 +261,8 @@ class Controller:
 
 def _placement(plan: Plan) -> str:
     hosts = dict.fromkeys(stage.host for stage in plan.stages)
-    return f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)} on {', '.join(hosts)}"
+    helpers = [host for host in plan.hosts if host not in hosts]
+    return (
+        f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)} on {', '.join(hosts)}"
+        + f", experts on {', '.join(helpers)} too" * bool(helpers)
+    )

@@ -1,10 +1,10 @@
-"""The actors of a pipeline: stages in a placement group, a gateway, and the ring between them."""
+"""The actors of a pipeline: stages and their helpers in a placement group, a gateway, the links."""
 
 import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from ..errors import (
@@ -15,8 +15,15 @@ from ..errors import (
 )
 from ..fetcher.piece_map import ByteRange
 from ..fetcher.progress import Progress, ProgressSink
-from .assignment import GatewayAssignment, LinkSetup, PipelineRoles, StageAssignment
-from .plan import Plan, StagePlan
+from .assignment import (
+    GatewayAssignment,
+    HelperAssignment,
+    LinkSetup,
+    PipelineRoles,
+    StageAssignment,
+    helper_name,
+)
+from .plan import ExpertHost, Plan, StagePlan
 from .ray_calls import any_ended, call, endings, gather
 from .ray_runtime import RayNode
 from .spec import DeploymentSpec
@@ -56,6 +63,10 @@ class PipelineGroup:
         self._briefing: Any = None
         self._answers_to = ""
         self._stages: list[Any] = []
+        self._helpers: list[list[Any]] = []
+        """Of each stage."""
+        self._names: list[str] = []
+        """Of the actors, in the order of `_members`."""
         self._group: Any = None
         self._running: list[Any] = []
 
@@ -104,27 +115,26 @@ class PipelineGroup:
         facts_json: str,
         verified: Mapping[str, tuple[ByteRange, ...] | None],
     ) -> None:
-        """Reserve the memory of all stages and start their actors.
+        """Reserve the memory of all stages and helpers, and start their actors.
 
         `verified` is what may be read of the release on each node; None: all of it.
 
         Raises:
             PreflightError: somebody else has reserved the memory in the meantime.
         """
-        import ray
         from ray.util.placement_group import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        members: list[StagePlan | ExpertHost]
+        members = [*plan.stages, *(helper for _, helper in _helpers_of(plan))]
         self._group = placement_group(
             # A card's memory is not Ray's to count; the bundle then only pins the node.
-            [{"memory": _reserved_bytes(stage)} for stage in plan.stages],
+            [{"memory": _reserved_bytes(member)} for member in members],
             strategy="PACK",
             name=self._prefix,
             lifetime=self._lifetime,
-            bundle_label_selector=[self._nodes[stage.host].selector for stage in plan.stages],
+            bundle_label_selector=[self._nodes[member.host].selector for member in members],
         )
-        self._wait_placed(plan)
-        actor = ray.remote(self._roles.stage)
+        self._wait_placed(members)
         for stage in plan.stages:
             assignment = StageAssignment(
                 links=self._links(plan, stage.host),
@@ -134,30 +144,61 @@ class PipelineGroup:
                 facts_json=facts_json,
                 verified=verified[stage.host],
             )
-            self._stages.append(
-                actor.options(
-                    name=f"{self._prefix}/s{stage.index}",
-                    lifetime=self._lifetime,
-                    num_cpus=0,
-                    max_concurrency=_METHODS_AT_ONCE,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(
-                        self._group, placement_group_bundle_index=stage.index
-                    ),
-                ).remote(assignment)
+            name = f"s{stage.index}"
+            self._stages.append(self._start(self._roles.stage, assignment, name, len(self._stages)))
+            self._helpers.append([])
+        for bundle, (stage, helper) in enumerate(_helpers_of(plan), start=len(plan.stages)):
+            task = HelperAssignment(
+                links=self._links(plan, helper.host),
+                helper=helper,
+                stage_index=stage.index,
+                first_layer=stage.first_layer,
+                dtype=stage.dtype,
+                folder=folders[helper.host],
+                facts_json=facts_json,
+                verified=verified[helper.host],
             )
+            helpers = self._helpers[stage.index]
+            name = f"s{stage.index}/h{len(helpers)}"
+            helpers.append(self._start(self._roles.helper, task, name, bundle))
+        self._names = [
+            "the gateway",
+            *(f"stage {stage.index}" for stage in plan.stages),
+            *(helper_name(stage.index, helper) for stage, helper in _helpers_of(plan)),
+        ]
+
+    def _start(self, role: type[Any], assignment: object, name: str, bundle: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return (
+            ray.remote(role)
+            .options(
+                name=f"{self._prefix}/{name}",
+                lifetime=self._lifetime,
+                num_cpus=0,
+                max_concurrency=_METHODS_AT_ONCE,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=bundle
+                ),
+            )
+            .remote(assignment)
+        )
 
     def load(self, plan: Plan, on_progress: ProgressSink) -> None:
-        """Let all stages read their weights at once, and wait for the gateway too.
+        """Let all stages and helpers read their weights at once, and wait for the gateway too.
 
         Raises:
             TokenizerError: the tokenizer does not fit the model.
             CheckpointError: the weights do not.
         """
+        loading = self._members[1:]
         total = sum(stage.weights_bytes for stage in plan.stages)
+        total += sum(helper.weights_bytes for _, helper in _helpers_of(plan))
         began = time.monotonic()
 
         def tell(*, finished: bool = False) -> None:
-            refs = [stage.loaded_bytes.remote() for stage in self._stages]
+            refs = [member.loaded_bytes.remote() for member in loading]
             done = total if finished else min(total, sum(gather(refs, who="a stage")))
             seconds = time.monotonic() - began
             on_progress(
@@ -171,22 +212,24 @@ class PipelineGroup:
                 )
             )
 
-        refs = [self._briefing, *(stage.load.remote() for stage in self._stages)]
+        refs = [self._briefing, *(member.load.remote() for member in loading)]
         found = gather(refs, who="the pipeline", stop=self._stop, meanwhile=tell)
         self._answers_to = str(found[0])
         tell(finished=True)
 
     def connect(self) -> None:
-        """Close the ring: gateway -> stage 0 -> ... -> last stage -> gateway."""
-        addresses = self._together([stage.listen.remote() for stage in self._stages])
-        ring = [self._gateway, *self._stages]
-        self._together(
-            [
-                actor.connect.remote(address)
-                for actor, address in zip(ring, [*addresses, self._answers_to], strict=True)
-            ]
-        )
-        self._running = [actor.run.remote() for actor in ring]
+        """Close the ring: gateway -> stage 0 -> ... -> last stage -> gateway; join the helpers."""
+        members = self._members[1:]
+        addresses = self._together([member.listen.remote() for member in members])
+        address_of = dict(zip(members, addresses, strict=True))
+        ring = [address_of[stage] for stage in self._stages] + [self._answers_to]
+        connecting = [self._gateway.connect.remote(ring[0])]
+        for stage, helpers, after in zip(self._stages, self._helpers, ring[1:], strict=True):
+            there = [address_of[helper] for helper in helpers]
+            connecting.append(stage.connect.remote(after, there))
+            connecting.extend(helper.connect.remote() for helper in helpers)
+        self._together(connecting)
+        self._running = [member.run.remote() for member in self._members]
 
     def warm(self) -> float:
         """Send one token through every stage; the seconds it took."""
@@ -208,8 +251,7 @@ class PipelineGroup:
             return None
         # One that dies breaks the ring for all others: look for a death before any complaint, and
         # at the gateway first, to which the cause travels.
-        names = ["the gateway", *(f"stage {number}" for number in range(len(self._stages)))]
-        ended = endings(self._running, names, timeout_s=DEATH_NOTICE_S)
+        ended = endings(self._running, self._names, timeout_s=DEATH_NOTICE_S)
         for death in (True, False):
             for ending in ended:
                 if ending.is_death == death and ending.error is not None:
@@ -217,11 +259,12 @@ class PipelineGroup:
         return StageLostError("the pipeline came to its end by itself")
 
     def stop(self) -> None:
-        """End the API, the stages and the reservation; dying actors are not waited for long."""
+        """End the API, stages, helpers and the reservation; dying actors are not waited for."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        for actors in ([self._gateway] if self._gateway else [], self._stages):
+        helpers = [helper for helpers in self._helpers for helper in helpers]
+        for actors in ([self._gateway] if self._gateway else [], self._stages, helpers):
             stopping = [actor.stop.remote() for actor in actors]
             if stopping:
                 ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
@@ -230,14 +273,21 @@ class PipelineGroup:
         if self._group is not None:
             with contextlib.suppress(ray.exceptions.RayError):
                 remove_placement_group(self._group)
-        self._gateway, self._stages, self._group, self._running = None, [], None, []
+        self._gateway, self._group = None, None
+        self._stages, self._helpers, self._running = [], [], []
+
+    @property
+    def _members(self) -> list[Any]:
+        """All actors: the gateway, the stages, the helpers of each."""
+        helpers = [helper for helpers in self._helpers for helper in helpers]
+        return [self._gateway, *self._stages, *helpers]
 
     def _together(self, refs: list[Any]) -> list[Any]:
         return gather(refs, who="the pipeline", stop=self._stop, timeout_s=CONNECT_TIMEOUT_S)
 
     def _links(self, plan: Plan, host: str) -> LinkSetup:
         """Loopback where everything is on one node, else the node's own address."""
-        alone = {stage.host for stage in plan.stages} == {self._gateway_host}
+        alone = set(plan.hosts) == {self._gateway_host}
         return LinkSetup(
             deployment=self._deployment,
             epoch=self._epoch,
@@ -245,15 +295,14 @@ class PipelineGroup:
             listen_host="127.0.0.1" if alone else self._nodes[host].address,
         )
 
-    def _wait_placed(self, plan: Plan) -> None:
+    def _wait_placed(self, members: Sequence[StagePlan | ExpertHost]) -> None:
         deadline = time.monotonic() + PLACE_TIMEOUT_S
         while not self._group.wait(1):
             if self._stop.is_set():
                 raise InterruptedByUserError("stopped")
             if time.monotonic() > deadline:
                 wanted = ", ".join(
-                    f"{_reserved_bytes(stage) / 1e9:.1f} GB on {stage.host}"
-                    for stage in plan.stages
+                    f"{_reserved_bytes(member) / 1e9:.1f} GB on {member.host}" for member in members
                 )
                 raise PreflightError(
                     f"Ray does not grant the memory that the plan found free ({wanted}); another "
@@ -261,5 +310,10 @@ class PipelineGroup:
                 )
 
 
-def _reserved_bytes(stage: StagePlan) -> int:
-    return max(1, stage.weights_bytes + stage.kv_bytes) if stage.device == "cpu" else 1
+def _helpers_of(plan: Plan) -> Iterator[tuple[StagePlan, ExpertHost]]:
+    return ((stage, helper) for stage in plan.stages for helper in stage.helpers)
+
+
+def _reserved_bytes(member: StagePlan | ExpertHost) -> int:
+    kv_bytes = member.kv_bytes if isinstance(member, StagePlan) else 0
+    return max(1, member.weights_bytes + kv_bytes) if member.device == "cpu" else 1

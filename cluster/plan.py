@@ -94,7 +94,8 @@ class ExpertHost:
     """A device that computes experts of a stage whose attention and router are elsewhere.
 
     It has no keys and values, and holds its experts in the dtype of the stage. Rows travel to it
-    from the stage's own device and come back weighted, once a layer.
+    from the stage's own device once a layer, and the output of every expert comes back; the stage
+    weighs and sums them.
     """
 
     host: str
@@ -191,6 +192,13 @@ class Plan:
     """What was conceded, for people."""
     prediction: Prediction | None = None
     """None where no speed is known."""
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Every node with a stage, then those with helpers alone."""
+        stages = (stage.host for stage in self.stages)
+        helpers = (helper.host for stage in self.stages for helper in stage.helpers)
+        return tuple(dict.fromkeys((*stages, *helpers)))
 
 
 def check_experts(plan: Plan, num_experts: int) -> None:

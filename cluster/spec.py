@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..fetcher.config import ReleaseHints
+from .expert_pins import ExpertPin
 from .plan import ComputeDtype, Objective
 
 SourceKind = Literal["magnet", "torrent", "folder"]
@@ -40,6 +41,8 @@ class DeploymentSpec:
     num_stages: int | None = None
     objective: Objective = "latency"
     """What placement is best at where the speeds of all nodes are known."""
+    expert_pins: tuple[ExpertPin, ...] = ()
+    """Experts for certain nodes, on top of the placement."""
     max_context_tokens: int | None = None
     """None: the model's own, shortened to what memory holds."""
     max_concurrency: int = 8

@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..cluster.expert_pins import ExpertPin
 from ..cluster.plan import ComputeDtype, Objective
 from ..cluster.spec import DeploymentSpec
 from ..errors import MagnetarError
+from ..fetcher.only import parse_only
 from ..settings import DEFAULT_HOST, DEFAULT_PORT, default_store
 from .facts import Facts, Part
 from .source import release_name, resolve_source
@@ -113,6 +115,31 @@ class Model(Part):
     )
 
 
+class ExpertsOnNode(Part):
+    """Experts for one node, whoever has their layers."""
+
+    node: str = Field(min_length=1, description="Label of the node, as `magnetar nodes` shows it.")
+    hold: Annotated[str, _checked(parse_only)] = Field(
+        description="LAYERS or LAYERS/EXPERTS, for example 0-31/4-7.",
+    )
+    is_copy: bool = Field(
+        default=False,
+        alias="copy",
+        description="Who holds them otherwise keeps them, and shares the work.",
+    )
+
+    def to_pin(self) -> ExpertPin:
+        """The same for the controller."""
+        hold = parse_only(self.hold)
+        experts = None if hold.experts is None else tuple(sorted(hold.experts))
+        return ExpertPin(
+            host=self.node,
+            layers=tuple(sorted(hold.layers)),
+            experts=experts,
+            is_copy=self.is_copy,
+        )
+
+
 class Placement(Part):
     """Where it runs."""
 
@@ -126,6 +153,10 @@ class Placement(Part):
         default="latency",
         description="What to be best at where the speeds of all nodes are known: `latency` for "
         "one stream, `throughput` for all together, `fit` for few nodes.",
+    )
+    experts: list[ExpertsOnNode] = Field(
+        default_factory=list,
+        description="Experts for certain nodes: each computes those of layers that others have.",
     )
     ray_address: str | None = Field(
         default=None,
@@ -230,6 +261,7 @@ class Deployment(Part):
             dtype=model.dtype,
             num_stages=placement.stages,
             objective=placement.objective,
+            expert_pins=tuple(experts.to_pin() for experts in placement.experts),
             max_context_tokens=model.max_context_tokens,
             max_concurrency=serve.max_concurrency,
             max_running=serve.max_running,

@@ -8,10 +8,12 @@ import asyncio
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cluster.assignment import GatewayAssignment, LinkSetup, StageAssignment
+from ..cluster.assignment import GatewayAssignment, LinkSetup, StageAssignment, helper_name
+from ..cluster.plan import StagePlan
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_from_json
 from .api.server import Server, bind
 from .text.load import load_tokenizer
@@ -20,6 +22,7 @@ from .text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from ..cluster.link import LinkListener, TcpLink
     from .engine.engine import Engine
+    from .engine.helper_link import HelperLink
     from .engine.stage import Stage
     from .engine.stage_worker import StageWorker
 
@@ -37,6 +40,7 @@ class StageActor:
         self._loaded_bytes = 0
         self._stage: Stage | None = None
         self._listener: LinkListener | None = None
+        self._helpers: list[HelperLink] = []
         self._worker: StageWorker | None = None
 
     def load(self) -> int:
@@ -64,6 +68,7 @@ class StageActor:
             dtype=plan.dtype,
             device=plan.device,
             num_kv_blocks=given.num_kv_blocks,
+            held_experts=_held_experts(plan, facts.config.num_experts),
             on_layer=self._count,
         )
         return self._stage.loaded_bytes
@@ -77,14 +82,22 @@ class StageActor:
         self._listener = _listen(self._assignment.links)
         return self._listener.address
 
-    def connect(self, downstream: str) -> None:
-        """Join the ring and begin to execute steps."""
+    def connect(self, downstream: str, helpers: Sequence[str]) -> None:
+        """Join the ring and the helpers, and begin to execute steps."""
+        from .engine.helper_link import HelperLink
         from .engine.stage_worker import StageWorker
 
         assert self._listener is not None
         assert self._stage is not None
-        upstream, next_link = _join_ring(self._assignment.links, self._listener, downstream)
-        stage = self._assignment.stage
+        links, stage = self._assignment.links, self._assignment.stage
+        held = []
+        for address, helper in zip(helpers, stage.helpers, strict=True):
+            link = HelperLink(_dial(links, address), name=helper_name(stage.index, helper))
+            self._helpers.append(link)
+            held.append((link, dict(enumerate(helper.experts, start=stage.first_layer))))
+        if held:
+            self._stage.join_helpers(held)
+        upstream, next_link = _join_ring(links, self._listener, downstream)
         self._worker = StageWorker(
             self._stage,
             upstream=upstream,
@@ -96,14 +109,22 @@ class StageActor:
     def run(self) -> None:
         """Stay until `stop`; raise what ended the worker otherwise."""
         assert self._worker is not None
-        self._worker.wait()
+        try:
+            self._worker.wait()
+        finally:
+            self._leave_helpers()
 
     def stop(self) -> None:
         """End the worker and the links."""
+        self._leave_helpers()  # first: the worker may wait for one
         if self._worker is not None:
             self._worker.stop()
         if self._listener is not None:
             self._listener.close()
+
+    def _leave_helpers(self) -> None:
+        for helper in self._helpers:
+            helper.close()
 
     def _count(self, loaded_bytes: int) -> None:
         self._loaded_bytes = loaded_bytes
@@ -219,6 +240,14 @@ def _listen(links: LinkSetup) -> "LinkListener":
     )
 
 
+def _held_experts(stage: StagePlan, num_experts: int) -> Mapping[int, Sequence[int]] | None:
+    """By layer what the stage holds itself; None: everything, and it has no helpers."""
+    if not stage.helpers:
+        return None
+    every = (tuple(range(num_experts)),) * (stage.end_layer - stage.first_layer)
+    return dict(enumerate(stage.experts or every, start=stage.first_layer))
+
+
 def _join_ring(
     links: LinkSetup, listener: "LinkListener", downstream: str
 ) -> tuple["TcpLink", "TcpLink"]:
@@ -226,17 +255,21 @@ def _join_ring(
 
     Everybody dials first: a listener answers while nobody accepts yet.
     """
-    from ..cluster.link import dial
-
-    next_link = dial(
-        downstream,
-        secret=links.secret,
-        deployment=links.deployment,
-        epoch=links.epoch,
-        timeout_s=LINK_TIMEOUT_S,
-    )
+    next_link = _dial(links, downstream)
     try:
         return listener.accept(LINK_TIMEOUT_S), next_link
     except BaseException:
         next_link.close()
         raise
+
+
+def _dial(links: LinkSetup, address: str) -> "TcpLink":
+    from ..cluster.link import dial
+
+    return dial(
+        address,
+        secret=links.secret,
+        deployment=links.deployment,
+        epoch=links.epoch,
+        timeout_s=LINK_TIMEOUT_S,
+    )

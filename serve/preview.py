@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cluster.agent_group import AgentGroup
+from ..cluster.expert_pins import pin_experts
 from ..cluster.inventory import host_label, probe_node
 from ..cluster.plan import Inventory, Plan
 from ..cluster.planner import plan as place_model
@@ -66,6 +67,7 @@ def plan_only(
                 agents.stop()
     workload = workload_of(spec, facts.config)
     plan = place_model(facts.config, facts.index, inventory, workload)
+    plan = pin_experts(plan, spec.expert_pins, facts.config, facts.index, inventory)
     return PlanPreview(facts=facts, inventory=inventory, plan=plan)
 
 

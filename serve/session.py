@@ -15,6 +15,7 @@ from ..cluster.status import DeploymentStatus, Report
 from ..errors import InterruptedByUserError, NotFoundError, StageLostError, UsageError
 from ..fetcher.progress import ProgressSink
 from .actors import GatewayActor, StageActor
+from .helper_actor import HelperActor
 
 POLL_S: Final = 0.1
 STOP_TIMEOUT_S: Final = 60.0
@@ -86,7 +87,7 @@ def start_controller(spec: DeploymentSpec, *, api_key: str | None, detached: boo
             )
             .remote(
                 spec,
-                PipelineRoles(stage=StageActor, gateway=GatewayActor),
+                PipelineRoles(stage=StageActor, helper=HelperActor, gateway=GatewayActor),
                 nodes=nodes,
                 home=home_node(nodes).host,
                 detached=detached,

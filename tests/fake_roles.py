@@ -3,8 +3,9 @@
 import os
 import socket
 import threading
+from collections.abc import Sequence
 
-from magnetar.cluster.assignment import GatewayAssignment, StageAssignment
+from magnetar.cluster.assignment import GatewayAssignment, HelperAssignment, StageAssignment
 from magnetar.errors import PortInUseError, StageLostError
 
 
@@ -24,8 +25,8 @@ class FakeStage:
     def listen(self) -> str:
         return f"{self._assignment.links.listen_host}:{self._assignment.stage.index}"
 
-    def connect(self, downstream: str) -> None:
-        self._downstream = downstream
+    def connect(self, downstream: str, helpers: Sequence[str]) -> None:
+        self._downstream, self._helpers = downstream, helpers
 
     def run(self) -> None:
         self._stop.wait()
@@ -39,6 +40,32 @@ class FakeStage:
     def facts(self) -> tuple[StageAssignment, str]:
         """What it was told, for assertions."""
         return self._assignment, self._downstream
+
+
+class FakeHelper:
+    """Loads at once."""
+
+    def __init__(self, assignment: HelperAssignment) -> None:
+        self._assignment = assignment
+        self._stop = threading.Event()
+
+    def load(self) -> int:
+        return self._assignment.helper.weights_bytes
+
+    def loaded_bytes(self) -> int:
+        return self._assignment.helper.weights_bytes
+
+    def listen(self) -> str:
+        return f"{self._assignment.links.listen_host}:7"
+
+    def connect(self) -> None:
+        pass
+
+    def run(self) -> None:
+        self._stop.wait()
+
+    def stop(self) -> None:
+        self._stop.set()
 
 
 class FakeGateway:

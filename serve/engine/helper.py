@@ -11,7 +11,7 @@ from ...cluster.plan import ComputeDtype
 from ...errors import UsageError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorSource
-from ..model.loader import COMPUTE_DTYPES, ExpertIds, load_experts
+from ..model.loader import COMPUTE_DTYPES, LayerExperts, load_experts
 from ..model.spread import HeldExperts
 
 
@@ -32,7 +32,7 @@ class Helper:
         *,
         config: ModelConfig,
         source: TensorSource,
-        experts: ExpertIds,
+        experts: LayerExperts,
         dtype: str,
         device: str,
         on_layer: Callable[[int], None] | None = None,

@@ -16,7 +16,7 @@ from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorSource
 from ..model.batch import lay_out
 from ..model.kv_cache import KVCache
-from ..model.loader import COMPUTE_DTYPES, ExpertIds, load_transformer
+from ..model.loader import COMPUTE_DTYPES, LayerExperts, load_transformer
 from ..model.moe import MoeLayer
 from ..model.spread import RemoteExperts, SpreadExperts
 from ..model.transformer import Transformer
@@ -62,7 +62,7 @@ class Stage:
         dtype: str,
         device: str,
         num_kv_blocks: int,
-        held_experts: ExpertIds | None = None,
+        held_experts: LayerExperts | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> Stage:
         """Read the weights of the layers ``first_layer .. end_layer`` and make room for their KV.
@@ -105,7 +105,7 @@ class Stage:
             loaded_bytes=loaded_bytes,
         )
 
-    def join_helpers(self, helpers: Sequence[tuple[RemoteExperts, ExpertIds]]) -> None:
+    def join_helpers(self, helpers: Sequence[tuple[RemoteExperts, LayerExperts]]) -> None:
         """Let helpers compute the experts that they hold; ValueError where one is on no host."""
         for layer_id, layer in self._transformer.layers.items():
             moe = layer.feed_forward

@@ -31,7 +31,7 @@ COMPUTE_DTYPES: Mapping[str, torch.dtype] = {
 }
 """What is computed in, by the dtype of a stage; int8 and int4 are of the weights only."""
 
-ExpertIds = Mapping[int, Sequence[int]]
+LayerExperts = Mapping[int, Sequence[int]]
 """By layer (global ids), the ids of experts."""
 _Part = tuple[str, tuple[int, int]]
 """Name and shape of a matrix."""
@@ -47,7 +47,7 @@ def load_transformer(
     has_output: bool,
     dtype: ComputeDtype,
     device: torch.device,
-    held_experts: ExpertIds | None = None,
+    held_experts: LayerExperts | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> tuple[Transformer, int]:
     """The layers ``first_layer .. end_layer`` and the bytes that their weights occupy.
@@ -92,7 +92,7 @@ def load_transformer(
 def load_experts(
     config: ModelConfig,
     source: TensorSource,
-    experts: ExpertIds,
+    experts: LayerExperts,
     *,
     dtype: ComputeDtype,
     device: torch.device,
@@ -120,7 +120,7 @@ class _Loader:
         source: TensorSource,
         dtype: ComputeDtype,
         device: torch.device,
-        spread: ExpertIds,
+        spread: LayerExperts,
     ) -> None:
         self.config = config
         self.source = source

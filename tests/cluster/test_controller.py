@@ -19,7 +19,7 @@ from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.cluster.status import DeploymentStatus, Report
 from magnetar.errors import NotFoundError, PortInUseError, StageLostError
 from magnetar.fetcher.progress import PHASES
-from magnetar.tests.fake_roles import FakeGateway, FakeStage
+from magnetar.tests.fake_roles import FakeGateway, FakeHelper, FakeStage
 from magnetar.tests.releases import write_release
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -61,7 +61,7 @@ def controlled(ray: Any, spec: DeploymentSpec) -> Iterator[Any]:
         .options(name=f"{spec.name}/controller", num_cpus=0, max_concurrency=4)
         .remote(
             spec,
-            PipelineRoles(stage=FakeStage, gateway=FakeGateway),
+            PipelineRoles(stage=FakeStage, helper=FakeHelper, gateway=FakeGateway),
             nodes=nodes,
             home=home_node(nodes).host,
             detached=False,

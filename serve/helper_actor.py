@@ -1,0 +1,94 @@
+"""The actor that holds experts of a stage on another device."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..cluster.assignment import HelperAssignment, helper_name
+from ..fetcher.checkpoint.release import facts_from_json
+
+if TYPE_CHECKING:
+    from ..cluster.link import LinkListener
+    from .engine.helper import Helper
+    from .engine.helper_worker import HelperWorker
+
+LINK_TIMEOUT_S = 60.0
+"""For the stage to dial; it is told to at the same time."""
+
+
+class HelperActor:
+    """Plays `cluster.assignment.HelperRole`."""
+
+    def __init__(self, assignment: HelperAssignment) -> None:
+        self._assignment = assignment
+        self._loaded_bytes = 0
+        self._helper: Helper | None = None
+        self._listener: LinkListener | None = None
+        self._worker: HelperWorker | None = None
+
+    def load(self) -> int:
+        """Read the weights of the experts from the verified files."""
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `StageActor` does, before torch
+        import torch
+
+        from ..fetcher.checkpoint.source import FileTensorSource
+        from .engine.helper import Helper
+
+        given, host = self._assignment, self._assignment.helper
+        torch.set_num_threads(host.num_threads)
+        facts = facts_from_json(given.facts_json)
+        self._helper = Helper.load(
+            config=facts.config,
+            source=FileTensorSource(Path(given.folder), facts.index, verified=given.verified),
+            experts=dict(enumerate(host.experts, start=given.first_layer)),
+            dtype=given.dtype,
+            device=host.device,
+            on_layer=self._count,
+        )
+        return self._helper.loaded_bytes
+
+    def loaded_bytes(self) -> int:
+        """How far `load` is."""
+        return self._loaded_bytes
+
+    def listen(self) -> str:
+        """Open the link of the stage."""
+        from ..cluster.link import LinkListener
+
+        links = self._assignment.links
+        self._listener = LinkListener(
+            host=links.listen_host,
+            secret=links.secret,
+            deployment=links.deployment,
+            epoch=links.epoch,
+        )
+        return self._listener.address
+
+    def connect(self) -> None:
+        """Accept the stage and begin to serve it."""
+        from .engine.helper_worker import HelperWorker
+
+        assert self._listener is not None
+        assert self._helper is not None
+        given = self._assignment
+        self._worker = HelperWorker(
+            self._helper,
+            link=self._listener.accept(LINK_TIMEOUT_S),
+            name=helper_name(given.stage_index, given.helper),
+        )
+        self._worker.start()
+
+    def run(self) -> None:
+        """Stay until `stop`; raise what ended the worker otherwise."""
+        assert self._worker is not None
+        self._worker.wait()
+
+    def stop(self) -> None:
+        """End the worker and the link."""
+        if self._worker is not None:
+            self._worker.stop()
+        if self._listener is not None:
+            self._listener.close()
+
+    def _count(self, loaded_bytes: int) -> None:
+        self._loaded_bytes = loaded_bytes
