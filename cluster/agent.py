@@ -78,6 +78,8 @@ class NodeAgent:
                     location=source.location,
                     store=self._store,
                     peers=source.peers,
+                    trackers=source.trackers,
+                    web_seeds=source.web_seeds,
                     timeout_s=source.timeout_s,
                     on_progress=self._publish,
                     stop=self._stop,

@@ -19,6 +19,9 @@ class SourceSpec:
     """A repaired magnet link, or the absolute path of a .torrent file or a release folder."""
     peers: tuple[str, ...] = ()
     """``HOST:PORT`` of peers to ask besides those the swarm names."""
+    trackers: tuple[str, ...] = ()
+    """URLs to ask besides those of the link; like `web_seeds` they may be on the own network."""
+    web_seeds: tuple[str, ...] = ()
     timeout_s: float | None = None
     """Give up when nothing arrives for this long; None waits for ever."""
     given: ReleaseHints = field(default_factory=ReleaseHints)

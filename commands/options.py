@@ -6,6 +6,7 @@ plain data.
 
 import argparse
 import re
+from collections.abc import Callable
 from typing import Literal, NoReturn, get_args
 
 from .. import __version__
@@ -216,15 +217,33 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--peer",
         action="append",
-        type=_address,
+        type=_checked_by("split_peer"),
         metavar="HOST:PORT",
         help="a peer to ask besides those of the swarm; may be given several times",
     )
+    _add_urls(group)
     group.add_argument(
         "--timeout",
         type=_positive_float,
         metavar="SECONDS",
         help="give up when nothing arrives for this long (wait for ever)",
+    )
+
+
+def _add_urls(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--tracker",
+        action="append",
+        type=_checked_by("check_tracker"),
+        metavar="URL",
+        help="a tracker, which may be on your own network; may be given several times",
+    )
+    parser.add_argument(
+        "--web-seed",
+        action="append",
+        type=_checked_by("check_web_seed"),
+        metavar="URL",
+        help="an HTTP server that holds the files too (BEP 19); may be given several times",
     )
 
 
@@ -339,11 +358,16 @@ def _window(text: str) -> int | Literal["none"]:
     return "none" if text == "none" else _positive(text)
 
 
-def _address(text: str) -> str:
-    from ..fetcher.torrent.magnet import split_peer  # not needed for `--help`
+def _checked_by(check: str) -> Callable[[str], str]:
+    """A text that this function of `magnet` accepts; it is not needed for `--help`."""
 
-    try:
-        split_peer(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text.strip()
+    def checked(text: str) -> str:
+        from ..fetcher.torrent import magnet
+
+        try:
+            getattr(magnet, check)(text.strip())
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text.strip()
+
+    return checked

@@ -261,7 +261,9 @@ def with_options(spec: DeploymentSpec, args: argparse.Namespace) -> DeploymentSp
     options = vars(args)
     source = replace(
         spec.source,
-        peers=tuple(dict.fromkeys((*spec.source.peers, *(options.get("peer") or ())))),
+        peers=_both(spec.source.peers, options.get("peer")),
+        trackers=_both(spec.source.trackers, options.get("tracker")),
+        web_seeds=_both(spec.source.web_seeds, options.get("web_seed")),
         timeout_s=options.get("timeout") or spec.source.timeout_s,
         given=_given(args, spec.source.given),
     )
@@ -297,6 +299,8 @@ def fetching(
         location=source.location,
         store=store,
         peers=source.peers,
+        trackers=source.trackers,
+        web_seeds=source.web_seeds,
         timeout_s=source.timeout_s,
         on_progress=console.progress,
         stop=stop,
@@ -308,13 +312,18 @@ def fetching(
 def _source(args: argparse.Namespace, console: Console) -> SourceSpec:
     from ..manifests.source import resolve_source
 
-    return resolve_source(
+    source = resolve_source(
         args.source,
         peers=tuple(args.peer or ()),
         timeout_s=args.timeout,
         given=_given(args, ReleaseHints()),
         on_note=console.note,
     )
+    return replace(source, trackers=tuple(args.tracker or ()), web_seeds=tuple(args.web_seed or ()))
+
+
+def _both(before: tuple[str, ...], given: list[str] | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*before, *(given or ()))))
 
 
 def _given(args: argparse.Namespace, before: ReleaseHints) -> ReleaseHints:

@@ -43,6 +43,8 @@ class Fetch:
         location: str,
         store: Path,
         peers: tuple[str, ...] = (),
+        trackers: tuple[str, ...] = (),
+        web_seeds: tuple[str, ...] = (),
         timeout_s: float | None = None,
         on_progress: ProgressSink,
         stop: threading.Event,
@@ -51,11 +53,13 @@ class Fetch:
         session_factory: Callable[[SessionSettings], TorrentSession] = LibtorrentSession,
         lan_address: str | None = None,
     ) -> None:
-        """`dht` None asks the DHT only when no peer is named. `lan_address` is this node's own, on
-        which it listens for other nodes that fetch the same release.
+        """`peers`, `trackers` and `web_seeds` are asked besides those of the link. `dht` None asks
+        the DHT only when no peer is named. `lan_address` is this node's own, on which it listens
+        for other nodes that fetch the same release.
 
         Raises:
-            MagnetError: the magnet link is beyond repair. UsageError: a peer is no HOST:PORT.
+            MagnetError: the magnet link is beyond repair. UsageError: a peer is no HOST:PORT, or
+            a tracker or web seed no URL that can be asked.
         """
         self._location = location
         self._store = Store(store)
@@ -71,6 +75,8 @@ class Fetch:
                 is_magnet=kind == "magnet",
                 store=self._store,
                 peers=peers,
+                trackers=trackers,
+                web_seeds=web_seeds,
                 dht=dht,
                 lan_address=lan_address,
                 connect=self._connect,

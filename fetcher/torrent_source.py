@@ -9,7 +9,14 @@ from .layout import Selection, select_files
 from .store import ReleaseFolder, Store
 from .torrent.bencode import decode, encode
 from .torrent.connection import Connection, Sources
-from .torrent.magnet import Magnet, parse_magnet, split_peer
+from .torrent.inside import is_inside
+from .torrent.magnet import (
+    Magnet,
+    check_tracker,
+    check_web_seed,
+    parse_magnet,
+    split_peer,
+)
 from .torrent.metainfo import MAX_METAINFO_BYTES, Metainfo, parse_metainfo
 from .torrent.session import TorrentJob
 
@@ -26,14 +33,18 @@ class TorrentSource:
         is_magnet: bool,
         store: Store,
         peers: tuple[str, ...],
+        trackers: tuple[str, ...],
+        web_seeds: tuple[str, ...],
         dht: bool | None,
         lan_address: str | None,
         connect: Callable[[Sources], Connection],
     ) -> None:
-        """`dht` None asks the DHT only when no peer is named.
+        """`dht` None asks the DHT only when no peer is named. The user names `trackers` and
+        `web_seeds`, which may be on the own network; those of a link or .torrent may not.
 
         Raises:
-            MagnetError: the magnet link is beyond repair. UsageError: a peer is no HOST:PORT.
+            MagnetError: the magnet link is beyond repair. UsageError: a peer is no HOST:PORT, or
+            a tracker or web seed no URL that can be asked.
         """
         self._location = location
         self._store = store
@@ -46,6 +57,11 @@ class TorrentSource:
             self._peers = tuple(dict.fromkeys(peers + self._magnet.peers))
         for peer in self._peers:
             split_peer(peer)
+        for url in trackers:
+            check_tracker(url)
+        for url in web_seeds:
+            check_web_seed(url)
+        self._trackers, self._web_seeds = trackers, web_seeds
         self._dht = not self._peers if dht is None else dht
         self._lan_address = lan_address
         self._connect = connect
@@ -69,15 +85,15 @@ class TorrentSource:
         """
         if self._magnet is None:
             metainfo = _read_torrent_file(Path(self._location))
-            place, connection = self._take_place(
-                metainfo.info_hash, metainfo.trackers, metainfo.web_seeds
-            )
+            place = self._take_place(metainfo.info_hash)
+            connection = self._connected(metainfo, is_private=metainfo.is_private)
         else:
-            magnet = self._magnet
-            place, connection = self._take_place(
-                magnet.info_hash, magnet.trackers, magnet.web_seeds
+            place = self._take_place(self._magnet.info_hash)
+            known = place.metainfo()
+            connection = self._connected(
+                self._magnet, is_private=known is not None and known.is_private
             )
-            metainfo = place.metainfo() or _ask_swarm(magnet.info_hash, place, connection)
+            metainfo = known or _ask_swarm(self._magnet, place, connection)
         return place, metainfo, _accepted(place, metainfo), connection
 
     def close(self) -> None:
@@ -89,37 +105,56 @@ class TorrentSource:
             if self._place is not None:
                 self._place.unlock()
 
-    def _take_place(
-        self, info_hash: str, trackers: tuple[str, ...], web_seeds: tuple[str, ...]
-    ) -> tuple[ReleaseFolder, Connection]:
+    def _take_place(self, info_hash: str) -> ReleaseFolder:
         place = self._place = self._place or self._store.release_folder(info_hash)
         place.lock()
+        return place
+
+    def _connected(self, link: Magnet | Metainfo, *, is_private: bool) -> Connection:
         if self._connection is None:
+            trackers = _from_outside(link.trackers, "tracker", self._trackers)
+            web_seeds = _from_outside(link.web_seeds, "web seed", self._web_seeds)
             self._connection = self._connect(
                 Sources(
-                    trackers=trackers,
-                    web_seeds=web_seeds,
+                    trackers=tuple(dict.fromkeys(self._trackers + trackers)),
+                    web_seeds=tuple(dict.fromkeys(self._web_seeds + web_seeds)),
                     peers=self._peers,
-                    dht=self._dht,
+                    dht=self._dht and not is_private,
                     lan_address=self._lan_address,
                 )
             )
-        return place, self._connection
+        return self._connection
 
 
-def _ask_swarm(info_hash: str, place: ReleaseFolder, connection: Connection) -> Metainfo:
+def _from_outside(urls: tuple[str, ...], what: str, named: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a link that lead outside; the user alone may send us into the own network."""
+    inside = [url for url in urls if url not in named and is_inside(url)]
+    for url in inside:
+        option = f"--{what.replace(' ', '-')}"
+        logger.warning(
+            "not asking the %s %s of the link, which is on this network: give %s %s if you know it",
+            what,
+            url,
+            option,
+            url,
+        )
+    return tuple(url for url in urls if url not in inside)
+
+
+def _ask_swarm(magnet: Magnet, place: ReleaseFolder, connection: Connection) -> Metainfo:
     swarm = connection.swarm()
     job = TorrentJob(
-        info_hash=info_hash,
+        info_hash=magnet.info_hash,
+        info_hash_v2=magnet.info_hash_v2,
         save_path=place.data,
         trackers=connection.sources.trackers,
         web_seeds=connection.sources.web_seeds,
         peers=connection.addresses,
     )
     metainfo = parse_metainfo(encode({b"info": decode(swarm.fetch_metadata(job))}))
-    if info_hash not in metainfo.info_hashes:
+    if missing := sorted(set(magnet.info_hashes) - set(metainfo.info_hashes)):
         raise VerifyError(
-            f"the metadata has hash {metainfo.info_hash}, not {info_hash}: "
+            f"the metadata has hash {metainfo.info_hash}, not {missing[0]}: "
             "try again with other peers"
         )
     return metainfo

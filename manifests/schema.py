@@ -4,6 +4,7 @@ Keys are camelCase in YAML. Values are strict: a number is not a string, and not
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,6 +43,18 @@ def _check_magnet(text: str) -> None:
     parse_magnet(text)
 
 
+def _check_tracker(text: str) -> None:
+    from ..fetcher.torrent.magnet import check_tracker
+
+    check_tracker(text)
+
+
+def _check_web_seed(text: str) -> None:
+    from ..fetcher.torrent.magnet import check_web_seed
+
+    check_web_seed(text)
+
+
 def _check_peer(text: str) -> None:
     from ..fetcher.torrent.magnet import split_peer
 
@@ -74,6 +87,12 @@ class Source(Facts):
     )
     peers: list[Address] = Field(
         default_factory=list, description="HOST:PORT of peers to ask besides those of the swarm."
+    )
+    trackers: list[Annotated[str, _checked(_check_tracker)]] = Field(
+        default_factory=list, description="Trackers to ask besides those of the link."
+    )
+    web_seeds: list[Annotated[str, _checked(_check_web_seed)]] = Field(
+        default_factory=list, description="HTTP servers that hold the files too (BEP 19)."
     )
     timeout_seconds: float | None = Field(
         default=None,
@@ -252,6 +271,9 @@ class Deployment(Part):
             timeout_s=source.timeout_seconds,
             given=source.hints(),
             on_note=on_note,
+        )
+        resolved = replace(
+            resolved, trackers=tuple(source.trackers), web_seeds=tuple(source.web_seeds)
         )
         return DeploymentSpec(
             name=self.metadata.name,

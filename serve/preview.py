@@ -81,6 +81,8 @@ def _look_here(
         location=source.location,
         store=store,
         peers=source.peers,
+        trackers=source.trackers,
+        web_seeds=source.web_seeds,
         timeout_s=source.timeout_s,
         on_progress=on_progress,
         stop=stop,

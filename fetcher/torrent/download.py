@@ -175,9 +175,9 @@ class Download:
         holding.place.data.mkdir(parents=True, exist_ok=True)
         record = holding.place.record.read()
         is_fresh = holding.matches(record)
-        resume = holding.place.resume_data() if is_fresh else None
+        resume = holding.place.resume_data()
         self._was_done = is_fresh and (record.complete or holding.wanted() <= record.pieces)
-        if resume is None:
+        if resume is None or not is_fresh:
             self.hashed_bytes += holding.file_bytes()
         status = swarm.add(
             TorrentJob(
@@ -190,6 +190,7 @@ class Download:
                 piece_priorities=self._priorities(()),
                 unwanted=frozenset(holding.selection.surplus),
                 resume=resume,
+                trusts_resume=is_fresh,
             )
         )
         self._is_open = True

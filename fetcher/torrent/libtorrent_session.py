@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from ...errors import DownloadError, ReleaseError
+from .magnet import exact_topic
 from .metainfo import Metainfo
 from .session import (
     Address,
@@ -75,8 +76,9 @@ class LibtorrentSession:
     def _params(self, job: TorrentJob) -> Any:
         lt = self._lt
         if job.metainfo is None:
-            kind = "btih:" if len(job.info_hash) == 40 else "btmh:1220"
-            params = lt.parse_magnet_uri(f"magnet:?xt=urn:{kind}{job.info_hash}")
+            hashes = filter(None, (job.info_hash, job.info_hash_v2))
+            topics = "&".join(f"xt={exact_topic(info_hash)}" for info_hash in hashes)
+            params = lt.parse_magnet_uri(f"magnet:?{topics}")
         else:
             loaded = lt.load_torrent_buffer(job.metainfo.raw)
             _refuse_disagreement(loaded.ti, job.metainfo)
@@ -84,15 +86,19 @@ class LibtorrentSession:
             if job.resume is not None:
                 params = lt.read_resume_data(job.resume)
                 params.ti = loaded.ti
+                if not job.trusts_resume:
+                    params.have_pieces = params.verified_pieces = []
+                    params.unfinished_pieces = {}
         # Not paused and not queued by libtorrent; what a resume file says about peers is dropped.
         flags = lt.torrent_flags.disable_lsd | lt.torrent_flags.apply_ip_filter
         if job.metainfo is None:
             flags |= lt.torrent_flags.default_dont_download
         if job.is_seed:
             flags |= lt.torrent_flags.seed_mode
-        if not self._dht:
+        is_private = job.metainfo is not None and job.metainfo.is_private
+        if not self._dht or is_private:
             flags |= lt.torrent_flags.disable_dht
-        if not self._pex:
+        if not self._pex or is_private:
             flags |= lt.torrent_flags.disable_pex
         params.flags = flags
         params.save_path = str(job.save_path)

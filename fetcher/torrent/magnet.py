@@ -26,6 +26,8 @@ class Magnet:
 
     info_hash: str
     """40 hex digits (v1, SHA-1) or 64 (a v2-only link, SHA-256), lower case."""
+    info_hash_v2: str = ""
+    """The second hash of a link that has both, to a hybrid torrent."""
     name: str = ""
     """Display name; never used as a path."""
     trackers: tuple[str, ...] = ()
@@ -35,17 +37,26 @@ class Magnet:
     repairs: tuple[str, ...] = ()
     """Clauses for people: what was repaired and what was dropped, in order."""
 
+    @property
+    def info_hashes(self) -> tuple[str, ...]:
+        """All that the link names, one or two."""
+        return tuple(filter(None, (self.info_hash, self.info_hash_v2)))
+
     def uri(self) -> str:
         """The link in canonical form; `parse_magnet` of it gives the same without repairs."""
-        is_v1 = len(self.info_hash) == 40
-        topic = f"urn:btih:{self.info_hash}" if is_v1 else f"urn:btmh:1220{self.info_hash}"
-        fields = [("xt", topic)]
+        fields = [("xt", exact_topic(info_hash)) for info_hash in self.info_hashes]
         if self.name:
             fields.append(("dn", quote(self.name, safe="")))
         fields += [("tr", quote(tracker, safe="")) for tracker in self.trackers]
         fields += [("ws", quote(web_seed, safe="")) for web_seed in self.web_seeds]
         fields += [("x.pe", quote(peer, safe=":[]")) for peer in self.peers]
         return "magnet:?" + "&".join(f"{key}={value}" for key, value in fields)
+
+
+def exact_topic(info_hash: str) -> str:
+    """``urn:btih:...`` or ``urn:btmh:1220...``, by the length of the hash."""
+    is_v1 = len(info_hash) == 40
+    return f"urn:btih:{info_hash}" if is_v1 else f"urn:btmh:1220{info_hash}"
 
 
 def parse_magnet(text: str) -> Magnet:
@@ -64,7 +75,7 @@ def parse_magnet(text: str) -> Magnet:
     repairs: list[str] = []
     link = _repair(text, repairs)
     fields = tuple(_fields(link))
-    info_hash = _info_hash([value for key, value in fields if key == "xt"], text)
+    info_hash, info_hash_v2 = _info_hashes([value for key, value in fields if key == "xt"], text)
     name = ""
     trackers: dict[str, None] = {}
     web_seeds: dict[str, None] = {}
@@ -85,6 +96,7 @@ def parse_magnet(text: str) -> Magnet:
             repairs.append(f"dropped {len(kept) - limit} {what}, more than {limit} were named")
     return Magnet(
         info_hash=info_hash,
+        info_hash_v2=info_hash_v2,
         name=name,
         trackers=tuple(trackers)[:MAX_TRACKERS],
         web_seeds=tuple(web_seeds)[:MAX_TRACKERS],
@@ -107,6 +119,25 @@ def split_peer(text: str) -> tuple[str, int]:
     if not _is_address(bare, bracketed=bare != host) and not _HOST_NAME.fullmatch(bare):
         raise UsageError(f"{host!r} in {text!r} is no host name or address: write HOST:PORT")
     return bare, int(port)
+
+
+def check_tracker(url: str) -> None:
+    """Raises UsageError unless it is a URL of a tracker that can be asked."""
+    _check_url(url, "tracker", TRACKER_SCHEMES)
+
+
+def check_web_seed(url: str) -> None:
+    """Raises UsageError unless it is a URL of an HTTP server that may hold the files."""
+    _check_url(url, "web seed", WEB_SEED_SCHEMES)
+
+
+def _check_url(url: str, what: str, schemes: tuple[str, ...]) -> None:
+    if not allowed_url(url, schemes):
+        port = ", with a port for udp" if "udp" in schemes else ""
+        raise UsageError(
+            f"{_shown(url)!r} is no {what} that can be asked: write {' or '.join(schemes)}"
+            f"://HOST/...{port}"
+        )
 
 
 def allowed_url(url: str, schemes: tuple[str, ...]) -> bool:
@@ -181,7 +212,8 @@ def _fields(query: str) -> Iterator[tuple[str, str]]:
         yield re.sub(r"\.\d+\Z", "", key.lower()), value
 
 
-def _info_hash(topics: list[str], text: str) -> str:
+def _info_hashes(topics: list[str], text: str) -> tuple[str, str]:
+    """The hash to go by, and the second one of a hybrid torrent or an empty string."""
     hashes: dict[str, str] = {}
     for topic in map(unquote, topics):
         kind, _, digest = topic.lower().rpartition(":")
@@ -204,7 +236,8 @@ def _info_hash(topics: list[str], text: str) -> str:
             )
     if not hashes:
         raise MagnetError(f"{text.strip()[:60]!r} has no xt=urn:btih:HASH: copy the whole link")
-    return hashes.get("urn:btih") or hashes["urn:btmh"]
+    v1, v2 = hashes.get("urn:btih", ""), hashes.get("urn:btmh", "")
+    return (v1, v2) if v1 else (v2, "")
 
 
 def _keep_url(

@@ -6,22 +6,19 @@ release whose files are not where its names say is of no use. BEP 3 (v1), BEP 52
 
 import hashlib
 import math
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from ...errors import InterruptedByUserError, NotFoundError, ReleaseError, UsageError
-from .bencode import Bencoded, Decoder, encode
+from ...errors import ReleaseError
+from .bencode import Bencoded, Decoder
 from .magnet import TRACKER_SCHEMES, WEB_SEED_SCHEMES, allowed_url
+from .merkle import BLOCK_BYTES
 
 MAX_METAINFO_BYTES = 31_457_280
 MAX_FILES = 20_000
 MAX_PIECES = 2_097_152
 MAX_PATH_DEPTH = 16
 MAX_TOTAL_BYTES = 1 << 46
-BLOCK_BYTES = 16_384
 MAX_PIECE_BYTES = 32_767 * BLOCK_BYTES
 
 _RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {
@@ -57,6 +54,8 @@ class Metainfo:
     """Sum of the files' lengths."""
     raw: bytes
     """A .torrent of the info dictionary (and v2 piece layers) alone: nothing in it to call up."""
+    is_private: bool = False
+    """Peers may come from its trackers alone (BEP 27)."""
     trackers: tuple[str, ...] = ()
     web_seeds: tuple[str, ...] = ()
 
@@ -140,97 +139,10 @@ def parse_metainfo(raw: bytes) -> Metainfo:
         num_pieces=num_pieces,
         total_bytes=sum(file.length for file in files),
         raw=kept + b"e",
+        is_private=info.get(b"private") == 1,
         trackers=_urls([root.get(b"announce"), root.get(b"announce-list")], TRACKER_SCHEMES),
         web_seeds=_urls([root.get(b"url-list")], WEB_SEED_SCHEMES),
     )
-
-
-def create_torrent(
-    folder: Path,
-    *,
-    piece_length: int | None = None,
-    trackers: Iterable[str] = (),
-    on_hashed: Callable[[int, int], None] | None = None,
-    stop: threading.Event | None = None,
-) -> bytes:
-    """A v1 .torrent of every file below `folder` whose name does not begin with a dot.
-
-    Reads everything once; `on_hashed` gets bytes done and bytes in all, after each piece.
-
-    Raises:
-        NotFoundError: no such folder. UsageError: nothing in it, or a name others would refuse.
-        InterruptedByUserError: `stop` was set.
-    """
-    paths = tuple(listing(folder))
-    sizes = [(folder / path).stat().st_size for path in paths]
-    total = sum(sizes)
-    if not total:
-        raise UsageError(f"{folder} holds no bytes to share")
-    piece_length = piece_length or _fitting_piece_length(total)
-    hashes = bytearray()
-    done = 0
-    for chunk in _chunks([folder / path for path in paths], piece_length):
-        if stop is not None and stop.is_set():
-            raise InterruptedByUserError("stopped while hashing the files; run it again to share")
-        hashes += hashlib.sha1(chunk).digest()
-        done += len(chunk)
-        if on_hashed is not None:
-            on_hashed(done, total)
-    if done != total:
-        raise ReleaseError(f"the files in {folder} changed while they were read: try again")
-    files: list[Bencoded] = [
-        {b"length": size, b"path": [part.encode() for part in path.split("/")]}
-        for path, size in zip(paths, sizes, strict=True)
-    ]
-    info: Bencoded = {
-        b"files": files,
-        b"name": folder.resolve().name.encode(),
-        b"piece length": piece_length,
-        b"pieces": bytes(hashes),
-    }
-    root: dict[bytes, Bencoded] = {b"info": info}
-    if tiers := [[tracker.encode()] for tracker in trackers]:
-        root[b"announce"] = tiers[0][0]
-        root[b"announce-list"] = [list[Bencoded](tier) for tier in tiers]
-    raw = encode(root)
-    parse_metainfo(raw)  # What we would refuse from others we do not give to them either.
-    return raw
-
-
-def listing(folder: Path) -> Iterator[str]:
-    """Every shareable file below a folder as a relative path with forward slashes, sorted.
-
-    Links to files count as the files; linked folders and names with a leading dot are left out.
-    """
-    if not folder.is_dir():
-        raise NotFoundError(f"there is no folder {folder}")
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(parent, name)
-            if not name.startswith(".") and path.is_file():
-                yield path.relative_to(folder).as_posix()
-
-
-def _fitting_piece_length(total: int) -> int:
-    length = BLOCK_BYTES
-    while length < 16 << 20 and total / length > 1500:
-        length *= 2
-    return length
-
-
-def _chunks(paths: list[Path], num_bytes: int) -> Iterator[bytes]:
-    """The files' contents one after the other, cut into equal pieces."""
-    rest = b""
-    for path in paths:
-        with path.open("rb") as file:
-            while data := file.read(num_bytes - len(rest)):
-                rest += data
-                if len(rest) == num_bytes:
-                    yield rest
-                    rest = b""
-    if rest:
-        yield rest
 
 
 def _v1_files(info: dict[bytes, Bencoded], name: str) -> list[TorrentFile]:

@@ -10,9 +10,10 @@ from ...errors import NotFoundError, ReleaseError, UsageError
 from ..progress import Progress, ProgressSink
 from ..store import Record, Store, fingerprints, replace_file
 from .contacts import shown
+from .create import create_torrent, listing
 from .libtorrent_session import LibtorrentSession
 from .magnet import Magnet, split_peer
-from .metainfo import Metainfo, create_torrent, listing, parse_metainfo
+from .metainfo import Metainfo, parse_metainfo
 from .session import (
     SessionSettings,
     StorageFailed,

@@ -43,6 +43,8 @@ class TorrentJob:
 
     info_hash: str
     save_path: Path
+    info_hash_v2: str = ""
+    """The second hash of a hybrid torrent, where a link gives both."""
     metainfo: Metainfo | None = None
     trackers: tuple[str, ...] = ()
     web_seeds: tuple[str, ...] = ()
@@ -53,6 +55,9 @@ class TorrentJob:
     unwanted: Collection[str] = ()
     """Paths of files that are not created, even where they share a piece with a wanted one."""
     resume: bytes | None = None
+    trusts_resume: bool = True
+    """The files still are what `resume` says. Else only the hashes in it are used, each of which
+    libtorrent has proved, and the files are checked."""
     is_seed: bool = False
     """The files are all there: serve them, checking each piece when it is first asked for."""
     upload_bytes_per_s: int = 0

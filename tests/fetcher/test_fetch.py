@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
-import libtorrent
 import pytest
 
 from magnetar.errors import (
@@ -35,10 +35,14 @@ from magnetar.fetcher.config import ReleaseHints
 from magnetar.fetcher.fetch import Fetch, FetchKind
 from magnetar.fetcher.progress import Progress
 from magnetar.fetcher.store import Store
+from magnetar.fetcher.torrent.bencode import decode, encode
+from magnetar.fetcher.torrent.create import TorrentFormat, create_torrent
 from magnetar.fetcher.torrent.libtorrent_session import LibtorrentSession
+from magnetar.fetcher.torrent.magnet import exact_topic
 from magnetar.fetcher.torrent.metainfo import parse_metainfo
 from magnetar.fetcher.torrent.seed import SeedInfo
 from magnetar.fetcher.torrent.session import (
+    MetadataArrived,
     SessionSettings,
     TorrentJob,
     TorrentSession,
@@ -46,6 +50,7 @@ from magnetar.fetcher.torrent.session import (
 )
 from magnetar.tests.releases import HINTS, Layout, write_release
 from magnetar.tests.seeder import seeding
+from magnetar.tests.torrent_session import FakeTorrentSession
 
 WEIGHTS = "consolidated.00.pth"
 WEIGHTS_BYTES = 3_000_000
@@ -121,6 +126,7 @@ class Fetching:
         offline: bool = False,
         timeout_s: float | None = 30,
         peers: tuple[str, ...] = (),
+        trackers: tuple[str, ...] = (),
     ) -> Fetch:
         def tell(progress: Progress) -> None:
             self.told.append(progress)
@@ -134,6 +140,7 @@ class Fetching:
             stop=self.stop,
             timeout_s=timeout_s,
             peers=peers,
+            trackers=trackers,
             node="n1",
             session_factory=no_session if offline else LibtorrentSession,
         )
@@ -341,19 +348,43 @@ def test_a_torrent_file_with_a_named_peer_needs_no_metadata_phase(
         assert_same_files(fetch.download(), shared.folder)
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "v2"])
+@pytest.mark.parametrize(
+    ("kind", "topics"),
+    [("hybrid", [0]), ("hybrid", [1]), ("hybrid", [0, 1]), ("v2", [0])],
+    ids=["hybrid by v1", "hybrid by v2", "hybrid by both", "v2"],
+)
 def test_brings_newer_torrents_too(
-    tmp_path: Path, shared: Shared, fetching: Fetching, kind: str
+    shared: Shared, fetching: Fetching, kind: TorrentFormat, topics: list[int]
 ) -> None:
-    flags = libtorrent.create_torrent.v2_only if kind == "v2" else 0
-    creator = libtorrent.create_torrent(libtorrent.list_files(str(shared.folder)), 65_536, flags)
-    libtorrent.set_piece_hashes(creator, str(shared.folder.parent))
-    metainfo = parse_metainfo(libtorrent.bencode(creator.generate()))
+    metainfo = parse_metainfo(create_torrent(shared.folder, format=kind, piece_length=65_536))
     with sharing(metainfo.raw, shared.folder) as address:
-        prefix = "btih:" if kind == "hybrid" else "btmh:1220"
-        magnet = f"magnet:?xt=urn:{prefix}{metainfo.info_hash}&x.pe={address}"
+        named = "&".join(f"xt={exact_topic(metainfo.info_hashes[topic])}" for topic in topics)
+        magnet = f"magnet:?{named}&x.pe={address}"
         assert_same_files(complete(fetching(magnet)), shared.folder)
     complete(fetching(magnet, offline=True))
+
+
+@pytest.mark.parametrize("topic", ["xt=urn:btih:" + "ab" * 20, "xt=urn:btmh:1220" + "ab" * 32])
+def test_metadata_of_another_release_is_refused(
+    shared: Shared, fetching: Fetching, topic: str
+) -> None:
+    root = decode(shared.info.torrent)
+    assert isinstance(root, dict)
+    other = MetadataArrived(encode(root[b"info"]))
+    session = FakeTorrentSession(script=lambda fake: fake.events.append(other))
+    with (
+        Fetch(
+            kind="magnet",
+            location=f"magnet:?{topic}",
+            store=fetching.store,
+            on_progress=lambda progress: None,
+            stop=threading.Event(),
+            session_factory=lambda settings: session,
+        ) as fetch,
+        pytest.raises(VerifyError, match="not abababab"),
+    ):
+        fetch.metadata()
+    assert not list(fetching.store.rglob("torrent"))
 
 
 @contextlib.contextmanager
@@ -377,10 +408,11 @@ def sharing(raw: bytes, folder: Path) -> Iterator[str]:
 def test_unreachable_peers_time_out_with_their_names(fetching: Fetching) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    magnet = f"magnet:?xt=urn:btih:{'ab' * 20}&tr=http%3A%2F%2F{address}%2Fannounce"
+    magnet = f"magnet:?xt=urn:btih:{'ab' * 20}"
     started_s = time.monotonic()
+    tracker = f"http://{address}/announce"
     with (
-        fetching(magnet, timeout_s=2, peers=(address,)) as fetch,
+        fetching(magnet, timeout_s=2, peers=(address,), trackers=(tracker,)) as fetch,
         pytest.raises(TimedOutError) as caught,
     ):
         fetch.metadata()
@@ -503,3 +535,44 @@ def test_a_folder_is_taken_as_it_is_and_its_sums_checked_once(
         pytest.raises(VerifyError, match=r"tokenizer\.model has md5"),
     ):
         fetch.verify()
+
+
+def test_urls_of_a_link_may_not_lead_into_the_own_network(
+    shared: Shared, fetching: Fetching, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[TorrentJob] = []
+    inside = ("http://192.168.1.1/announce", "http://router/admin/", "http://127.0.0.1:1/x/")
+    link = f"magnet:?xt=urn:btih:{shared.info.info_hash}&tr={quote(inside[0], safe='')}"
+    link += "".join(f"&ws={quote(url, safe='')}" for url in inside[1:])
+    link += "&tr=udp%3A%2F%2Ftracker.example%3A1"
+
+    def listen(session: FakeTorrentSession) -> None:
+        heard.extend(session.jobs)
+        fetching.stop.set()
+
+    with (
+        Fetch(
+            kind="magnet",
+            location=link,
+            store=fetching.store,
+            web_seeds=inside[2:],
+            dht=False,
+            on_progress=lambda progress: None,
+            stop=fetching.stop,
+            session_factory=lambda settings: FakeTorrentSession(script=listen),
+        ) as fetch,
+        pytest.raises(InterruptedByUserError),
+    ):
+        fetch.metadata()
+
+    assert heard[0].trackers == ("udp://tracker.example:1",)
+    assert heard[0].web_seeds == inside[2:]
+    assert "the tracker http://192.168.1.1/announce of the link, which is on this" in caplog.text
+    assert "give --web-seed http://router/admin/" in caplog.text
+    assert inside[2] not in caplog.text
+
+
+@pytest.mark.parametrize("url", ["ftp://a.example/", "http://", "a.example", "http://a b/"])
+def test_named_urls_must_be_urls(fetching: Fetching, url: str) -> None:
+    with pytest.raises(UsageError, match="that can be asked"):
+        fetching("magnet:?xt=urn:btih:" + "ab" * 20, trackers=(url,))

@@ -61,6 +61,7 @@ def test_reads_v2_hashes_and_prefers_v1_of_a_hybrid() -> None:
     assert parse_magnet(f"magnet:?xt=urn:btmh:1220{V2}").info_hash == V2
     both = f"magnet:?xt=urn:btmh:1220{V2}&xt=urn:btih:{HASH}"
     assert parse_magnet(both).info_hash == HASH
+    assert parse_magnet(both).info_hashes == (HASH, V2)
 
 
 def test_takes_a_bare_hash() -> None:
@@ -144,13 +145,17 @@ ports = st.integers(1024, 65535)
     name=st.text(st.characters(categories=("L", "N", "P")), max_size=20),
     trackers=st.lists(st.tuples(hosts, ports), max_size=3, unique=True),
     peers=st.lists(st.tuples(hosts, ports), max_size=3, unique=True),
-    is_v2=st.booleans(),
+    hashes=st.sampled_from([(HASH, ""), (V2, ""), (HASH, V2)]),
 )
 def test_reads_its_own_links_back_without_repairs(
-    name: str, trackers: list[tuple[str, int]], peers: list[tuple[str, int]], is_v2: bool
+    name: str,
+    trackers: list[tuple[str, int]],
+    peers: list[tuple[str, int]],
+    hashes: tuple[str, str],
 ) -> None:
     magnet = Magnet(
-        info_hash=V2 if is_v2 else HASH,
+        info_hash=hashes[0],
+        info_hash_v2=hashes[1],
         name=name,
         trackers=tuple(f"udp://{host}:{port}/announce" for host, port in trackers),
         web_seeds=("https://seed.example/a%20b/",),

@@ -1,5 +1,4 @@
 import hashlib
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magnetar.errors import InterruptedByUserError, NotFoundError, ReleaseError, UsageError
+from magnetar.errors import ReleaseError
 from magnetar.fetcher.torrent.bencode import encode
-from magnetar.fetcher.torrent.metainfo import create_torrent, parse_metainfo
+from magnetar.fetcher.torrent.create import create_torrent
+from magnetar.fetcher.torrent.metainfo import parse_metainfo
 
 PIECE = 16_384
 
@@ -184,23 +184,3 @@ def test_agrees_with_libtorrent_about_newer_torrents(tmp_path: Path, kind: str, 
         hashes.insert(0, str(loaded.info_hashes.v1))
     assert list(metainfo.info_hashes) == hashes
     assert metainfo.total_bytes == sum(length for length, _ in theirs.values())
-
-
-def test_leaves_out_hidden_files(tmp_path: Path) -> None:
-    fill(tmp_path / "release", a=10)
-    (tmp_path / "release" / ".secret").write_text("x")
-    metainfo = parse_metainfo(create_torrent(tmp_path / "release"))
-    assert [file.path for file in metainfo.files] == ["release/a"]
-
-
-def test_creating_refuses_what_holds_nothing_and_can_be_stopped(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="no folder"):
-        create_torrent(tmp_path / "nowhere")
-    fill(tmp_path / "release")
-    with pytest.raises(UsageError, match="no bytes"):
-        create_torrent(tmp_path / "release")
-    (tmp_path / "release" / "a").write_bytes(b"x")
-    stop = threading.Event()
-    stop.set()
-    with pytest.raises(InterruptedByUserError):
-        create_torrent(tmp_path / "release", stop=stop)

@@ -4,7 +4,8 @@ import pytest
 
 from magnetar.errors import ReleaseError
 from magnetar.fetcher.tensors import MissingRangeError
-from magnetar.fetcher.torrent.metainfo import create_torrent, parse_metainfo
+from magnetar.fetcher.torrent.create import create_torrent
+from magnetar.fetcher.torrent.metainfo import parse_metainfo
 from magnetar.fetcher.torrent.pieces import PieceReader
 
 PIECE = 16_384

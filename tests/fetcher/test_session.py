@@ -8,8 +8,9 @@ import libtorrent
 import pytest
 
 from magnetar.errors import PortInUseError, ReleaseError
+from magnetar.fetcher.torrent.create import create_torrent
 from magnetar.fetcher.torrent.libtorrent_session import LibtorrentSession
-from magnetar.fetcher.torrent.metainfo import Metainfo, TorrentFile, create_torrent, parse_metainfo
+from magnetar.fetcher.torrent.metainfo import Metainfo, TorrentFile, parse_metainfo
 from magnetar.fetcher.torrent.session import (
     Checked,
     Event,
@@ -126,6 +127,49 @@ def test_metadata_then_exactly_the_wanted_pieces_then_resume(
     wait_for(session, Checked)
     status = wait_until(session, lambda status: status.state == "active")
     assert [piece for piece, there in enumerate(status.have) if there] == list(wanted)
+
+
+@pytest.mark.parametrize("kind", ["v1", "hybrid", "v2"])
+def test_a_check_after_a_crash_finds_what_a_magnet_brought(
+    tmp_path: Path, folder: Path, session: LibtorrentSession, kind: str
+) -> None:
+    whole = torrent_of(folder, kind)
+    # A magnet brings the info dictionary alone, and of version 2 no hashes of pieces.
+    info_end = whole.raw.index(b"12:piece layers") if kind != "v1" else -1
+    metainfo = parse_metainfo(whole.raw[:info_end] + b"e")
+    seeder = LibtorrentSession(LOOPBACK)
+    address = listening_address(seeder)
+    seeder.add(
+        TorrentJob(info_hash=whole.info_hash, save_path=folder.parent, metainfo=whole, is_seed=True)
+    )
+    wait_for(seeder, Checked)
+    wanted = metainfo.pieces(metainfo.file("release/b.bin"))
+    job = TorrentJob(
+        info_hash=metainfo.info_hash,
+        save_path=tmp_path / "data",
+        metainfo=metainfo,
+        peers=(address,),
+        piece_priorities=[4 * (piece in wanted) for piece in range(metainfo.num_pieces)],
+    )
+    session.add(job)
+    wait_until(session, lambda status: sum(status.have) == len(wanted))
+    session.request_resume_data()
+    resume = wait_for(session, ResumeData)
+    assert isinstance(resume, ResumeData)
+    session.remove()
+    wait_for(session, Removed)
+    seeder.close()
+
+    path = tmp_path / "data" / "release" / "b.bin"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    job = dataclasses.replace(job, peers=(), resume=resume.data, trusts_resume=False)
+    session.add(job)
+    wait_for(session, Checked)
+    status = wait_until(session, lambda status: status.state == "active")
+
+    assert [piece for piece, there in enumerate(status.have) if there] == list(wanted)[:-1]
 
 
 def test_recheck_finds_the_damaged_piece(

@@ -15,7 +15,8 @@ from magnetar.fetcher.store import (
     fingerprints,
     replace_file,
 )
-from magnetar.fetcher.torrent.metainfo import Metainfo, create_torrent, parse_metainfo
+from magnetar.fetcher.torrent.create import create_torrent
+from magnetar.fetcher.torrent.metainfo import Metainfo, parse_metainfo
 
 HASH = "a" * 40
 

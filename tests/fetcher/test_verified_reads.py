@@ -14,7 +14,8 @@ from magnetar.fetcher.checkpoint.source import FileTensorSource
 from magnetar.fetcher.config import ReleaseHints
 from magnetar.fetcher.piece_map import PieceMap, ranges_of
 from magnetar.fetcher.tensors import MissingRangeError, TensorIndex
-from magnetar.fetcher.torrent.metainfo import Metainfo, create_torrent, parse_metainfo
+from magnetar.fetcher.torrent.create import create_torrent
+from magnetar.fetcher.torrent.metainfo import Metainfo, parse_metainfo
 from magnetar.fetcher.torrent.pieces import PieceReader
 from magnetar.tests.releases import HINTS, LAYOUTS, Layout, write_release
 

@@ -6,8 +6,8 @@ import pytest
 
 from magnetar.errors import MagnetError, NotFoundError, UsageError
 from magnetar.fetcher.config import ReleaseHints
+from magnetar.fetcher.torrent.create import create_torrent
 from magnetar.fetcher.torrent.magnet import parse_magnet
-from magnetar.fetcher.torrent.metainfo import create_torrent
 from magnetar.manifests.catalogue import find_release, known_hints, releases
 from magnetar.manifests.source import deployment_name, release_name, resolve_source
 
