@@ -18,6 +18,7 @@ MagnetarError                    1  something failed
 ├── VerifyError                  1  bytes that do not have the published hash
 ├── StageLostError               1  a stage or its link died
 ├── QueueFullError               1  too many requests wait already
+├── NotFiniteError               1  the numbers of one request overflowed
 └── InterruptedByUserError     130  Ctrl-C or SIGTERM
 
 A message says what happened, with the value, and then what to do next.
@@ -104,6 +105,10 @@ class StageLostError(MagnetarError):
 
 class QueueFullError(MagnetarError):
     """Too many requests wait already; the same request may be sent again later."""
+
+
+class NotFiniteError(MagnetarError):
+    """The numbers of one request overflowed; other requests are not concerned."""
 
 
 class InterruptedByUserError(MagnetarError):

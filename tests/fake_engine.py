@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from magnetar.errors import QueueFullError, StageLostError
+from magnetar.errors import NotFiniteError, QueueFullError, StageLostError
 from magnetar.serve.engine.engine import EngineStats
 from magnetar.serve.engine.request import GenerationParams, TokenEvent
 from magnetar.serve.engine.step import ScoredToken
@@ -28,6 +28,7 @@ class FakeEngine:
     hold_after: int | None = None
     """Give so many tokens, then none until `release`."""
     queue_is_full: bool = False
+    overflows: bool = False
     probe_error: Exception | None = None
     probe_hangs: bool = False
     num_probes: int = 0
@@ -42,6 +43,8 @@ class FakeEngine:
         self.requests.append((tuple(prompt_ids), params))
         if self.queue_is_full:
             raise QueueFullError("256 requests wait already; try again later")
+        if self.overflows:
+            raise NotFiniteError("the numbers of this request overflowed")
         self.num_running += 1
         finished = False
         try:

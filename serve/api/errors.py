@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ...errors import MagnetarError, QueueFullError, StageLostError, UsageError
+from ...errors import MagnetarError, NotFiniteError, QueueFullError, StageLostError, UsageError
 
 logger = logging.getLogger("magnetar.serve")
 
@@ -83,6 +83,9 @@ def api_error_of(error: Exception) -> ApiError:
                 code="stage_lost",
                 retry_after_s=5,
             )
+        case NotFiniteError():
+            logger.warning("request failed: %s", error)
+            return ApiError(500, str(error), code="not_finite")
         case HTTPException():
             return ApiError(error.status_code, error.detail, headers=dict(error.headers or {}))
         case MagnetarError():

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ...cluster.link import ALIVE_S, StageLink
-from ...errors import QueueFullError, StageLostError, UsageError
+from ...errors import NotFiniteError, QueueFullError, StageLostError, UsageError
 from ...fetcher.config import ModelConfig
 from .callers import Callers, Probe, Stream
 from .pipeline import Arrival, Pipeline
@@ -161,6 +161,7 @@ class Engine:
             UsageError: the prompt is empty, has an unknown token, or cannot fit with its answer.
             QueueFullError: too many requests wait already.
             StageLostError: a stage or its link died, or the engine stopped.
+            NotFiniteError: its numbers overflowed; the engine and other requests go on.
         """
         stream = self._add(tuple(prompt_ids), params)
         is_over = False
@@ -168,6 +169,11 @@ class Engine:
             while not is_over:
                 event = await stream.next()
                 is_over = event.finish_reason is not None
+                if not event.is_finite:
+                    raise NotFiniteError(
+                        "the numbers of this request overflowed, so that there is no answer to it; "
+                        "serve the model with --dtype bf16 or fp32, or change the prompt"
+                    )
                 yield event
         finally:
             if not is_over:

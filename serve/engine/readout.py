@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ...errors import MagnetarError
 from ..model.norm import rms_norm
 from ..model.transformer import Transformer
 from .sampler import Sampler
@@ -31,6 +30,8 @@ class Readout:
         self._transformer = transformer
         self._sampler = Sampler()
         self._scored: dict[int, list[ScoredToken]] = {}
+        self._overflowed: set[int] = set()
+        """Requests whose prompts met numbers that are not finite."""
         self._pooled: dict[int, torch.Tensor] = {}
 
     def logits(self, plan: StepPlan, hidden_TC: torch.Tensor) -> torch.Tensor:
@@ -46,9 +47,9 @@ class Readout:
     def read(self, plan: StepPlan, hidden_TC: torch.Tensor) -> tuple[Sample, ...]:
         """The samples of a step, with the scores and vectors of prompts that are now whole.
 
-        Raises:
-            MagnetarError: logits that are not finite.
+        Where the numbers of a request are not finite, its sample says so.
         """
+        self._overflowed.difference_update(plan.released)
         for request_id in plan.released:
             self._scored.pop(request_id, None)
             self._pooled.pop(request_id, None)
@@ -73,10 +74,8 @@ class Readout:
             next_ids = row.scoring.next_ids[start : start + _SCORED_AT_ONCE]
             logits = self._transformer.logits(hidden_NC[start : start + len(next_ids)])
             if not bool(logits.isfinite().all()):
-                raise MagnetarError(
-                    f"the logits of request {row.request_id} are not finite: the numbers"
-                    " overflowed; serve the model with --dtype bf16 or fp32"
-                )
+                self._overflowed.add(row.request_id)
+                break
             scored += _scored_tokens(
                 logits.float().cpu().log_softmax(dim=-1), next_ids, row.scoring
             )
@@ -96,6 +95,10 @@ class Readout:
     def _complete(self, sample: Sample) -> Sample:
         scored = self._scored.pop(sample.request_id, None)
         pooled_C = self._pooled.pop(sample.request_id, None)
+        if pooled_C is not None and not bool(pooled_C.isfinite().all()):
+            self._overflowed.add(sample.request_id)
+        if sample.request_id in self._overflowed:
+            return Sample(request_id=sample.request_id, token_id=0, is_finite=False)
         if scored is not None:
             sample = replace(sample, scored=tuple(scored))
         if pooled_C is not None:

@@ -75,6 +75,8 @@ class TokenEvent:
     num_cached_tokens: int = 0
     """On the first event: tokens of the prompt that were in the KV cache already."""
     finish_reason: FinishReason | None = None
+    is_finite: bool = True
+    """False: the request's numbers overflowed. It ends here, by "abort", and without this token."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

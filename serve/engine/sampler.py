@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ...errors import MagnetarError
 from .penalties import TokenCounts, adjust
 from .step import Sample, SamplingParams, StepRow
 
@@ -36,10 +35,9 @@ class Sampler:
         """The token that follows each row, in the order of `rows`; each must have `sampling`.
 
         Log-probabilities are those of the model itself, before bias, penalties, temperature,
-        min-p, top-k and top-p.
+        min-p, top-k and top-p. A row whose logits are not finite gets a sample that says so.
 
         Raises:
-            MagnetarError: a row's logits are not finite.
             ValueError: a request counts tokens and its history never came.
         """
         if not rows:
@@ -52,10 +50,8 @@ class Sampler:
             logits_SV, best.values.tolist(), best.indices.tolist(), rows, strict=True
         ):
             if not -float("inf") < value < float("inf"):
-                raise MagnetarError(
-                    f"the logits of request {row.request_id} are not finite: the numbers"
-                    " overflowed; serve the model with --dtype bf16 or fp32"
-                )
+                samples.append(Sample(request_id=row.request_id, token_id=0, is_finite=False))
+                continue
             assert row.sampling is not None
             adjusted_V = logits_V
             if (

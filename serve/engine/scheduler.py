@@ -407,6 +407,9 @@ class Scheduler:
         self._filling.clear()
 
     def _append(self, request: Request, sample: Sample) -> TokenEvent:
+        if not sample.is_finite:
+            self._remove(request)
+            return TokenEvent(token_id=0, finish_reason="abort", is_finite=False)
         request.token_ids.append(sample.token_id)
         if request.matcher is not None:
             request.matcher.accept(sample.token_id)

@@ -123,7 +123,6 @@ class Stage:
             ValueError: hidden states that do not fit the plan, or a row without room in its
                 blocks: a defect of the engine, not of the request.
             StageLostError: a helper is gone.
-            MagnetarError: logits that are not finite.
         """
         with torch.inference_mode():
             computed_TD = self._compute(plan, hidden_TD)

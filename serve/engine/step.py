@@ -133,6 +133,8 @@ class Sample:
     """The tokens of the prompt from the second on, where `Scoring` asked for them."""
     vector: tuple[float, ...] = ()
     """The pooled hidden states after the final norm, of length 1; empty without `pooling`."""
+    is_finite: bool = True
+    """False: the request's numbers overflowed, and the token means nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

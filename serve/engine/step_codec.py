@@ -68,6 +68,7 @@ def encode_result(result: StepResult) -> bytes:
                 sample.top_logprobs,
                 [[s.token_id, s.logprob, s.rank, s.top_logprobs] for s in sample.scored],
                 sample.vector,
+                int(sample.is_finite),
             ]
             for sample in result.samples
         ]
@@ -207,7 +208,9 @@ def _sampling_params(value: Any) -> SamplingParams:
 
 
 def _sample(value: Any) -> Sample:
-    request_id, token_id, logprob, top_logprobs, scored, vector = _list(value, 6)
+    request_id, token_id, logprob, top_logprobs, scored, vector, is_finite = _list(value, 7)
+    if is_finite not in (0, 1):
+        _refuse(is_finite)
     return Sample(
         request_id=_count(request_id),
         token_id=_count(token_id),
@@ -215,6 +218,7 @@ def _sample(value: Any) -> Sample:
         top_logprobs=_pairs(top_logprobs),
         scored=tuple(map(_scored_token, _list(scored))),
         vector=tuple(map(_number, _list(vector))),
+        is_finite=bool(is_finite),
     )
 
 

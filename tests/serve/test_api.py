@@ -285,6 +285,16 @@ def test_a_full_queue_asks_to_come_back() -> None:
             assert int(answer.headers["Retry-After"]) > 0
 
 
+def test_numbers_that_overflowed_are_told_as_such() -> None:
+    engine = saying(" x")
+    engine.overflows = True
+    with serving(engine) as service:
+        answer = service.post("completions", {"prompt": "a"})
+    error = error_of(answer, 500)
+    assert error["code"] == "not_finite"
+    assert "overflowed" in error["message"]
+
+
 def get(service: Service, path: str, **headers: str) -> Any:
     return service.http.get(path, headers=headers)
 

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magnetar.errors import MagnetarError
 from magnetar.serve.engine.sampler import Sampler, candidates, uniform
 from magnetar.serve.engine.step import Sample, SamplingParams, StepRow, TokenHistory
 
@@ -155,10 +154,12 @@ def test_more_logprobs_than_tokens_gives_all_tokens() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_overflowed_are_an_error(bad: float) -> None:
-    logits = torch.tensor([[0.0, bad, 1.0]])
-    with pytest.raises(MagnetarError, match="not finite"):
-        sample(logits, [row_of(SamplingParams(temperature=0))])
+def test_a_row_that_overflowed_says_so_and_the_others_are_sampled(bad: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, bad, 1.0], [3.0, 1.0, 2.0]])
+    rows = [row_of(SamplingParams(temperature=0), request_id=index) for index in range(3)]
+    first, second, third = sample(logits, rows)
+    assert [first.is_finite, second.is_finite, third.is_finite] == [True, False, True]
+    assert (first.token_id, third.token_id) == (2, 0)
 
 
 def test_no_rows_give_no_samples() -> None:

@@ -78,6 +78,7 @@ samples = st.builds(
         max_size=2,
     ).map(tuple),
     vector=st.lists(numbers, max_size=3).map(tuple),
+    is_finite=st.booleans(),
 )
 
 
