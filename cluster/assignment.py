@@ -3,7 +3,7 @@
 The classes themselves belong to a higher room and are handed in, so that this one needs no model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -159,6 +159,10 @@ class GatewayRole(Protocol):
 
     def serve(self) -> str:
         """Answer requests from now on; the URL."""
+        ...
+
+    def expert_tokens(self) -> Mapping[int, Sequence[int]]:
+        """By layer, the tokens that each expert was chosen for since the start; any time."""
         ...
 
     def run(self) -> None:

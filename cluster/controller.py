@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Final
 
-from ..errors import InterruptedByUserError, MagnetarError
+from ..errors import InterruptedByUserError, MagnetarError, StageLostError
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_to_json
 from ..fetcher.piece_map import ByteRange, ranges_of
 from ..fetcher.progress import Phase, Progress
@@ -92,6 +92,15 @@ class Controller:
             status = self._status  # before the progress, which must not lack what led to it
         progress, newer = self._board.since(cursor)
         return Report(status=status, progress=progress, cursor=newer)
+
+    def expert_tokens(self) -> dict[int, tuple[int, ...]]:
+        """By layer, the tokens that each expert was chosen for; empty unless it serves."""
+        with self._lock:
+            is_ready = self._status.ready
+        try:
+            return self._pipeline.expert_tokens() if is_ready else {}
+        except StageLostError:  # `poll` tells of it
+            return {}
 
     def stop(self) -> None:
         """Begin to end everything; `poll` says when that is done."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 if TYPE_CHECKING:
     import torch
 
-FrameKind = Literal["step", "result", "error", "rows", "outputs"]
+FrameKind = Literal["step", "result", "error", "rows", "outputs", "traffic"]
 
 MAX_BODY_BYTES: Final = 64 << 20
 MAX_TENSOR_BYTES: Final = 1 << 30
@@ -21,7 +21,7 @@ _HEADER = struct.Struct("<4sBBBBQQIII")
 """Magic, version, kind, dtype, dimensions, epoch, step id, extents (two), bytes of the body."""
 HEADER_BYTES: Final = _HEADER.size
 # Codes are positions: append only.
-_KINDS: Final = ("step", "result", "error", "alive", "rows", "outputs")
+_KINDS: Final = ("step", "result", "error", "alive", "rows", "outputs", "traffic")
 _DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DTYPES: Final = tuple(_DTYPE_BYTES)
 _NO_TENSOR = 255

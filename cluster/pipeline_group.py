@@ -245,6 +245,11 @@ class PipelineGroup:
         """Open the API; its URL on the gateway's node."""
         return str(call(self._gateway.serve.remote(), who="the gateway"))
 
+    def expert_tokens(self) -> dict[int, tuple[int, ...]]:
+        """By layer, the tokens that each expert was chosen for, as the gateway knows it."""
+        told = call(self._gateway.expert_tokens.remote(), who="the gateway")
+        return {int(layer): tuple(counts) for layer, counts in told.items()}
+
     def lost(self, timeout_s: float) -> MagnetarError | None:
         """Wait up to `timeout_s` for an actor to end by itself; what ended it."""
         if not any_ended(self._running, timeout_s=timeout_s):

@@ -103,6 +103,7 @@ class StageActor:
             upstream=upstream,
             downstream=next_link,
             name=f"stage {stage.index} on {stage.host}",
+            expert_tokens=self._stage.expert_tokens,
         )
         self._worker.start()
 
@@ -211,6 +212,10 @@ class GatewayActor:
         self._server = Server(app, self._socket)
         self._server.start()
         return self._server.url
+
+    def expert_tokens(self) -> Mapping[int, Sequence[int]]:
+        """By layer, the tokens that each expert was chosen for."""
+        return {} if self._engine is None else self._engine.stats().expert_tokens
 
     def run(self) -> None:
         """Stay until `stop`; raise what broke the ring otherwise."""

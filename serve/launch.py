@@ -129,8 +129,9 @@ def up(
 def status(name: str | None = None, *, ray_address: str | None = None) -> list[dict[str, Any]]:
     """Deployments that were started from this machine, or those of a Ray cluster, as JSON types.
 
-    Each has the fields of `DeploymentStatus`, `ready`, and the `address` of its Ray; one whose
-    Ray is gone has ``"phase": "lost"`` instead of most of them.
+    Each has the fields of `DeploymentStatus`, `ready`, the `address` of its Ray, and as
+    `expert_tokens` by layer the tokens that each expert was chosen for; one whose Ray is gone has
+    ``"phase": "lost"`` instead of most of them.
 
     Raises:
         NotFoundError: there is none called `name`.
@@ -175,8 +176,10 @@ def down(name: str, *, ray_address: str | None = None) -> None:
 
 
 def _ask(name: str, address: str) -> dict[str, Any]:
-    status = Session(find_controller(name)).poll().status
-    return status.to_json() | {"address": address}
+    session = Session(find_controller(name))
+    status, tokens = session.poll().status, session.expert_tokens()
+    told = {str(layer): list(counts) for layer, counts in sorted(tokens.items())}
+    return status.to_json() | {"address": address, "expert_tokens": told}
 
 
 def _status_of(record: dict[str, Any]) -> dict[str, Any]:

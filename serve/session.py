@@ -36,6 +36,11 @@ class Session:
         self._cursor = report.cursor
         return report
 
+    def expert_tokens(self) -> dict[int, tuple[int, ...]]:
+        """By layer, the tokens that each expert was chosen for; empty unless it serves."""
+        told = call(self._controller.expert_tokens.remote(), who="the controller")
+        return dict(told)
+
     def until_serving(self, on_progress: ProgressSink, stop: threading.Event) -> DeploymentStatus:
         """Pass progress on until the deployment answers; raises what kept it from that."""
         while True:

@@ -3,7 +3,7 @@
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from magnetar.cluster.assignment import GatewayAssignment, HelperAssignment, StageAssignment
 from magnetar.errors import PortInUseError, StageLostError
@@ -90,6 +90,9 @@ class FakeGateway:
         if self._wish[1] == 2:
             raise StageLostError("stage 0 does not answer")
         return 0.001
+
+    def expert_tokens(self) -> Mapping[int, Sequence[int]]:
+        return {0: (3, 1)}
 
     def serve(self) -> str:
         return f"http://{self._wish[0]}:{self._wish[1]}/on/{socket.gethostname()}"

@@ -145,7 +145,12 @@ def running_engine(
     """An engine and its stages on real links; everything is stopped at the end."""
     pairs = [linked_pair() for _ in range(len(stages) + 1)]
     workers = [
-        StageWorker(stage, upstream=pairs[index][1], downstream=pairs[index + 1][0])
+        StageWorker(
+            stage,
+            upstream=pairs[index][1],
+            downstream=pairs[index + 1][0],
+            expert_tokens=getattr(stage, "expert_tokens", None),
+        )
         for index, stage in enumerate(stages)
     ]
     engine = Engine(

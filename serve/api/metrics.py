@@ -8,7 +8,7 @@ clock; the engine's thread only keeps the numbers of `Engine.stats`.
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Self
 
 from ...errors import QueueFullError, UsageError
@@ -152,6 +152,13 @@ class Metrics:
             ("", {"finished_reason": reason}, self.num_finished[reason]) for reason in _REASONS
         ]
         add("request_success_total", "counter", "Requests that ended, by how.", reasons)
+        if stats.expert_tokens:
+            add(
+                "expert_tokens_total",
+                "counter",
+                "Tokens that each expert was chosen for.",
+                _expert_samples(stats.expert_tokens),
+            )
         for name, text, histogram in (
             ("time_to_first_token", "From the request to its first token.", self.first_token_s),
             ("inter_token_latency", "Between two tokens of an answer.", self.inter_token_s),
@@ -159,6 +166,12 @@ class Metrics:
         ):
             add(f"{name}_seconds", "histogram", text, histogram.samples())
         return "\n".join(lines) + "\n"
+
+
+def _expert_samples(expert_tokens: Mapping[int, Sequence[int]]) -> Iterator[_Sample]:
+    for layer, counts in sorted(expert_tokens.items()):
+        for expert, count in enumerate(counts):
+            yield "", {"layer": str(layer), "expert": str(expert)}, count
 
 
 def _escape(label: str) -> str:

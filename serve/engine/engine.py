@@ -9,14 +9,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ...cluster.link import ALIVE_S, StageLink
 from ...errors import NotFiniteError, QueueFullError, StageLostError, UsageError
 from ...fetcher.config import ModelConfig
 from .callers import Callers, Probe, Stream
-from .pipeline import Arrival, Pipeline
+from .pipeline import Arrival, Pipeline, Traffic
 from .request import GenerationParams, Request, TokenEvent
 from .scheduler import Scheduler
 from .step import SamplingParams
@@ -40,6 +40,8 @@ class EngineStats:
     """Tokens of prompts that were looked for in the KV cache."""
     num_cache_hits: int = 0
     """Those that were there."""
+    expert_tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """By layer, the tokens that each expert was chosen for; some seconds old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class _Stop:
     pass
 
 
-_Message = _Add | _Abort | Probe | _Stop | Arrival | StageLostError
+_Message = _Add | _Abort | Probe | _Stop | Arrival | Traffic | StageLostError
 
 
 class _Stopped(Exception):
@@ -108,6 +110,7 @@ class Engine:
         # What the engine's thread alone touches.
         self._callers = Callers()
         self._probes: list[Probe] = []
+        self._expert_tokens: Mapping[int, tuple[int, ...]] = {}
         self._num_taken = 0
         """Requests taken from the inbox since the last statistics."""
         # What callers touch too, under the lock.
@@ -253,6 +256,8 @@ class Engine:
         match message:
             case Arrival():
                 self._complete(message)
+            case Traffic():
+                self._expert_tokens = {**self._expert_tokens, **message.expert_tokens}
             case _Add():
                 self._num_taken += 1
                 self._callers.attach(message.stream)
@@ -312,6 +317,7 @@ class Engine:
                 num_preemptions=scheduler.num_preemptions,
                 num_cache_queries=scheduler.num_cache_queries,
                 num_cache_hits=scheduler.num_cache_hits,
+                expert_tokens=self._expert_tokens,
             )
 
     def _deliver(self) -> None:

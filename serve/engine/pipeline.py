@@ -7,13 +7,13 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ...cluster.link import ALIVE_S, SILENCE_S, Frame, StageLink
 from ...errors import StageLostError
 from .step import StepPlan, StepResult
-from .step_codec import Known, decode_error, decode_result, encode_plan
+from .step_codec import Known, decode_error, decode_result, decode_traffic, encode_plan
 
 STALL_S = 600.0
 """A ring that brings no result for so long is lost, although its links live. The longest steps are
@@ -32,6 +32,13 @@ class Arrival:
     """When, on the pipeline's clock."""
 
 
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What a stage tells of its experts now and then: by layer, the tokens for each so far."""
+
+    expert_tokens: Mapping[int, tuple[int, ...]]
+
+
 class Pipeline:
     """Both links of the engine, which it takes over. One thread calls the methods."""
 
@@ -40,7 +47,7 @@ class Pipeline:
         *,
         downstream: StageLink,
         upstream: StageLink,
-        on_arrival: Callable[[Arrival | StageLostError], None],
+        on_arrival: Callable[[Arrival | Traffic | StageLostError], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_arrival` runs in the receiving thread and must not block; an error comes last."""
@@ -116,6 +123,9 @@ class Pipeline:
                 frame = self._upstream.receive(SILENCE_S)
                 if frame.kind == "error":
                     raise StageLostError(decode_error(frame.body))
+                if frame.kind == "traffic":
+                    self._on_arrival(Traffic(decode_traffic(frame.body)))
+                    continue
                 if frame.kind != "result":
                     raise ValueError(f"it sent a {frame.kind} to the engine")
                 result = decode_result(frame.step_id, frame.body)

@@ -112,6 +112,12 @@ class Stage:
             if isinstance(moe, MoeLayer) and isinstance(moe.experts, SpreadExperts):
                 moe.experts.join([(helper, held.get(layer_id, ())) for helper, held in helpers])
 
+    def expert_tokens(self) -> dict[int, tuple[int, ...]]:
+        """By layer, the tokens that each expert was chosen for since the start; from any thread."""
+        layers = self._transformer.layers.items()
+        moes = [(n, layer.feed_forward) for n, layer in layers]
+        return {n: moe.traffic.totals() for n, moe in moes if isinstance(moe, MoeLayer)}
+
     def step(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor | StepResult:
         """Compute the plan's rows: hidden states [T, D] on the CPU, or the last stage's samples.
 

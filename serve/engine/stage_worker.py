@@ -20,9 +20,18 @@ from typing import TYPE_CHECKING, Protocol
 from ...cluster.link import ALIVE_S, SILENCE_S, Frame, StageLink
 from ...errors import MagnetarError, StageLostError
 from .step import StepPlan, StepResult
-from .step_codec import Known, decode_error, decode_plan, encode_error, encode_result
+from .step_codec import (
+    Known,
+    decode_error,
+    decode_plan,
+    encode_error,
+    encode_result,
+    encode_traffic,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     import torch
 
 logger = logging.getLogger(__name__)
@@ -49,9 +58,18 @@ class StageWorker:
     """
 
     def __init__(
-        self, stage: Executor, *, upstream: StageLink, downstream: StageLink, name: str = "a stage"
+        self,
+        stage: Executor,
+        *,
+        upstream: StageLink,
+        downstream: StageLink,
+        name: str = "a stage",
+        expert_tokens: Callable[[], Mapping[int, Sequence[int]]] | None = None,
     ) -> None:
-        """`name` is what errors call the stage."""
+        """`name` is what errors call the stage.
+
+        `expert_tokens`, as `Stage.expert_tokens`, is told to the engine now and then.
+        """
         self._stage = stage
         self._upstream = upstream
         self._downstream = downstream
@@ -67,6 +85,9 @@ class StageWorker:
         """The computing thread is out of work while the other receives."""
         self._num_unsent = 0
         """Frames that the sender has not sent yet, the one in its hands included."""
+        self._expert_tokens = expert_tokens
+        self._traffic_told: Mapping[int, Sequence[int]] = {}
+        self._traffic_due = time.monotonic()
         self._sending = threading.Lock()
         self._ending = threading.Event()
         self._lock = threading.Lock()
@@ -155,7 +176,8 @@ class StageWorker:
     def _receive(self) -> Frame | None:
         """The next step; None when there is none any more, for a reason that is on its way."""
         try:
-            frame = self._upstream.receive(SILENCE_S)
+            while (frame := self._upstream.receive(SILENCE_S)).kind == "traffic":
+                self._leave_to_sender(frame)
             if frame.kind == "step":
                 return frame
             if frame.kind != "error":
@@ -189,6 +211,7 @@ class StageWorker:
                 except queue.Empty:
                     with self._sending:
                         self._downstream.send_alive()
+                    self._tell_traffic()
                     continue
                 if frame is None:
                     return
@@ -199,10 +222,25 @@ class StageWorker:
                 if frame.kind == "error":
                     self._keep(StageLostError(decode_error(frame.body)))
                     return
+                self._tell_traffic()
         except (StageLostError, ValueError) as error:
             self._lose_downstream(error)
         finally:
             self._end()
+
+    def _tell_traffic(self) -> None:
+        """Send on how often experts were chosen, if that is news and the last was a while ago."""
+        now = time.monotonic()
+        if self._expert_tokens is None or now < self._traffic_due:
+            return
+        self._traffic_due = now + ALIVE_S
+        expert_tokens = self._expert_tokens()
+        if expert_tokens != self._traffic_told:
+            self._traffic_told = expert_tokens
+            body = encode_traffic(expert_tokens)
+            frame = Frame(kind="traffic", epoch=self._downstream.epoch, step_id=0, body=body)
+            with self._sending:
+                self._downstream.send(frame)
 
     def _leave_to_sender(self, frame: Frame) -> None:
         with self._lock:

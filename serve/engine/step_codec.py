@@ -6,6 +6,7 @@ The step id is not part of it: frames carry it.
 import base64
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -78,6 +79,17 @@ def encode_result(result: StepResult) -> bytes:
 def decode_result(step_id: int, body: bytes) -> StepResult:
     """The inverse of `encode_result`, floats to the bit; ValueError for anything else."""
     return StepResult(step_id=step_id, samples=tuple(map(_sample, _list(_load(body)))))
+
+
+def encode_traffic(expert_tokens: Mapping[int, Sequence[int]]) -> bytes:
+    """By layer, the tokens that each expert was chosen for."""
+    return _dump([[layer, counts] for layer, counts in expert_tokens.items()])
+
+
+def decode_traffic(body: bytes) -> dict[int, tuple[int, ...]]:
+    """The inverse of `encode_traffic`; ValueError for anything else."""
+    pairs = [_list(pair, 2) for pair in _list(_load(body))]
+    return {_count(layer): _counts(counts) for layer, counts in pairs}
 
 
 def encode_error(message: str) -> bytes:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ...fetcher.config import ModelConfig
 from .feed_forward import FeedForward, gated
 from .linear import Linear
+from .traffic import ExpertTraffic
 
 ExpertsKind = Literal["loop", "grouped_mm"]
 
@@ -85,6 +86,7 @@ class MoeLayer:
         """C -> E"""
         self.experts = experts
         self.num_experts_per_tok = config.num_experts_per_tok
+        self.traffic = ExpertTraffic(config.num_experts)
 
     def route(self, x_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts of every token [T, K] and their weights [T, K] in fp32, which sum to 1.
@@ -98,6 +100,7 @@ class MoeLayer:
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
         """[T, C]. The sum over a token's experts is in fp32 and in a fixed order."""
         experts_TK, weights_TK = self.route(x_TC)
+        self.traffic.add(experts_TK)
         y_TKC = self.experts.forward(x_TC, experts_TK).view(*experts_TK.shape, -1)
         out_TC = (y_TKC * weights_TK.unsqueeze(-1)).sum(dim=1)
         return out_TC.to(x_TC.dtype)

@@ -118,6 +118,7 @@ def test_serves_after_every_phase_and_leaves_nothing_behind(ray: Any, spec: Depl
         )
         assert (first[1], second[1]) == ("127.0.0.1:1", "127.0.0.1:9")
         assert first[0].stage.end_layer == second[0].stage.first_layer
+        assert call(controller.expert_tokens.remote(), who="the controller") == {0: (3, 1)}
         record = controller_journal(spec.name).read()
         assert record is not None
         assert record["status"]["ready"] is True

@@ -11,6 +11,7 @@ import torch
 
 from magnetar.cluster.link import Frame, TcpLink
 from magnetar.errors import QueueFullError, StageLostError, UsageError
+from magnetar.serve.engine import stage_worker
 from magnetar.serve.engine.engine import Engine
 from magnetar.serve.engine.pipeline import STALL_S
 from magnetar.serve.engine.request import GenerationParams
@@ -123,6 +124,31 @@ def test_a_probe_rides_along_when_every_block_is_taken() -> None:
 
     with running_engine(fake_stages(2, num_kv_blocks=1), num_kv_blocks=1) as (engine, _):
         asyncio.run(run(engine))
+
+
+class BusyStage(FakeStage):
+    """Has one layer of three experts, one of which computes everything."""
+
+    def expert_tokens(self) -> dict[int, tuple[int, ...]]:
+        return {int(self._is_last): (0, 7, 0)}
+
+
+def test_traffic_of_experts_of_all_stages_is_in_the_statistics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage_worker, "ALIVE_S", 0.01)
+    stages = [
+        BusyStage(num_kv_blocks=4, is_first=is_first, is_last=not is_first)
+        for is_first in (True, False)
+    ]
+
+    async def until_told(engine: Engine) -> None:
+        while len(engine.stats().expert_tokens) < 2:
+            await asyncio.sleep(0.001)
+
+    with running_engine(stages, num_kv_blocks=4) as (engine, _):
+        asyncio.run(asyncio.wait_for(until_told(engine), TIMEOUT_S))
+        assert engine.stats().expert_tokens == {0: (0, 7, 0), 1: (0, 7, 0)}
 
 
 def test_a_probe_that_nobody_waits_for_harms_nothing() -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -53,6 +54,19 @@ def test_a_histogram_counts_what_is_at_most_each_bound() -> None:
         ("_sum", None, 10.5),
         ("_count", None, 4),
     ]
+
+
+def test_tokens_of_every_expert_are_told_by_layer() -> None:
+    found = values(Metrics().render(STATS, model_name="tiny"))
+    assert not [name for name in found if name.startswith("expert")]
+    stats = replace(STATS, expert_tokens={3: (10, 0), 2: (4, 6)})
+    found = values(Metrics().render(stats, model_name="tiny"))
+    assert {name: value for name, value in found.items() if name.startswith("expert")} == {
+        'expert_tokens_total{layer="2",expert="0"}': 4,
+        'expert_tokens_total{layer="2",expert="1"}': 6,
+        'expert_tokens_total{layer="3",expert="0"}': 10,
+        'expert_tokens_total{layer="3",expert="1"}': 0,
+    }
 
 
 def test_the_state_of_the_engine_is_told_in_the_names_of_vllm() -> None:

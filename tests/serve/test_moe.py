@@ -110,3 +110,23 @@ def test_the_weights_of_a_token_sum_to_one_in_fp32() -> None:
 )
 def test_the_kind_suits_the_device(dtype: torch.dtype, device: str, kind: str) -> None:
     assert default_experts_kind(dtype=dtype, device=torch.device(device)) == kind
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=40))
+def test_every_choice_of_an_expert_is_counted(steps: list[int]) -> None:
+    layer = Weights().layer()
+    generator = torch.Generator().manual_seed(len(steps))
+    expected = torch.zeros(8, dtype=torch.int64)
+    for num_tokens in steps:
+        x = torch.randn(num_tokens, 16, generator=generator)
+        expected += layer.route(x)[0].flatten().bincount(minlength=8)
+        layer.forward(x)
+    assert layer.traffic.totals() == layer.traffic.totals() == tuple(expected.tolist())
+
+
+def test_choices_do_not_pile_up_where_nobody_asks() -> None:
+    layer = Weights().layer()
+    for _ in range(600):
+        layer.forward(torch.randn(1, 16))
+    assert int(layer.traffic.counts_E.sum()) == 2 * 512
+    assert sum(layer.traffic.totals()) == 2 * 600

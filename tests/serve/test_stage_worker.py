@@ -15,7 +15,14 @@ from magnetar.errors import StageLostError
 from magnetar.serve.engine import stage_worker
 from magnetar.serve.engine.stage_worker import Executor, StageWorker
 from magnetar.serve.engine.step import SamplingParams, StepPlan, StepResult, StepRow
-from magnetar.serve.engine.step_codec import decode_error, decode_result, encode_error, encode_plan
+from magnetar.serve.engine.step_codec import (
+    decode_error,
+    decode_result,
+    decode_traffic,
+    encode_error,
+    encode_plan,
+    encode_traffic,
+)
 from magnetar.tests.fake_stage import FakeStage, linked_pair, next_token
 
 TIMEOUT_S = 20.0
@@ -240,6 +247,34 @@ def test_a_worker_says_that_it_lives_while_it_computes(monkeypatch: pytest.Monke
         # A silence of half a second would raise TimeoutError.
         assert after.receive(0.5).kind == "result"
         opener.join()
+
+
+def test_traffic_of_experts_is_told_when_it_is_news_and_that_of_others_passed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage_worker, "ALIVE_S", 0.01)
+    before, upstream = linked_pair()
+    downstream, after = linked_pair()
+    tokens = {4: (1, 2)}
+    worker = StageWorker(
+        fake_stage(), upstream=upstream, downstream=downstream, expert_tokens=lambda: dict(tokens)
+    )
+    worker.start()
+    try:
+        told = after.receive(TIMEOUT_S)
+        assert (told.kind, decode_traffic(told.body)) == ("traffic", {4: (1, 2)})
+        before.send(Frame(kind="traffic", epoch=0, step_id=0, body=encode_traffic({3: (5, 5)})))
+        before.send(step_frame(1))
+        frames = [after.receive(TIMEOUT_S) for _ in range(2)]
+        assert sorted(frame.kind for frame in frames) == ["result", "traffic"]
+        (passed,) = (frame for frame in frames if frame.kind == "traffic")
+        assert decode_traffic(passed.body) == {3: (5, 5)}
+        tokens[4] = (2, 2)
+        assert decode_traffic(after.receive(TIMEOUT_S).body) == {4: (2, 2)}
+    finally:
+        worker.stop()
+        before.close()
+        after.close()
 
 
 def test_stopping_leaves_no_thread_and_no_error() -> None:

@@ -24,9 +24,11 @@ from magnetar.serve.engine.step_codec import (
     decode_error,
     decode_plan,
     decode_result,
+    decode_traffic,
     encode_error,
     encode_plan,
     encode_result,
+    encode_traffic,
 )
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
@@ -170,3 +172,14 @@ def test_bytes_that_are_no_step_are_refused(
 def test_values_of_the_wrong_kind_are_refused(body: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         decode_plan(7, body)
+
+
+@given(st.dictionaries(st.integers(0, 99), st.lists(st.integers(0), max_size=8).map(tuple)))
+def test_the_traffic_of_experts_survives_the_link(tokens: dict[int, tuple[int, ...]]) -> None:
+    assert decode_traffic(encode_traffic(tokens)) == tokens
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[[1]]", b"[[1,2]]", b"[[-1,[]]]", b"[[1,[-2]]]"])
+def test_traffic_that_is_none_is_refused(body: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - any refusal will do
+        decode_traffic(body)
