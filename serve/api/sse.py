@@ -1,10 +1,10 @@
 """A stream of server-sent events that notices a client that leaves, stalls or waits long."""
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -19,7 +19,7 @@ WRITE_STALL_S = 30.0
 
 def encode_event(body: dict[str, Any]) -> bytes:
     """One ``data:`` event."""
-    return b"data: %b\n\n" % json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"data: %b\n\n" % to_json(body)
 
 
 class EventStream(Response):
@@ -39,21 +39,23 @@ class EventStream(Response):
         self._started = False
         self._over = False
         self._client_left = False
-        self._last_write_s = 0.0
+        self._is_writing = False
+        self._touched_s = 0.0
+        """When the last write began or ended."""
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         main = asyncio.current_task()
         assert main is not None
 
-        def leave(watch: asyncio.Task[None]) -> None:
-            if not watch.cancelled() and not self._over:
+        def leave() -> None:
+            if not self._over:
                 self._client_left = True
                 main.cancel()
 
         watch = asyncio.create_task(wait_for_disconnect(receive))
-        watch.add_done_callback(leave)
-        heartbeat = asyncio.create_task(self._beat(send))
+        watch.add_done_callback(lambda watch: None if watch.cancelled() else leave())
+        heartbeat = asyncio.create_task(self._beat(send, leave))
         failure: Exception | None = None
         try:
             try:
@@ -74,8 +76,8 @@ class EventStream(Response):
                 await self._finish(send, api_error_of(failure) if failure is not None else None)
             else:
                 await api_error_of(failure).response()(scope, receive, send)
-        except ClientLeft:
-            return
+        except TimeoutError:
+            return  # nobody reads the last words
         finally:
             self._over = True
             watch.cancel()
@@ -83,31 +85,36 @@ class EventStream(Response):
             await self._events.aclose()
 
     async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
-        try:
-            async with asyncio.timeout(WRITE_STALL_S):
-                if not self._started:
-                    self._started = True
-                    await send(
-                        {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-                    )
-                await send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError:
-            raise ClientLeft from None
-        self._last_write_s = asyncio.get_running_loop().time()
+        """Waits for a client that does not read; `_beat` knows for how long."""
+        clock = asyncio.get_running_loop().time
+        self._is_writing, self._touched_s = True, clock()
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+        self._is_writing, self._touched_s = False, clock()
 
     async def _finish(self, send: Send, error: ApiError | None) -> None:
         last = encode_event(error.body) if error is not None else b""
-        await self._write(send, last + b"data: [DONE]\n\n", more=False)
+        async with asyncio.timeout(WRITE_STALL_S):
+            await self._write(send, last + b"data: [DONE]\n\n", more=False)
 
-    async def _beat(self, send: Send) -> None:
+    async def _beat(self, send: Send, leave: Callable[[], None]) -> None:
+        """A timer for the whole stream: one for every write took a tenth of all the time."""
         loop = asyncio.get_running_loop()
-        self._last_write_s = loop.time()
+        self._touched_s = loop.time()
         while True:
-            idle_s = loop.time() - self._last_write_s
-            if idle_s >= HEARTBEAT_S:
+            idle_s = loop.time() - self._touched_s
+            limit_s = WRITE_STALL_S if self._is_writing else HEARTBEAT_S
+            if idle_s < limit_s:
+                await asyncio.sleep(limit_s - idle_s)
+            elif self._is_writing:
+                leave()
+                return
+            else:
                 try:
-                    await self._write(send, b": still working\n\n")
-                except ClientLeft:
-                    return  # the next event finds out too
-                idle_s = 0.0
-            await asyncio.sleep(HEARTBEAT_S - idle_s)
+                    async with asyncio.timeout(WRITE_STALL_S):
+                        await self._write(send, b": still working\n\n")
+                except TimeoutError:
+                    leave()
+                    return

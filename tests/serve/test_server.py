@@ -94,6 +94,13 @@ def endless() -> FakeEngine:
 BODY = {"prompt": "a", "max_tokens": 400}
 
 
+def request_of(body: object) -> bytes:
+    """A completion as it goes over the wire."""
+    raw = json.dumps(body).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    return head % len(raw) + raw
+
+
 def test_a_client_that_leaves_a_stream_aborts_its_request() -> None:
     with serving(endless()) as service:
         with service.http.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as s:
@@ -108,12 +115,8 @@ def test_a_client_that_leaves_a_stream_aborts_its_request() -> None:
 def test_a_client_that_leaves_while_it_waits_aborts_its_requests(stream: bool, n: int) -> None:
     engine = endless()
     with serving(engine) as service:
-        raw = json.dumps({**BODY, "n": n, "stream": stream}).encode()
         with connected(service) as client:
-            client.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
-                % (len(raw), raw)
-            )
+            client.sendall(request_of({**BODY, "n": n, "stream": stream}))
             wait_until(lambda: len(engine.holds) == n)
         wait_until(lambda: engine.num_running == 0)
     assert engine.num_aborted == n
@@ -240,6 +243,17 @@ def test_a_silent_stream_sends_signs_of_life(monkeypatch: pytest.MonkeyPatch) ->
             assert next(lines) == ": still working"
             engine.release()
             assert next(line for line in lines if line.startswith("data: "))
+
+
+def test_a_client_that_stops_reading_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magnetar.serve.api.sse.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("magnetar.serve.api.sse.WRITE_STALL_S", 0.1)
+    engine = FakeEngine(reply=lambda prompt, params: [6312] * 10**6)
+    with serving(engine, max_context_tokens=2 * 10**6) as service, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(service.server.address.rpartition(":")[2])))
+        client.sendall(request_of({"prompt": "a", "max_tokens": 10**6, "stream": True}))
+        wait_until(lambda: engine.num_aborted == 1)
 
 
 @pytest.mark.parametrize(
