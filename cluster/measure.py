@@ -1,32 +1,42 @@
-"""How fast this machine is: weights read per second and operations per second, once, then cached.
-
-The weights are read as decoding reads them: one token's vector times matrices that no cache holds.
-"""
+"""How fast this machine is: measured once by the kernels of the serving room, then cached."""
 
 import json
 import os
 import platform
-import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from ..settings import data_dir
-from .plan import ComputeDtype, Device, Node
+from .plan import ComputeDtype, Device, DeviceKind, Node
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the method; figures of another one are measured again."""
-SLICE_S: Final = 0.6
-"""How long each figure is measured for; six slices a device stay far under ten seconds."""
-_READ_BYTES: Final = 256 << 20
-"""Weights that take turns; larger than the caches of a processor."""
-_READ_WIDTH: Final = 4096
-_GEMM_SIZE: Final = 1024
-_DTYPES: Final[tuple[ComputeDtype, ...]] = ("fp32", "bf16")
-_TORCH_NAMES: Final = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES: Final[Mapping[DeviceKind, tuple[ComputeDtype, ...]]] = {
+    "cpu": ("bf16", "fp32", "int8", "int4"),
+    "cuda": ("bf16", "fp32"),
+}
+"""What is measured. On CUDA int8 and int4 are not fast yet; they count as bf16."""
+
+
+class Gauge(Protocol):
+    """Measures the kernels that stages use. Calls block, each for a second at most."""
+
+    def read_gbps(
+        self, dtype: ComputeDtype, device: str, num_threads: Sequence[int]
+    ) -> tuple[float, ...]:
+        """Gigabytes of weights per second while one token is computed, by number of threads."""
+        ...
+
+    def gemm_gflops(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
+        """Billions of operations per second with hundreds of tokens."""
+        ...
+
+    def overhead_s(self, dtype: ComputeDtype, device: str, num_threads: int) -> tuple[float, float]:
+        """Seconds of a layer, and of a step beside its layers, when nothing is computed."""
+        ...
 
 
 def with_known_speeds(node: Node) -> Node:
@@ -38,7 +48,7 @@ def with_known_speeds(node: Node) -> Node:
     )
 
 
-def measure_speeds(node: Node, *, again: bool = False) -> Node:
+def measure_speeds(node: Node, gauge: Gauge, *, again: bool = False) -> Node:
     """`node`, which must be this machine, with the speeds of all its devices; blocks for seconds.
 
     What was measured before is taken from the cache unless `again`.
@@ -48,7 +58,7 @@ def measure_speeds(node: Node, *, again: bool = False) -> Node:
     rows = {}
     for device in node.devices:
         key = _key(node, device)
-        rows[key] = cached.get(key) or _measure(device, node.num_cpus)
+        rows[key] = cached.get(key) or _measure(device, node.num_cpus, gauge)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     temporary.write_text(json.dumps(_read_cache(file) | rows, indent=1), encoding="utf-8")
@@ -56,84 +66,36 @@ def measure_speeds(node: Node, *, again: bool = False) -> Node:
     return with_known_speeds(node)
 
 
-def _measure(device: Device, num_threads: int) -> dict[str, Any]:
-    import torch
-
+def _measure(device: Device, num_threads: int, gauge: Gauge) -> dict[str, Any]:
     where = "cpu" if device.kind == "cpu" else f"cuda:{device.index}"
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        with torch.inference_mode():
-            return {
-                "read_gbps": {dtype: _read_gbps(dtype, where) for dtype in _DTYPES},
-                "gemm_gflops": {dtype: _gemm_gflops(dtype, where) for dtype in _DTYPES},
-            }
-    finally:
-        torch.set_num_threads(before)
-
-
-def _read_gbps(dtype: ComputeDtype, where: str) -> float:
-    import torch
-
-    kind = getattr(torch, _TORCH_NAMES[dtype])
-    matrix_bytes = _READ_WIDTH * _READ_WIDTH * kind.itemsize
-    token = torch.ones(1, _READ_WIDTH, dtype=kind, device=where)
-    held: Callable[[Any], Any] = torch.clone
-    multiply: Callable[[Any], object] = partial(torch.nn.functional.linear, token)
-    if where == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        # As stages do: plain products lay every matrix out anew, and read bf16 at a fifth.
-        held = torch.ops.mkldnn._reorder_linear_weight
-        product = torch.ops.mkldnn._linear_pointwise.default
-        multiply = lambda matrix: product(token, matrix, None, "none", [], "")  # noqa: E731
-    plain = torch.ones(_READ_WIDTH, _READ_WIDTH, dtype=kind, device=where)
-    matrices = [held(plain) for _ in range(max(1, _READ_BYTES // matrix_bytes))]
-
-    def once() -> None:
-        for matrix in matrices:
-            multiply(matrix)
-
-    return _best_rate(once, len(matrices) * matrix_bytes, where) / 1e9
-
-
-def _gemm_gflops(dtype: ComputeDtype, where: str) -> float:
-    import torch
-
-    kind = getattr(torch, _TORCH_NAMES[dtype])
-    size = _GEMM_SIZE if where == "cpu" else 4 * _GEMM_SIZE
-    left, right = (torch.ones(size, size, dtype=kind, device=where) for _ in range(2))
-    return _best_rate(lambda: torch.mm(left, right), 2 * size**3, where) / 1e9
-
-
-def _best_rate(once: Callable[[], object], amount: float, where: str) -> float:
-    """Amount per second of the quickest of the runs that a slice of time allows."""
-    import torch
-
-    def seconds() -> float:
-        began = time.perf_counter()
-        once()
-        if where != "cpu":
-            torch.cuda.synchronize(where)
-        return time.perf_counter() - began
-
-    began = time.perf_counter()
-    seconds()  # the first one touches memory and chooses kernels
-    quickest = seconds()
-    while time.perf_counter() - began < SLICE_S:
-        quickest = min(quickest, seconds())
-    return amount / quickest
+    dtypes = DTYPES[device.kind]
+    reads = {dtype: gauge.read_gbps(dtype, where, (num_threads, 1)) for dtype in dtypes}
+    layer_s, step_s = gauge.overhead_s("bf16", where, num_threads)
+    return {
+        "read_gbps": {dtype: rates[0] for dtype, rates in reads.items()},
+        "thread_read_gbps": {dtype: rates[1] for dtype, rates in reads.items()},
+        "gemm_gflops": {dtype: gauge.gemm_gflops(dtype, where, num_threads) for dtype in dtypes},
+        "layer_overhead_s": layer_s,
+        "step_overhead_s": step_s,
+    }
 
 
 def _with_row(device: Device, row: dict[str, Any] | None) -> Device:
     if row is None:
         return device
-    reads = {dtype: float(row["read_gbps"][dtype]) for dtype in _DTYPES}
-    flops = {dtype: float(row["gemm_gflops"][dtype]) for dtype in _DTYPES}
+
+    def others(rates: dict[ComputeDtype, float]) -> tuple[tuple[ComputeDtype, float], ...]:
+        return tuple((dtype, rate) for dtype, rate in rates.items() if dtype != "bf16")
+
     return replace(
         device,
-        read_gbps=reads["bf16"],
-        dtype_read_gbps=(("fp32", reads["fp32"]),),
-        gemm_gflops=flops["bf16"],
-        dtype_gemm_gflops=(("fp32", flops["fp32"]),),
+        read_gbps=row["read_gbps"]["bf16"],
+        dtype_read_gbps=others(row["read_gbps"]),
+        gemm_gflops=row["gemm_gflops"]["bf16"],
+        dtype_gemm_gflops=others(row["gemm_gflops"]),
+        thread_read_gbps=(tuple(row["thread_read_gbps"].items()) if device.kind == "cpu" else ()),
+        layer_overhead_s=row["layer_overhead_s"],
+        step_overhead_s=row["step_overhead_s"],
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from ..settings import default_store
 from .inventory import probe_node
 from .link_probe import Echo, probe_link
-from .measure import measure_speeds
+from .measure import Gauge, measure_speeds
 from .plan import Inventory, Link, Node
 from .ray_calls import gather
 from .ray_runtime import RayNode
@@ -19,8 +19,9 @@ TIMEOUT_S: Final = 120.0
 class NodeProbe:
     """Runs as a Ray actor, one on each node while a cluster is surveyed."""
 
-    def __init__(self, node: RayNode, store: str) -> None:
+    def __init__(self, node: RayNode, store: str, gauge: type[Gauge]) -> None:
         self._node = node
+        self._gauge = gauge
         self._store = Path(store.replace("{host}", node.host)).expanduser()
         self._echo: Echo | None = None
 
@@ -33,7 +34,7 @@ class NodeProbe:
             memory_limit_bytes=self._node.memory_bytes,
             cpu_limit=self._node.num_cpus,
         )
-        return measure_speeds(node, again=again)
+        return measure_speeds(node, self._gauge(), again=again)
 
     def listen(self, secret: bytes) -> str:
         """Answer the probes of other nodes from now on; the address."""
@@ -45,10 +46,11 @@ class NodeProbe:
         return probe_link(self._node.host, target, address, secret=secret)
 
 
-def survey(nodes: Sequence[RayNode], *, again: bool = False) -> Inventory:
+def survey(nodes: Sequence[RayNode], gauge: type[Gauge], *, again: bool = False) -> Inventory:
     """Measure the nodes of the cluster that is connected; blocks for some seconds.
 
-    Speeds are measured everywhere at once, links in rounds in which every node has one partner.
+    `gauge` must be importable by name on every node. Speeds are measured everywhere at once, links
+    in rounds in which every node has one partner.
 
     Raises:
         MagnetarError: a node could not be measured or reached.
@@ -58,7 +60,7 @@ def survey(nodes: Sequence[RayNode], *, again: bool = False) -> Inventory:
     actor = ray.remote(NodeProbe)
     probes: dict[str, Any] = {
         node.host: actor.options(num_cpus=0, label_selector=node.selector).remote(
-            node, str(default_store())
+            node, str(default_store()), gauge
         )
         for node in nodes
     }

@@ -27,9 +27,10 @@ def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
         from ..cluster.link_cache import remember_links
         from ..cluster.ray_runtime import joined_ray, ray_nodes
         from ..cluster.survey import survey
+        from ..serve.gauge import ModelGauge
 
         with joined_ray(args.ray_address):
-            inventory = survey(ray_nodes(), again=args.again)
+            inventory = survey(ray_nodes(), ModelGauge, again=args.again)
         remember_links(inventory)
     if args.output == "table":
         console.data(nodes_table(inventory))
@@ -84,6 +85,7 @@ def _here(*, again: bool) -> "Inventory":
     from ..cluster.inventory import host_label, probe_node
     from ..cluster.measure import measure_speeds
     from ..cluster.plan import Inventory
+    from ..serve.gauge import ModelGauge
 
     node = probe_node(host_label(), "127.0.0.1", default_store())
-    return Inventory(nodes=(measure_speeds(node, again=again),))
+    return Inventory(nodes=(measure_speeds(node, ModelGauge(), again=again),))

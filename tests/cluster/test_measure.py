@@ -1,53 +1,76 @@
 """Measuring this machine: cached, bounded in time, and over the links that serve."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from magnetar.cluster import measure
 from magnetar.cluster.inventory import probe_node
 from magnetar.cluster.link_cache import remember_links, remembered_links
 from magnetar.cluster.link_probe import Echo, probe_link
-from magnetar.cluster.plan import Inventory, Link, Node
+from magnetar.cluster.measure import measure_speeds, with_known_speeds
+from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node
 from magnetar.cluster.survey import rounds
 from magnetar.commands.nodes import nodes_table
 from magnetar.errors import StageLostError
 
 
+class FixedGauge:
+    """A machine that reads a gigabyte per second and thread, and counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def read_gbps(
+        self, dtype: ComputeDtype, device: str, num_threads: Sequence[int]
+    ) -> tuple[float, ...]:
+        self.num_calls += 1
+        return tuple((2.0 if dtype == "fp32" else 1.0) * number for number in num_threads)
+
+    def gemm_gflops(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
+        return 100.0 * num_threads
+
+    def overhead_s(self, dtype: ComputeDtype, device: str, num_threads: int) -> tuple[float, float]:
+        return 0.001, 0.002
+
+
 @pytest.fixture
-def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MAGNETAR_HOME", str(tmp_path))
-    monkeypatch.setattr(measure, "SLICE_S", 0.01)
-    monkeypatch.setattr(measure, "_READ_BYTES", 64 << 20)
-    monkeypatch.setattr(measure, "_GEMM_SIZE", 128)
+    return tmp_path
 
 
-@pytest.mark.usefixtures("quick")
-def test_speeds_are_measured_once_and_known_to_every_later_probe(tmp_path: Path) -> None:
-    node = probe_node("h", "", tmp_path)
+def test_speeds_are_measured_once_and_known_to_every_later_probe(home: Path) -> None:
+    node = replace(probe_node("h", "", home), num_cpus=4)
     assert node.devices[0].read_gbps is None
-    measured = measure.measure_speeds(node)
+    gauge = FixedGauge()
+    measured = measure_speeds(node, gauge)
     device = measured.devices[0]
-    assert device.read_gbps
-    assert device.gemm_gflops
-    assert 0.01 < device.read_gbps < 10_000
-    assert dict(device.dtype_read_gbps)["fp32"] > 0.01
-    assert measure.measure_speeds(node) == measured
-    again = probe_node("h", "", tmp_path).devices[0]
-    assert again.read_gbps == device.read_gbps
-    assert "GB/s" in nodes_table(Inventory(nodes=(measured,)))
+    assert device.read_gbps == 4.0
+    assert dict(device.dtype_read_gbps)["fp32"] == 8.0
+    assert dict(device.thread_read_gbps)["fp32"] == 2.0
+    assert device.gemm_gflops == 400.0
+    assert (device.layer_overhead_s, device.step_overhead_s) == (0.001, 0.002)
+    num_calls = gauge.num_calls
+    assert measure_speeds(node, gauge) == measured
+    assert gauge.num_calls == num_calls
+    assert "4.0 GB/s" in nodes_table(Inventory(nodes=(measured,)))
+    assert with_known_speeds(node) == measured
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_damaged_cache_is_measured_anew(tmp_path: Path) -> None:
-    (tmp_path / "speeds.json").write_text("{")
-    assert measure.measure_speeds(probe_node("h", "", tmp_path)).devices[0].read_gbps
+def test_again_measures_again(home: Path) -> None:
+    node, gauge = probe_node("h", "", home), FixedGauge()
+    measure_speeds(node, gauge)
+    num_calls = gauge.num_calls
+    measure_speeds(node, gauge, again=True)
+    assert gauge.num_calls == 2 * num_calls
 
 
-def test_all_slices_of_a_device_stay_under_ten_seconds() -> None:
-    # Each of two figures for two dtypes takes a slice, and two runs of it at least.
-    assert 2 * len(measure._DTYPES) * measure.SLICE_S < 5
+def test_a_damaged_cache_is_measured_anew(home: Path) -> None:
+    (home / "speeds.json").write_text("{")
+    assert measure_speeds(probe_node("h", "", home), FixedGauge()).devices[0].read_gbps
 
 
 def test_a_link_is_measured_through_the_transport_that_serves() -> None:
