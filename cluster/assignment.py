@@ -35,6 +35,8 @@ class StageAssignment:
     facts_json: str
     verified: tuple[ByteRange, ...] | None = None
     """What may be read of the release on this node; None: all of it."""
+    batch_invariant: bool = False
+    """See `DeploymentSpec.batch_invariant`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +54,7 @@ class HelperAssignment:
     facts_json: str
     verified: tuple[ByteRange, ...] | None = None
     """As in `StageAssignment`."""
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -124,7 +124,9 @@ class Controller:
         self._pipeline.brief_gateway(
             plan, self._spec, folder=folders[self._home], facts_json=facts_json
         )
-        self._pipeline.place(plan, folders=folders, facts_json=facts_json, verified=verified)
+        self._pipeline.place(
+            plan, self._spec, folders=folders, facts_json=facts_json, verified=verified
+        )
         self._hold("PipelinePlaced", "Placed", _placement(plan))
         self._pipeline.load(plan, self._publish)
         self._hold("WeightsReady", "Loaded")

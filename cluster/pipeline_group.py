@@ -110,6 +110,7 @@ class PipelineGroup:
     def place(
         self,
         plan: Plan,
+        spec: DeploymentSpec,
         *,
         folders: Mapping[str, str],
         facts_json: str,
@@ -143,6 +144,7 @@ class PipelineGroup:
                 folder=folders[stage.host],
                 facts_json=facts_json,
                 verified=verified[stage.host],
+                batch_invariant=spec.batch_invariant,
             )
             name = f"s{stage.index}"
             self._stages.append(self._start(self._roles.stage, assignment, name, len(self._stages)))
@@ -157,6 +159,7 @@ class PipelineGroup:
                 folder=folders[helper.host],
                 facts_json=facts_json,
                 verified=verified[helper.host],
+                batch_invariant=spec.batch_invariant,
             )
             helpers = self._helpers[stage.index]
             name = f"s{stage.index}/h{len(helpers)}"

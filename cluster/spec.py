@@ -41,6 +41,8 @@ class DeploymentSpec:
     model_name: str
     """What clients pass as `model`."""
     dtype: ComputeDtype | None = None
+    batch_invariant: bool = False
+    """Reproducible mode: what a request gets depends, to the bit, on nothing but itself; slower."""
     num_stages: int | None = None
     objective: Objective = "latency"
     """What placement is best at where the speeds of all nodes are known."""

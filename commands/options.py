@@ -316,6 +316,12 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
         help="requests that wait beside them; more are answered 429 (256)",
     )
     group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        default=None,
+        help="reproducible mode: a request gets the same, to the last bit, whatever else is served",
+    )
+    group.add_argument(
         "--api-key-file",
         metavar="FILE",
         help="file with the key that clients must send; needed beyond loopback",

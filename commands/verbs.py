@@ -270,6 +270,7 @@ def with_options(spec: DeploymentSpec, args: argparse.Namespace) -> DeploymentSp
     changes = {
         "store": options.get("store") and str(_store(args)),
         "dtype": options.get("dtype"),
+        "batch_invariant": options.get("batch_invariant"),
         "num_stages": options.get("stages"),
         "objective": options.get("objective"),
         "max_context_tokens": options.get("max_context"),

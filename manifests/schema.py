@@ -132,6 +132,12 @@ class Model(Part):
         ge=1,
         description="Longest text to serve; the model's own, cut to fit, by default.",
     )
+    batch_invariant: bool = Field(
+        default=False,
+        description="Reproducible mode: what a request gets depends, to the last bit, on nothing "
+        "but itself, not on other requests, chunks, the cache or the number of stages; slower "
+        "where the compiled kernels cannot be used.",
+    )
 
 
 class ExpertsOnNode(Part):
@@ -281,6 +287,7 @@ class Deployment(Part):
             store=_path(base, placement.store) if placement.store else str(default_store()),
             model_name=model.name or release_name(resolved),
             dtype=model.dtype,
+            batch_invariant=model.batch_invariant,
             num_stages=placement.stages,
             objective=placement.objective,
             expert_pins=tuple(experts.to_pin() for experts in placement.experts),

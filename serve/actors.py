@@ -68,6 +68,7 @@ class StageActor:
             dtype=plan.dtype,
             device=plan.device,
             num_kv_blocks=given.num_kv_blocks,
+            batch_invariant=given.batch_invariant,
             held_experts=_held_experts(plan, facts.config.num_experts),
             on_layer=self._count,
         )

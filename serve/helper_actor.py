@@ -43,6 +43,7 @@ class HelperActor:
             experts=dict(enumerate(host.experts, start=given.first_layer)),
             dtype=given.dtype,
             device=host.device,
+            batch_invariant=given.batch_invariant,
             on_layer=self._count,
         )
         return self._helper.loaded_bytes

@@ -124,6 +124,7 @@ class Pipeline:
         dtype: str = "fp32",
         num_kv_blocks: int = 256,
         scattered: bool = True,
+        batch_invariant: bool = False,
         held_experts: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         """`bounds` are the layers at which stages begin and the last ends; default: one stage."""
@@ -139,6 +140,7 @@ class Pipeline:
                 dtype=dtype,
                 device="cpu",
                 num_kv_blocks=num_kv_blocks,
+                batch_invariant=batch_invariant,
                 held_experts=held_experts,
             )
             for first, end in itertools.pairwise(bounds)

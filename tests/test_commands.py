@@ -31,7 +31,7 @@ def manifest(tmp_path: Path) -> Path:
         "apiVersion: magnetar/v1\nkind: Deployment\nmetadata: {name: from-file}\n"
         "spec:\n"
         "  source: {folder: release, peers: ['10.0.0.1:1'], ropeTheta: 5, timeoutSeconds: 9}\n"
-        "  model: {name: Named, dtype: bf16, maxContextTokens: 100}\n"
+        "  model: {name: Named, dtype: bf16, maxContextTokens: 100, batchInvariant: true}\n"
         "  placement: {stages: 3, rayAddress: '10.0.0.1:6379', store: store, "
         "objective: throughput}\n"
         "  serve: {port: 9000, maxConcurrency: 2, maxRunning: 9, maxWaiting: 0}\n"
@@ -44,6 +44,7 @@ def test_source_alone_takes_every_default() -> None:
     assert ray_address is None
     assert (spec.name, spec.model_name) == ("mixtral-8x7b", "mixtral-8x7b")
     assert (spec.host, spec.port, spec.max_concurrency) == ("127.0.0.1", 8080, 8)
+    assert not spec.batch_invariant
     assert (spec.max_running, spec.running_limit, spec.max_waiting) == (None, 64, 256)
     assert (spec.dtype, spec.num_stages, spec.max_context_tokens) == (None, None, None)
     assert spec.store == str(default_store())
@@ -58,12 +59,12 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         *("--peer", "[::1]:2", "--timeout", "1.5", "--rope-theta", "1e4", "--sliding-window"),
         *("none", "--max-context", "512", "--max-concurrency", "3", "--chat-format", "chatml"),
         *("--api-key-file", "key", "--ray-address", "10.0.0.1:6379"),
-        *("--max-running", "70", "--max-waiting", "0"),
+        *("--max-running", "70", "--max-waiting", "0", "--batch-invariant"),
     )
     assert ray_address == "10.0.0.1:6379"
     assert (spec.name, spec.model_name) == ("my-model", "My_Model")
     assert (spec.host, spec.port, spec.max_concurrency) == ("0.0.0.0", 0, 3)
-    assert (spec.running_limit, spec.max_waiting) == (70, 0)
+    assert (spec.running_limit, spec.max_waiting, spec.batch_invariant) == (70, 0, True)
     assert (spec.dtype, spec.num_stages, spec.max_context_tokens) == ("fp32", 4, 512)
     assert (spec.store, spec.api_key_file) == (str(tmp_path / "s"), str(tmp_path / "key"))
     assert (spec.source.peers, spec.source.timeout_s) == (("10.0.0.1:1", "[::1]:2"), 1.5)
@@ -77,6 +78,7 @@ def test_manifest_says_it_all(manifest: Path) -> None:
     assert ray_address == "10.0.0.1:6379"
     assert (spec.name, spec.model_name, spec.dtype) == ("from-file", "Named", "bf16")
     assert (spec.num_stages, spec.max_context_tokens, spec.port) == (3, 100, 9000)
+    assert spec.batch_invariant
     assert spec.objective == "throughput"
     assert spec.store == str(manifest.parent / "store")
     assert spec.source.given.rope_theta == 5.0

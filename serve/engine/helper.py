@@ -35,6 +35,7 @@ class Helper:
         experts: LayerExperts,
         dtype: str,
         device: str,
+        batch_invariant: bool = False,
         on_layer: Callable[[int], None] | None = None,
     ) -> Helper:
         """Read the weights of the experts with these ids; as `Stage.load` in all else."""
@@ -46,6 +47,7 @@ class Helper:
             experts,
             dtype=cast(ComputeDtype, dtype),
             device=torch.device(device),
+            batch_invariant=batch_invariant,
             on_layer=on_layer,
         )
         return cls(layers, device=torch.device(device), loaded_bytes=loaded_bytes)

@@ -88,9 +88,11 @@ class Readout:
         if row.pooling == "last":
             self._pooled[row.request_id] = rms_norm(hidden_NC[-1:], norm, eps)[0].float().cpu()
             return
-        sum_C = rms_norm(hidden_NC, norm, eps).float().sum(dim=0).cpu()
-        before_C = self._pooled.get(row.request_id)
-        self._pooled[row.request_id] = sum_C if before_C is None else before_C + sum_C
+        # One after the other, so that it does not matter which tokens come in one chunk.
+        normed_NC = rms_norm(hidden_NC, norm, eps).cpu().double()
+        if row.request_id in self._pooled:
+            normed_NC = torch.cat([self._pooled[row.request_id].unsqueeze(0), normed_NC])
+        self._pooled[row.request_id] = normed_NC.cumsum(dim=0)[-1]
 
     def _complete(self, sample: Sample) -> Sample:
         scored = self._scored.pop(sample.request_id, None)
@@ -102,7 +104,7 @@ class Readout:
         if scored is not None:
             sample = replace(sample, scored=tuple(scored))
         if pooled_C is not None:
-            sample = replace(sample, vector=tuple(F.normalize(pooled_C, dim=0).tolist()))
+            sample = replace(sample, vector=tuple(F.normalize(pooled_C.float(), dim=0).tolist()))
         return sample
 
 

@@ -62,19 +62,22 @@ class Stage:
         dtype: str,
         device: str,
         num_kv_blocks: int,
+        batch_invariant: bool = False,
         held_experts: LayerExperts | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> Stage:
         """Read the weights of the layers ``first_layer .. end_layer`` and make room for their KV.
 
-        `dtype` is one of `COMPUTE_DTYPES`, `device` as torch names it. `held_experts` has, by
-        layer, the experts to hold here where helpers hold others; such a stage must
-        `join_helpers` before its first step. Blocks on the disk. `on_layer` hears the bytes loaded
-        so far, as they are held; at the end they are `loaded_bytes`.
+        `dtype` is one of `COMPUTE_DTYPES`, `device` as torch names it. With `batch_invariant`
+        what a request gets does not depend, to the bit, on other requests, chunks or stages.
+        `held_experts` has, by layer, the experts to hold here where helpers hold others; such a
+        stage must `join_helpers` before its first step. Blocks on the disk. `on_layer` hears the
+        bytes loaded so far, as they are held; at the end they are `loaded_bytes`.
 
         Raises:
             CheckpointError: a tensor is missing, surplus, of another shape, or beyond fp16.
             UsageError: there is no such compute dtype.
+            PreflightError: this machine cannot compute so that it is `batch_invariant`.
         """
         if dtype not in COMPUTE_DTYPES:
             raise UsageError(f"no dtype {dtype!r}; choose one of {', '.join(COMPUTE_DTYPES)}")
@@ -88,6 +91,7 @@ class Stage:
             has_output=has_output,
             dtype=cast(ComputeDtype, dtype),
             device=torch_device,
+            batch_invariant=batch_invariant,
             held_experts=held_experts,
             on_layer=on_layer,
         )

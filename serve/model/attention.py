@@ -4,6 +4,8 @@ Shapes: T tokens of the step, Q tokens of one row, L keys that the row sees, C m
 G KV heads, R query heads per KV head, N = G * R query heads, D head dimension.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,35 @@ from .kv_cache import KVCache
 from .linear import Linear
 from .rope import rotate
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Span], torch.Tensor]
+"""One row of the step, q [Q, N, D], against its keys and values [L, G, D]: [Q, N * D]."""
+
+
+def attend_at_once(
+    q_QND: torch.Tensor, k_LGD: torch.Tensor, v_LGD: torch.Tensor, span: Span
+) -> torch.Tensor:
+    """One row against all its keys in one call: the fastest."""
+    num_queries, _, head_dim = q_QND.shape
+    k_GLD, v_GLD = k_LGD.transpose(0, 1), v_LGD.transpose(0, 1)
+    q_QGRD = q_QND.view(num_queries, len(k_GLD), -1, head_dim)
+    if num_queries == 1:
+        # The R heads that share a KV head become R queries of it: no mask and no copy of the
+        # keys; `enable_gqa` took 8 to 11 times as long in bf16 on a CPU.
+        out_1GRD = F.scaled_dot_product_attention(q_QGRD, k_GLD.unsqueeze(0), v_GLD.unsqueeze(0))
+        return out_1GRD.reshape(1, -1)
+    # A batch of KV heads, R heads each; the keys are expanded with stride 0, not copied, and one
+    # mask serves all heads.
+    q_GRQD = q_QGRD.permute(1, 2, 0, 3)
+    shape_GRLD = (-1, q_GRQD.shape[1], -1, -1)
+    out_GRQD = F.scaled_dot_product_attention(
+        q_GRQD,
+        k_GLD.unsqueeze(1).expand(shape_GRLD),
+        v_GLD.unsqueeze(1).expand(shape_GRLD),
+        attn_mask=span.mask_QL,
+        is_causal=span.is_causal,
+    )
+    return out_GRQD.permute(2, 0, 1, 3).reshape(num_queries, -1)
+
 
 class Attention:
     """`wq`, `wk` and `wv` lie one above the other, for one product instead of three.
@@ -20,7 +51,9 @@ class Attention:
     Query heads ``g * R .. (g + 1) * R`` share KV head ``g``.
     """
 
-    def __init__(self, config: ModelConfig, *, wqkv: Linear, wo: Linear) -> None:
+    def __init__(
+        self, config: ModelConfig, *, wqkv: Linear, wo: Linear, attend: Attend = attend_at_once
+    ) -> None:
         self.wqkv = wqkv
         """C -> (N + G + G) * D"""
         self.wo = wo
@@ -28,6 +61,7 @@ class Attention:
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
         self.head_dim = config.head_dim
+        self._attend = attend
 
     def forward(self, x_TC: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Attention output [T, C]; writes the step's keys and values into the cache."""
@@ -44,30 +78,3 @@ class Attention:
         ]
         out_TX = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.wo(out_TX)
-
-    def _attend(
-        self, q_QND: torch.Tensor, k_LGD: torch.Tensor, v_LGD: torch.Tensor, span: Span
-    ) -> torch.Tensor:
-        """One row against its keys: [Q, N * D]."""
-        num_queries = q_QND.shape[0]
-        k_GLD, v_GLD = k_LGD.transpose(0, 1), v_LGD.transpose(0, 1)
-        q_QGRD = q_QND.view(num_queries, self.n_kv_heads, -1, self.head_dim)
-        if num_queries == 1:
-            # The R heads that share a KV head become R queries of it: no mask and no copy of the
-            # keys; `enable_gqa` took 8 to 11 times as long in bf16 on a CPU.
-            out_1GRD = F.scaled_dot_product_attention(
-                q_QGRD, k_GLD.unsqueeze(0), v_GLD.unsqueeze(0)
-            )
-            return out_1GRD.reshape(1, -1)
-        # A batch of KV heads, R heads each; the keys are expanded with stride 0, not copied, and
-        # one mask serves all heads.
-        q_GRQD = q_QGRD.permute(1, 2, 0, 3)
-        shape_GRLD = (-1, q_GRQD.shape[1], -1, -1)
-        out_GRQD = F.scaled_dot_product_attention(
-            q_GRQD,
-            k_GLD.unsqueeze(1).expand(shape_GRLD),
-            v_GLD.unsqueeze(1).expand(shape_GRLD),
-            attn_mask=span.mask_QL,
-            is_causal=span.is_causal,
-        )
-        return out_GRQD.permute(2, 0, 1, 3).reshape(num_queries, -1)

@@ -26,6 +26,10 @@ class Span:
     start: int
     """The row's first token in the step."""
     num_tokens: int
+    position: int
+    """Of the first token."""
+    window: int | None
+    """How many keys a token sees, itself among them; None: all before it."""
     block_ids_B: torch.Tensor | None
     first_slot: int
     num_keys: int
@@ -107,6 +111,8 @@ def _span(
     return Span(
         start=start,
         num_tokens=num_tokens,
+        position=row.position,
+        window=window,
         block_ids_B=None if side_by_side else torch.tensor(block_ids, device=device),
         first_slot=offset + (block_ids[0] * KV_BLOCK_TOKENS if side_by_side else 0),
         num_keys=end_position - first_position,

@@ -9,15 +9,17 @@ of the model is an error.
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from ...cluster.footprint import held_bytes, matrix_format
 from ...cluster.plan import ComputeDtype
 from ...errors import CheckpointError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorSource
-from .attention import Attention
+from .attention import Attention, attend_at_once
 from .feed_forward import FeedForward
-from .linear import LINEAR_KERNELS, Linear, WeightFormat, default_linear_kernel, plain_linear
+from .invariant import attend_in_stretches, invariant_kernel, invariant_silu
+from .linear import LINEAR_KERNELS, Linear, LinearKernel, WeightFormat, default_linear_kernel
 from .moe import Experts, ExpertsKind, GroupedExperts, LoopExperts, MoeLayer, default_experts_kind
 from .spread import HeldExperts, SpreadExperts
 from .transformer import Transformer, TransformerLayer
@@ -47,20 +49,23 @@ def load_transformer(
     has_output: bool,
     dtype: ComputeDtype,
     device: torch.device,
+    batch_invariant: bool = False,
     held_experts: LayerExperts | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> tuple[Transformer, int]:
     """The layers ``first_layer .. end_layer`` and the bytes that their weights occupy.
 
-    Blocks on the disk. `held_experts` has the layers whose experts are spread over hosts, each with
-    the ids of those to hold here; such a layer is to be told where the others are
+    With `batch_invariant` the bits of a token do not depend on what is computed beside it.
+    Blocks on the disk. `held_experts` has the layers whose experts are spread over hosts, each
+    with the ids of those to hold here; such a layer is to be told where the others are
     (`SpreadExperts.join`). `on_layer` hears, after each layer and each of the outer parts, the
     bytes loaded so far, as they are held.
 
     Raises:
         CheckpointError: a tensor is missing, surplus, of another shape, or beyond fp16.
+        PreflightError: this machine cannot compute so that it is `batch_invariant`.
     """
-    loader = _Loader(config, source, dtype, device, held_experts or {})
+    loader = _Loader(config, source, dtype, device, held_experts or {}, batch_invariant)
     _refuse_surplus(config, source, range(first_layer, end_layer))
 
     def told(loaded_bytes: int) -> None:
@@ -79,7 +84,7 @@ def load_transformer(
     if has_output:
         norm = loader.tensor("norm.weight", (config.dim,))
         if tok_embeddings is not None and loader.keeps_weights and _is_tied(source):
-            output = plain_linear(tok_embeddings)
+            output = loader.kernel("plain")(tok_embeddings)
         else:
             output = loader.linear(("output.weight", vocab_shape))
         told(loader.loaded_bytes)
@@ -96,13 +101,14 @@ def load_experts(
     *,
     dtype: ComputeDtype,
     device: torch.device,
+    batch_invariant: bool = False,
     on_layer: Callable[[int], None] | None = None,
 ) -> tuple[dict[int, HeldExperts], int]:
     """Some experts of some layers, without anything else of these, and their bytes.
 
     As `load_transformer` in all else.
     """
-    loader = _Loader(config, source, dtype, device, experts)
+    loader = _Loader(config, source, dtype, device, experts, batch_invariant)
     layers = {}
     for layer_id, ids in experts.items():
         layers[layer_id] = loader.held_experts(layer_id, ids)
@@ -121,6 +127,7 @@ class _Loader:
         dtype: ComputeDtype,
         device: torch.device,
         spread: LayerExperts,
+        batch_invariant: bool,
     ) -> None:
         self.config = config
         self.source = source
@@ -128,14 +135,21 @@ class _Loader:
         self.dtype = COMPUTE_DTYPES[dtype]
         self.device = device
         self.spread = spread
+        self.batch_invariant = batch_invariant
         self.loaded_bytes = 0
-        self.keeps_weights = self._kernel("output.weight", (1, 1)) == "plain"
+        self.keeps_weights = self._kernel_name("output.weight", (1, 1)) == "plain"
         """Whether the output head uses the weight itself, not a copy of it."""
         self._experts_kind: ExpertsKind = "loop"
-        if dtype not in ("int8", "int4"):
+        if dtype not in ("int8", "int4") and not batch_invariant:
             self._experts_kind = default_experts_kind(dtype=self.dtype, device=device)
 
-    def _kernel(self, name: str, shape: tuple[int, int]) -> str:
+    def kernel(self, name: str) -> LinearKernel:
+        """The kernel of that name, in the way that is asked for."""
+        if self.batch_invariant:
+            return invariant_kernel(name, self.device)
+        return LINEAR_KERNELS[name]
+
+    def _kernel_name(self, name: str, shape: tuple[int, int]) -> str:
         """Which kernel multiplies with a matrix of the checkpoint."""
         form = matrix_format(self.config, name, shape, self.held_dtype)
         weights: WeightFormat = form if form == "int8" or form == "int4" else "float"
@@ -157,7 +171,7 @@ class _Loader:
         else:
             weight = self._empty(sum(shape[0] for _, shape in parts), parts[0][1][1])
             self._fill(weight, *parts)
-        linear = LINEAR_KERNELS[self._kernel(*parts[0])](weight)
+        linear = self.kernel(self._kernel_name(*parts[0]))(weight)
         self.loaded_bytes = before + sum(
             held_bytes(self.config, *part, self.held_dtype) for part in parts
         )
@@ -177,6 +191,7 @@ class _Loader:
                 (f"{prefix}.attention.wv.weight", kv_shape),
             ),
             wo=self.linear((f"{prefix}.attention.wo.weight", (q_shape[1], q_shape[0]))),
+            attend=attend_in_stretches if self.batch_invariant else attend_at_once,
         )
         feed_forward: FeedForward | MoeLayer
         if config.is_moe:
@@ -200,12 +215,13 @@ class _Loader:
         # So few rows that calling a packed matrix costs more than it saves (12 us to 4); `rows`
         # takes a quarter of the time of `plain`.
         name = default_linear_kernel(dtype=self.dtype, device=self.device)
-        return LINEAR_KERNELS[name](weight) if name == "rows" else plain_linear(weight)
+        return self.kernel(name if name == "rows" else "plain")(weight)
 
     def _feed_forward(self, prefix: str) -> FeedForward:
         """A dense layer or one expert."""
         w13, w2 = self._parts(prefix)
-        return FeedForward(w13=self.linear(*w13), w2=self.linear(w2))
+        silu = invariant_silu if self.batch_invariant else F.silu
+        return FeedForward(w13=self.linear(*w13), w2=self.linear(w2), silu=silu)
 
     def held_experts(self, layer_id: int, ids: Sequence[int]) -> HeldExperts:
         """Some experts of a layer."""
