@@ -13,6 +13,7 @@ from .. import __version__
 from ..cluster.plan import ComputeDtype, Objective
 from ..errors import UsageError
 from ..fetcher.config import ChatFormat
+from ..fetcher.torrent.formats import TorrentFormat
 from ..settings import DEFAULT_HOST, DEFAULT_PORT
 from .console import PROGRESS_MODES
 
@@ -144,6 +145,39 @@ def build_parser() -> argparse.ArgumentParser:
     seed.add_argument("folder", metavar="DIR", help="folder of a complete release")
     seed.add_argument(
         "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="address to listen on"
+    )
+    seed.add_argument(
+        "--format",
+        choices=get_args(TorrentFormat),
+        default="v1",
+        help="of the torrent: v1 is read by every client, v2 has a hash tree for each file, hybrid "
+        "is both (v1)",
+    )
+    _add_urls(seed)
+    seed.add_argument(
+        "--private",
+        action="store_true",
+        help="peers find each other by the trackers alone: no DHT, no peer exchange",
+    )
+    seed.add_argument("--torrent", metavar="FILE", help="write the .torrent file here as well")
+    seed.add_argument(
+        "--upload-limit",
+        type=_rate,
+        default=0,
+        metavar="RATE",
+        help="send at most so much a second, for example 500kB or 5MB (no limit)",
+    )
+    seed.add_argument(
+        "--ratio",
+        type=_positive_float,
+        metavar="X",
+        help="stop when so many times the files' bytes were sent",
+    )
+    seed.add_argument(
+        "--stop-after",
+        type=_duration,
+        metavar="TIME",
+        help="stop after this time, for example 90s, 30m, 12h or 7d",
     )
     seed.add_argument(
         "--stop-on-eof", action="store_true", help="stop when standard input is closed"
@@ -358,6 +392,27 @@ def _positive_float(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return number
+
+
+def _rate(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?) ?([kMG]?)(i?)B?(?:/s)?", text.strip())
+    if match is None or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate: write 500kB or 5MB a second")
+    base = 1024 if match[3] else 1000
+    rate = int(float(match[1]) * base ** ("", "k", "M", "G").index(match[2]))
+    if rate < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} sends nothing: leave the limit out, or raise it"
+        )
+    return rate
+
+
+def _duration(text: str) -> float:
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?) ?([smhd]?)", text.strip())
+    seconds = float(match[1]) * {"m": 60, "h": 3600, "d": 86400}.get(match[2], 1) if match else 0
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 90s, 30m, 12h or 7d")
+    return seconds
 
 
 def _window(text: str) -> int | Literal["none"]:

@@ -113,31 +113,57 @@ def seed(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
     folder = Path(args.folder).expanduser()
     if not folder.is_dir():
         raise NotFoundError(f"there is no folder {args.folder!r}: check the path")
+    from ..fetcher.store import replace_file
+    from ..fetcher.torrent.seed import SeedLimits, TorrentKind
     from ..fetcher.torrent.seed import seed as share
+
+    if args.private and args.torrent is None:
+        raise UsageError(
+            "nobody can begin with the link of a private torrent, for peers do not send what is in "
+            "it: give --torrent FILE, and hand that file out"
+        )
+    kind = TorrentKind(
+        format=args.format,
+        trackers=tuple(args.tracker or ()),
+        web_seeds=tuple(args.web_seed or ()),
+        private=args.private,
+    )
 
     hashed: list[Progress] = []
 
-    def hashing(progress: Progress) -> None:
-        hashed[:] = [progress]
+    def telling(progress: Progress) -> None:
+        if progress.phase == "verify":
+            hashed[:] = [progress]
         console.progress(progress)
 
     def ready(info: "SeedInfo") -> None:
         for last in hashed:
             console.progress(replace(last, done_bytes=last.total_bytes, finished=True))
         told = {"magnet": info.magnet, "info_hash": info.info_hash, "address": info.address}
-        console.data(_json(told) if args.output == "json" else info.magnet)
+        if args.torrent is not None:
+            replace_file(Path(args.torrent).expanduser(), info.torrent)
+            told["torrent"] = args.torrent
+        useful = args.torrent if args.private else info.magnet
+        console.data(_json(told) if args.output == "json" else useful)
         console.note(f"peers reach this seed at {info.address}")
 
     if args.stop_on_eof:
         threading.Thread(target=_stop_on_eof, args=(stop,), name="stdin", daemon=True).start()
-    share(
+    ended = share(
         folder,
+        kind=kind,
+        limits=SeedLimits(
+            ratio=args.ratio,
+            stop_after_s=args.stop_after,
+            upload_bytes_per_s=args.upload_limit,
+        ),
         listen=args.listen,
         on_ready=ready,
         stop=stop,
         cache=_store(args),
-        on_progress=hashing,
+        on_progress=telling,
     )
+    console.note(f"no longer shared: {ended}")
 
 
 def inspect(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["build", "metadata", "plan", "download", "verify", "load", "warm", "serving"]
+Phase = Literal[
+    "build", "metadata", "plan", "download", "verify", "load", "warm", "serving", "seed"
+]
 PHASES: tuple[Phase, ...] = ("metadata", "plan", "download", "verify", "load", "warm", "serving")
-"""Those of a deployment, in order; `build` comes before them, where the demo makes its model."""
+"""Those of a deployment, in order; `build` comes before them, where the demo makes its model, and
+`seed` is by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

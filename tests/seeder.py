@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from magnetar.fetcher.torrent.seed import SeedInfo, seed
+from magnetar.fetcher.torrent.seed import SeedInfo, SeedLimits, seed
 
 READY_S = 60.0
 END_S = 20.0
@@ -93,7 +93,7 @@ def main() -> None:
         on_ready=say,
         stop=stop,
         cache=arguments.cache,
-        upload_bytes_per_s=arguments.upload_bytes_per_s,
+        limits=SeedLimits(upload_bytes_per_s=arguments.upload_bytes_per_s),
     )
 
 

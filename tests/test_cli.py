@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import magnetar
+from magnetar.commands.options import build_parser
 
 VERBS = ("up", "demo", "plan", "nodes", "fetch", "verify", "seed", "inspect", "status", "down")
 Run = subprocess.CompletedProcess[str]
@@ -124,3 +125,44 @@ def test_off_a_terminal_errors_are_json_objects_on_stderr(tmp_path: Path) -> Non
 def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
     for arguments in (["--debug", "fetch", "./nothing"], ["fetch", "./nothing", "--debug"]):
         assert "Traceback" in run(*arguments, cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("--upload-limit", "500kB", 500_000),
+        ("--upload-limit", "1.5 MiB/s", 3 << 19),
+        ("--upload-limit", "2G", 2_000_000_000),
+        ("--upload-limit", "64000", 64_000),
+        ("--stop-after", "90", 90.0),
+        ("--stop-after", "1.5h", 5400.0),
+        ("--stop-after", "7d", 604_800.0),
+        ("--ratio", "1.5", 1.5),
+    ],
+)
+def test_rates_and_times_are_read_as_people_write_them(
+    option: str, text: str, value: float
+) -> None:
+    args = vars(build_parser().parse_args(["seed", "DIR", option, text]))
+
+    assert args[option[2:].replace("-", "_")] == value
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--upload-limit", "0"),
+        ("--upload-limit", "5iB"),
+        ("--upload-limit", "fast"),
+        ("--stop-after", "0s"),
+        ("--stop-after", "1w"),
+        ("--tracker", "tracker.example"),
+        ("--web-seed", "udp://a.example:1"),
+    ],
+)
+def test_other_rates_times_and_urls_are_refused(
+    option: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["seed", "DIR", option, text])
+    assert f"argument {option}: " in capsys.readouterr().err

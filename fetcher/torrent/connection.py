@@ -1,9 +1,11 @@
 """The session of one fetch: whom it may ask, and what went over the network in all."""
 
+import contextlib
+import ipaddress
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -107,7 +109,9 @@ def _settings(sources: Sources, addresses: tuple[Address, ...]) -> SessionSettin
     is_local_only = bool(addresses) and all(is_local(host) for host, _ in addresses)
     urls = sources.trackers + sources.web_seeds
     reaches_out = sources.dht or not all(map(_is_loopback, urls))
-    listen = own_interfaces(addresses, reaches_out=reaches_out).split(",")
+    # A tracker on this network may lie behind another interface than the world.
+    asked = (*addresses, *_numeric_hosts(urls))
+    listen = own_interfaces(asked, reaches_out=reaches_out).split(",")
     lan_address = sources.lan_address
     if lan_address is not None:
         ours = shown((lan_address, 0))
@@ -136,6 +140,14 @@ def _resolved(peers: tuple[str, ...], contacts: Contacts) -> tuple[Address, ...]
             continue
         addresses.update({(str(info[4][0]), port): None for info in found})
     return tuple(addresses)
+
+
+def _numeric_hosts(urls: tuple[str, ...]) -> Iterator[Address]:
+    """The hosts of URLs that are IP addresses; names are not looked up."""
+    for url in urls:
+        host = urlsplit(url).hostname or ""
+        with contextlib.suppress(ValueError):
+            yield str(ipaddress.ip_address(host)), 9
 
 
 def _is_loopback(url: str) -> bool:

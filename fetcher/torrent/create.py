@@ -6,16 +6,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ...errors import InterruptedByUserError, NotFoundError, ReleaseError, UsageError
 from .bencode import Bencoded, encode
+from .formats import TorrentFormat
 from .merkle import BLOCK_BYTES, file_root, next_power_of_two, piece_hash
 from .metainfo import parse_metainfo
-
-TorrentFormat = Literal["v1", "v2", "hybrid"]
-"""What the torrent has hashes of: pieces of all files (every client reads them), trees of each
-file, or both."""
 
 MAX_CHOSEN_PIECE_BYTES = 16 << 20
 MAX_CHOSEN_PIECES = 1500
@@ -61,7 +58,7 @@ def create_torrent(
             f"{folder} holds one file, and version 2 cannot tell a folder from a file of its own: "
             "use --format v1"
         )
-    piece_length = piece_length or _fitting_piece_length(total)
+    piece_length = piece_length or _fitting_piece_length(total, format)
     done = 0
 
     def note(num_bytes: int) -> None:
@@ -122,8 +119,9 @@ def listing(folder: Path) -> Iterator[str]:
             yield entry.name
 
 
-def _fitting_piece_length(total: int) -> int:
-    length = BLOCK_BYTES
+def _fitting_piece_length(total: int, format: TorrentFormat) -> int:
+    # From web seeds libtorrent 2.1.1 never completes version 2 pieces of a single block.
+    length = BLOCK_BYTES if format == "v1" else 2 * BLOCK_BYTES
     while length < MAX_CHOSEN_PIECE_BYTES and total / length > MAX_CHOSEN_PIECES:
         length *= 2
     return length

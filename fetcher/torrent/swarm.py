@@ -301,10 +301,12 @@ class Swarm:
 
     def _timed_out(self, doing: str, status: TorrentStatus | None) -> TimedOutError:
         cause = self._contacts.waiting_for(status, self._session.peers())
+        # Of a private torrent peers send none.
+        private = "; a private torrent needs its .torrent file" if doing == "metadata" else ""
         return TimedOutError(
             f"{doing}: nothing arrived within {self._timeout_s:g} s: {cause}; "
             f"{self._contacts.asked()}. Name a peer that has it with --peer HOST:PORT, "
-            "or wait longer with --timeout"
+            f"or wait longer with --timeout{private}"
         )
 
     def _report(self, phase: Phase, message: str) -> None:

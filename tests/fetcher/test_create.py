@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from magnetar.errors import InterruptedByUserError, NotFoundError, UsageError
 from magnetar.fetcher.piece_map import ByteRange, PieceMap
 from magnetar.fetcher.torrent.bencode import decode, encode
-from magnetar.fetcher.torrent.create import TorrentFormat, create_torrent, listing
+from magnetar.fetcher.torrent.create import create_torrent, listing
+from magnetar.fetcher.torrent.formats import TorrentFormat
 from magnetar.fetcher.torrent.metainfo import parse_metainfo
 
 PIECE = 32_768

@@ -36,7 +36,8 @@ from magnetar.fetcher.fetch import Fetch, FetchKind
 from magnetar.fetcher.progress import Progress
 from magnetar.fetcher.store import Store
 from magnetar.fetcher.torrent.bencode import decode, encode
-from magnetar.fetcher.torrent.create import TorrentFormat, create_torrent
+from magnetar.fetcher.torrent.create import create_torrent
+from magnetar.fetcher.torrent.formats import TorrentFormat
 from magnetar.fetcher.torrent.libtorrent_session import LibtorrentSession
 from magnetar.fetcher.torrent.magnet import exact_topic
 from magnetar.fetcher.torrent.metainfo import parse_metainfo

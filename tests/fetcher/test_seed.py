@@ -8,7 +8,7 @@ from magnetar.errors import InterruptedByUserError, NotFoundError, PortInUseErro
 from magnetar.fetcher.progress import Progress
 from magnetar.fetcher.torrent.magnet import parse_magnet
 from magnetar.fetcher.torrent.metainfo import parse_metainfo
-from magnetar.fetcher.torrent.seed import SeedInfo, make_torrent, seed
+from magnetar.fetcher.torrent.seed import SeedInfo, TorrentKind, make_torrent, seed
 from magnetar.tests.seeder import seeding
 
 
@@ -28,7 +28,8 @@ def test_hashes_once_while_the_files_look_the_same(tmp_path: Path, folder: Path)
     told.clear()
     assert make_torrent(folder, cache=cache, on_progress=told.append) == raw
     assert told == []
-    assert make_torrent(folder, cache=cache, trackers=("udp://a.example:1",)) != raw
+    tracked = TorrentKind(trackers=("udp://a.example:1",))
+    assert make_torrent(folder, cache=cache, kind=tracked) != raw
     (folder / "b").write_bytes(b"y")
     assert make_torrent(folder, cache=cache, on_progress=told.append) != raw
     assert told
