@@ -76,6 +76,19 @@ class Inventory:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NodeWish:
+    """What one node may be used for."""
+
+    host: str
+    exclude: bool = False
+    """It gets nothing."""
+    memory_bytes: int | None = None
+    """At most so much of each of its devices is planned with; None: all that is free."""
+    layers: tuple[int, int] | None = None
+    """[first, end): it holds these layers, and no others; None: any."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
     """What the deployment must be able to do."""
 
@@ -89,6 +102,12 @@ class Workload:
     min_context_tokens: int | None = None
     """Where memory is short the context may shrink down to this, with a note; None: never."""
     objective: Objective = "latency"
+    separate_experts: bool = False
+    """Whether experts of a stage may be on other devices than its attention."""
+    nodes: tuple[NodeWish, ...] = ()
+    """Wishes for single nodes; of other nodes everything may be used."""
+    popularity: tuple[tuple[float, ...], ...] | None = None
+    """Of each layer, how often a token needs each expert; None: all experts are alike."""
 
 
 ExpertIds: TypeAlias = tuple[tuple[int, ...], ...]
@@ -198,6 +217,8 @@ class Plan:
     """What was conceded, for people."""
     prediction: Prediction | None = None
     """None where no speed is known."""
+    num_micro_batches: int | None = None
+    """Steps that decoding is cut into at a time; None: one a stage."""
 
     @property
     def hosts(self) -> tuple[str, ...]:

@@ -5,29 +5,43 @@ of all nodes are known, the search of `speed_plan.py` decides. Otherwise stages 
 bytes, not by memory size: a large memory is not a fast one.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from ..errors import InfeasiblePlanError, UsageError
 from ..fetcher.config import ModelConfig
 from ..fetcher.tensors import TensorIndex
-from ..settings import KV_BLOCK_TOKENS
 from .advice import sufficient_changes
+from .cost import device_speed
+from .dtype_ladder import dtype_choices, lower_dtypes
 from .footprint import Footprint, footprint, stored_dtype
-from .partition import Seat, partition
-from .place import MARGIN, Place, Seating
+from .memory_plan import (
+    kv_bytes_of,
+    num_kv_blocks,
+    place_by_memory,
+    shorten,
+    smallest_stage_bytes,
+    stages_by_memory,
+    unused_by_memory,
+)
+from .node_wishes import allowed_nodes
+from .place import MARGIN, places_of
+from .placing import Placing
 from .plan import (
     ComputeDtype,
     Inventory,
     Plan,
-    StagePlan,
     UnusedNode,
     Workload,
+    check_experts,
 )
 from .speed_plan import SpeedPlanner, speeds_known
 from .units import gigabytes
 
 __all__ = ["MARGIN", "gigabytes", "plan"]
+
+_ALIKE_GBPS = 100.0
+"""What every device is taken to read where nobody knows and pins leave something to choose."""
 
 
 def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload: Workload) -> Plan:
@@ -38,61 +52,188 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
     (accelerators first), or the number of stages asked for, spread over as many devices as there
     are; nodes that hold bytes of the release already come first, then those with more memory.
 
-    Where the keys and values of the wished context do not fit on all devices
-    together, the context shrinks down to ``workload.min_context_tokens`` and a note says so.
+    Where the keys and values of the wished context do not fit on all devices together, the context
+    shrinks down to ``workload.min_context_tokens``. Where the weights do not fit as they are stored
+    and the workload names no dtype, as few layers as possible are held in 8 bits, and if that is
+    not enough, in 4. Notes say both.
 
     Raises:
         UsageError: the wishes make no sense, e.g. more stages than layers.
         InfeasiblePlanError: no placement fits; the message has the numbers per node.
     """
     _check(config, inventory, workload)
-    dtype = workload.dtype or stored_dtype(index)
-    weights = footprint(config, index, dtype)
-    speed = _speed_planner(config, index, weights, inventory, workload, dtype)
-    found = (speed and speed.seating()) or _place(weights, inventory, workload)
-    notes: tuple[str, ...] = ()
-    if found is None and workload.min_context_tokens is not None:
-        shorter = _shorten(weights, inventory, workload, workload.min_context_tokens)
-        if shorter is not None:
-            notes = (
-                f"context shortened from {workload.max_context_tokens} to "
-                f"{shorter.max_context_tokens} tokens, so that the keys and values of "
-                f"{shorter.max_concurrency} sequences fit",
-            )
-            workload = shorter
-            speed = _speed_planner(config, index, weights, inventory, workload, dtype)
-            found = (speed and speed.seating()) or _place(weights, inventory, workload)
+    allowed = allowed_nodes(config, inventory, workload)
+    stored = workload.dtype or stored_dtype(index)
+    ladder = (stored,) if workload.dtype else (stored, *lower_dtypes(stored))
+    for rung in range(len(ladder)):
+        model = _Model(config, index, ladder[rung])
+        found = _best(model, ladder[: rung + 1], allowed, workload)
+        if found is None and workload.min_context_tokens is not None:
+            shorter = shorten(model.weights, allowed, workload, workload.min_context_tokens)
+            if shorter is not None:
+                found = _best(model, ladder[: rung + 1], allowed, shorter)
+        if found is not None:
+            return _told(found, stored, index, config, inventory, workload)
+    raise InfeasiblePlanError(_why_not(config, index, stored, allowed, workload))
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    config: ModelConfig
+    index: TensorIndex
+    dtype: ComputeDtype
+
+    @property
+    def weights(self) -> Footprint:
+        return footprint(self.config, self.index, self.dtype)
+
+
+def _best(
+    model: _Model, ladder: tuple[ComputeDtype, ...], inventory: Inventory, workload: Workload
+) -> Plan | None:
+    """The best plan whose lowest dtype is the last of the ladder; None: nothing fits."""
+    if any(wish.layers for wish in workload.nodes) and not speeds_known(inventory, model.dtype):
+        return _with_pins_alone(model, ladder, inventory, workload)
+    if workload.objective != "fit" and speeds_known(inventory, model.dtype):
+        for dtypes in _dtypes(model, ladder, inventory, workload):
+            fast = _speed_planner(model, inventory, workload, dtypes)
+            if fast.found is not None:
+                return _by_speed(model, fast, inventory, workload)
+        if workload.nodes and any(wish.layers for wish in workload.nodes):
+            return None
+    weights = model.weights
+    found = place_by_memory(weights, inventory, workload)
     if found is None:
-        raise InfeasiblePlanError(_why_not(config, index, dtype, inventory, workload))
+        return None
     seating, ends = found
     placed = Plan(
-        stages=_stages(weights, seating, ends, workload, dtype),
-        num_kv_blocks=_num_kv_blocks(workload),
+        stages=stages_by_memory(weights, seating, ends, workload, model.dtype),
+        num_kv_blocks=num_kv_blocks(workload),
         max_context_tokens=workload.max_context_tokens,
         max_concurrency=workload.max_concurrency,
-        unused=_unused(weights, inventory, workload, seating),
-        notes=notes,
+        unused=unused_by_memory(weights, inventory, workload, seating),
     )
-    if speed is None:
+    if workload.objective == "fit" or not speeds_known(inventory, model.dtype):
         return placed
-    placed = speed.predicted(placed)
-    if placed.prediction is None:
-        return placed
-    return replace(placed, unused=speed.unused(placed, _smallest_bytes(weights, workload)))
+    fast = _speed_planner(model, inventory, workload, None)
+    return fast.predicted(placed)
+
+
+def _by_speed(model: _Model, fast: SpeedPlanner, inventory: Inventory, workload: Workload) -> Plan:
+    placed = fast.predicted(
+        Plan(
+            stages=fast.stages({node.host: node.num_cpus for node in inventory.nodes}),
+            num_kv_blocks=num_kv_blocks(workload),
+            max_context_tokens=workload.max_context_tokens,
+            max_concurrency=workload.max_concurrency,
+        )
+    )
+    check_experts(placed, model.config.num_experts)
+    smallest = smallest_stage_bytes(model.weights, workload)
+    return replace(placed, unused=fast.unused(smallest))
+
+
+def _with_pins_alone(
+    model: _Model, ladder: tuple[ComputeDtype, ...], inventory: Inventory, workload: Workload
+) -> Plan | None:
+    """Pins where speeds are unknown: the search with all devices alike, and no predictions."""
+    alike = replace(
+        inventory,
+        nodes=tuple(
+            replace(node, devices=tuple(replace(d, read_gbps=_ALIKE_GBPS) for d in node.devices))
+            for node in inventory.nodes
+        ),
+    )
+    plan = _best(model, ladder, alike, replace(workload, objective="latency"))
+    if plan is None:
+        return None
+    stages = tuple(replace(stage, step_s=None, hop_s=None) for stage in plan.stages)
+    used = {stage.host for stage in stages}
+    unused = tuple(
+        UnusedNode(host=node.host, reason="not needed: the others hold the whole model")
+        for node in inventory.nodes
+        if node.host not in used
+    )
+    return replace(plan, stages=stages, prediction=None, num_micro_batches=None, unused=unused)
+
+
+def _dtypes(
+    model: _Model, ladder: tuple[ComputeDtype, ...], inventory: Inventory, workload: Workload
+) -> Iterable[tuple[ComputeDtype, ...]]:
+    """A dtype for every place, the least loss first, the last rung of the ladder alone."""
+    places = places_of(inventory)
+    if len(ladder) == 1:
+        return [(model.dtype,) * len(places)]
+    room = {}
+    for dtype in ladder[-2:]:
+        weights = footprint(model.config, model.index, dtype)
+        layer = max(weights.layer_bytes) + kv_bytes_of(weights, workload)
+        overhead = weights.workspace_bytes(workload.max_context_tokens)
+        room[dtype] = [
+            max(0, place.usable_bytes - overhead) // layer + workload.separate_experts
+            for place in places
+        ]
+    return (each for each in dtype_choices(room, model.config.n_layers) if ladder[-1] in each)
 
 
 def _speed_planner(
-    config: ModelConfig,
-    index: TensorIndex,
-    weights: Footprint,
+    model: _Model,
     inventory: Inventory,
     workload: Workload,
-    dtype: ComputeDtype,
-) -> SpeedPlanner | None:
-    if workload.objective == "fit" or not speeds_known(inventory, dtype):
-        return None
-    kv_bytes = _kv_bytes(weights, workload)
-    return SpeedPlanner(config, index, inventory, workload, dtype, kv_bytes=kv_bytes)
+    dtypes: tuple[ComputeDtype, ...] | None,
+) -> SpeedPlanner:
+    every = places_of(inventory)
+    given = dtypes or (model.dtype,) * len(every)
+    seats = [
+        (place, dtype)
+        for place, dtype in zip(every, given, strict=True)
+        if device_speed(place.device, dtype) is not None
+    ]
+    placing = Placing(
+        model.config,
+        model.index,
+        inventory,
+        workload,
+        [place for place, _ in seats],
+        [dtype for _, dtype in seats],
+        kv_bytes=kv_bytes_of(model.weights, workload),
+    )
+    return SpeedPlanner(placing, workload)
+
+
+def _told(
+    plan: Plan,
+    stored: ComputeDtype,
+    index: TensorIndex,
+    config: ModelConfig,
+    inventory: Inventory,
+    asked: Workload,
+) -> Plan:
+    """The plan with what was conceded, and with the nodes that the user left out."""
+    notes = []
+    if plan.max_context_tokens < asked.max_context_tokens:
+        notes.append(
+            f"context shortened from {asked.max_context_tokens} to {plan.max_context_tokens} "
+            f"tokens, so that the keys and values of {plan.max_concurrency} sequences fit"
+        )
+    as_stored = footprint(config, index, stored).layer_bytes
+    for stage in plan.stages:
+        if stage.dtype == stored:
+            continue
+        held = footprint(config, index, stage.dtype).layer_bytes
+        layers = slice(stage.first_layer, stage.end_layer)
+        saved = sum(as_stored[layers]) - sum(held[layers])
+        notes.append(
+            f"stage {stage.index} holds {stage.dtype} in place of {stored}, which saves "
+            f"{gigabytes(saved)}: all in {stored} do not fit"
+        )
+    excluded = tuple(
+        UnusedNode(host=wish.host, reason="excluded, as asked")
+        for wish in asked.nodes
+        if wish.exclude
+    )
+    unused = tuple(sorted((*plan.unused, *excluded), key=lambda node: node.host))
+    return replace(plan, notes=tuple(notes), unused=unused)
 
 
 def _check(config: ModelConfig, inventory: Inventory, workload: Workload) -> None:
@@ -110,168 +251,6 @@ def _check(config: ModelConfig, inventory: Inventory, workload: Workload) -> Non
         raise InfeasiblePlanError("there is no node to place the model on; start one")
 
 
-def _num_kv_blocks(workload: Workload) -> int:
-    return workload.max_concurrency * -(-workload.max_context_tokens // KV_BLOCK_TOKENS)
-
-
-def _kv_bytes(weights: Footprint, workload: Workload) -> int:
-    """Of one layer."""
-    return _num_kv_blocks(workload) * KV_BLOCK_TOKENS * weights.kv_bytes_per_token
-
-
-def _layer_costs(weights: Footprint) -> list[int]:
-    """Bytes of each layer; the ends of the model go with the first and the last one."""
-    costs = list(weights.layer_bytes)
-    costs[0] += weights.embeddings_bytes
-    costs[-1] += weights.output_bytes
-    return costs
-
-
-def _place(
-    weights: Footprint, inventory: Inventory, workload: Workload
-) -> tuple[Seating, tuple[int, ...]] | None:
-    """The first seating in order of preference that fits, with the end layer of every stage."""
-    costs = _layer_costs(weights)
-    needs = [cost + _kv_bytes(weights, workload) for cost in costs]
-    overhead = weights.workspace_bytes(workload.max_context_tokens)
-    for seating in _seatings(inventory, workload.num_stages, len(costs)):
-        seats = [
-            Seat(num_stages=count, capacity=place.usable_bytes - count * overhead)
-            for place, count in seating
-        ]
-        if sum(seat.capacity for seat in seats) < sum(needs):
-            continue
-        if ends := partition(costs, needs, seats):
-            return seating, ends
-    return None
-
-
-def _shorten(
-    weights: Footprint, inventory: Inventory, workload: Workload, floor: int
-) -> Workload | None:
-    """The wish with the longest context, in whole KV blocks, that can be placed."""
-    low, high = -(-floor // KV_BLOCK_TOKENS), workload.max_context_tokens // KV_BLOCK_TOKENS
-    longest: Workload | None = None
-    while low <= high:
-        middle = (low + high) // 2
-        shorter = replace(workload, max_context_tokens=middle * KV_BLOCK_TOKENS)
-        if _place(weights, inventory, shorter) is None:
-            high = middle - 1
-        else:
-            longest, low = shorter, middle + 1
-    return longest
-
-
-def _seatings(inventory: Inventory, num_stages: int | None, num_layers: int) -> Iterator[Seating]:
-    """Ways to seat the stages, best first."""
-    for places in _place_pools(inventory):
-        orders = _orders(places)
-        if num_stages is None:
-            for count in range(1, min(len(places), num_layers) + 1):
-                yield from (tuple((place, 1) for place in order[:count]) for order in orders)
-        else:
-            for count in range(min(len(places), num_stages), 0, -1):
-                yield from (_spread(order[:count], num_stages) for order in orders)
-
-
-def _place_pools(inventory: Inventory) -> Iterator[tuple[Place, ...]]:
-    """Accelerators and the CPUs of nodes without one; then, if that differs, every device."""
-    every = tuple(Place(node=node, device=dev) for node in inventory.nodes for dev in node.devices)
-    with_cuda = {place.node.host for place in every if place.device.kind == "cuda"}
-    fast = tuple(p for p in every if p.device.kind == "cuda" or p.node.host not in with_cuda)
-    yield fast
-    if fast != every:
-        yield every
-
-
-def _orders(places: tuple[Place, ...]) -> tuple[tuple[Place, ...], ...]:
-    """Bytes held first, then memory; then by memory alone, for when the former do not fit."""
-
-    def key(place: Place) -> tuple[int, str, str]:
-        return (-place.usable_bytes, place.node.host, place.device_name)
-
-    by_memory = tuple(sorted(places, key=key))
-    by_held = tuple(sorted(by_memory, key=lambda place: -place.node.held_bytes))
-    return (by_held,) if by_held == by_memory else (by_held, by_memory)
-
-
-def _spread(places: tuple[Place, ...], num_stages: int) -> Seating:
-    """At least one stage each, the others in proportion to memory, always to the neediest."""
-    counts = [1] * len(places)
-    for _ in range(num_stages - len(places)):
-        room = [
-            place.usable_bytes / (count + 1) for place, count in zip(places, counts, strict=True)
-        ]
-        counts[room.index(max(room))] += 1
-    return tuple(zip(places, counts, strict=True))
-
-
-def _stages(
-    weights: Footprint,
-    seating: Seating,
-    ends: tuple[int, ...],
-    workload: Workload,
-    dtype: ComputeDtype,
-) -> tuple[StagePlan, ...]:
-    costs = _layer_costs(weights)
-    kv_bytes = _kv_bytes(weights, workload)
-    overhead = weights.workspace_bytes(workload.max_context_tokens)
-    seats = [place for place, count in seating for _ in range(count)]
-    starts = (0, *ends[:-1])
-    taken: dict[tuple[str, str], int] = {}
-    stages_of_host: dict[str, int] = {}
-    for place, start, end in zip(seats, starts, ends, strict=True):
-        device = (place.node.host, place.device_name)
-        used = sum(costs[start:end]) + (end - start) * kv_bytes + overhead
-        taken[device] = taken.get(device, 0) + used
-        stages_of_host[place.node.host] = stages_of_host.get(place.node.host, 0) + 1
-    return tuple(
-        StagePlan(
-            index=number,
-            host=place.node.host,
-            device=place.device_name,
-            first_layer=start,
-            end_layer=end,
-            has_embeddings=number == 0,
-            has_output=number == len(ends) - 1,
-            dtype=dtype,
-            num_threads=max(1, place.node.num_cpus // stages_of_host[place.node.host]),
-            weights_bytes=sum(costs[start:end]),
-            kv_bytes=(end - start) * kv_bytes,
-            free_bytes=place.device.memory_bytes - taken[place.node.host, place.device_name],
-        )
-        for number, (place, start, end) in enumerate(zip(seats, starts, ends, strict=True))
-    )
-
-
-def _smallest_bytes(weights: Footprint, workload: Workload) -> int:
-    """Of a stage with one layer."""
-    return (
-        min(weights.layer_bytes)
-        + _kv_bytes(weights, workload)
-        + weights.workspace_bytes(workload.max_context_tokens)
-    )
-
-
-def _unused(
-    weights: Footprint, inventory: Inventory, workload: Workload, seating: Seating
-) -> tuple[UnusedNode, ...]:
-    used = {place.node.host for place, _ in seating}
-    smallest = _smallest_bytes(weights, workload)
-    reasons = []
-    for node in inventory.nodes:
-        if node.host in used:
-            continue
-        usable = max((Place(node=node, device=dev).usable_bytes for dev in node.devices), default=0)
-        if usable < smallest:
-            reason = f"too small: {gigabytes(usable)} usable, one layer takes {gigabytes(smallest)}"
-        else:
-            others = ", ".join(sorted(used))
-            reason = f"not needed: {others} hold{'s' * (len(used) == 1)} the whole model"
-        reasons.append(UnusedNode(host=node.host, reason=reason))
-    return tuple(reasons)
-
-
 def _why_not(
     config: ModelConfig,
     index: TensorIndex,
@@ -282,7 +261,7 @@ def _why_not(
     weights = footprint(config, index, dtype)
     context = workload.min_context_tokens or workload.max_context_tokens
     least = replace(workload, max_context_tokens=min(context, workload.max_context_tokens))
-    kv_bytes = _kv_bytes(weights, least) * len(weights.layer_bytes)
+    kv_bytes = kv_bytes_of(weights, least) * len(weights.layer_bytes)
     overhead = weights.workspace_bytes(least.max_context_tokens) * (workload.num_stages or 1)
     needed = weights.weights_bytes + kv_bytes + overhead
     there = ", ".join(

@@ -1,12 +1,14 @@
-"""Find the devices, their order and their layers that make decoding fastest.
+"""Find the devices, their order, layers and experts that make decoding fastest.
 
 One dynamic programme serves both goals: the plan with the least round trip among those whose
 stages and links all take at most a limit. Without a limit that is the answer for `latency`. For
 `throughput` the score is ``min(step tokens / bottleneck, streams / round trip)``: the first grows
-and the second falls as the limit shrinks, so that bisecting over the limit finds the best.
+and the second falls as the limit shrinks, so that bisecting over the limit finds the best. How
+many micro-batches the streams are cut into is tried from outside.
 
-Over subsets the programme is exact: D[first, set, last][layers placed]. Beyond `EXACT_PLACES`
-devices it runs along a few orders of the devices instead, each of which may be skipped.
+Over subsets the programme is exact: D[first, set, last][layers placed], with every set of helpers
+up to `EXACT_SHARED` devices and without helpers up to `EXACT_PLACES`. Beyond, it runs along a few
+orders of the devices, each of which may be skipped, and `moves.py` goes on from there.
 """
 
 from __future__ import annotations
@@ -14,148 +16,83 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
+
+from .problem import Matrix, Problem, Route, evaluate
 
 EXACT_PLACES = 8
 """Devices up to which all subsets are searched."""
-Matrix: TypeAlias = "npt.NDArray[np.floating[Any]]"
+EXACT_SHARED = 5
+"""Devices up to which all sets of helpers are searched too."""
+_MOST_LIMITS = 512
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Site:
-    """A device with what its stages would cost. Arrays are prefix sums over layers, [L + 1]."""
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A home and the members that share the experts of its layers, as a bit mask."""
 
-    seconds_L: Matrix
-    needs_L: Matrix
-    """Bytes of the layers."""
-    capacity: float
-    """Bytes for them; less than any layer: of no use."""
-    first_s: float = 0.0
-    last_s: float = 0.0
-    """Added to the first and the last stage of the model."""
-    first_bytes: float = 0.0
-    last_bytes: float = 0.0
+    home: int
+    members: int
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """One placement problem at one number of sequences per step."""
-
-    sites: tuple[Site, ...]
-    hop_s: Matrix
-    """[i, j]: from a stage on i to the next on j."""
-    return_s: Matrix
-    """[i, j]: from the last stage on i back to the first on j."""
-    transfer_s: Matrix
-    """[i, j]: how long a step occupies the link from i to j."""
-    step_tokens: int
-    streams: int
-
-    @property
-    def num_layers(self) -> int:
-        """Of the model."""
-        return len(self.sites[0].seconds_L) - 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Route:
-    """Sites in pipeline order and the end layer of each."""
-
-    sites: tuple[int, ...]
-    ends: tuple[int, ...]
-    round_trip_s: float
-    bottleneck_s: float
-
-    def tokens_per_s(self, problem: Problem) -> float:
-        """What the throughput goal maximises."""
-        return min(problem.step_tokens / self.bottleneck_s, problem.streams / self.round_trip_s)
-
-
-def stage_s(site: Site, start: int, end: int, num_layers: int) -> float:
-    """One decode step of the layers [start, end) on a site."""
-    seconds = float(site.seconds_L[end] - site.seconds_L[start])
-    return seconds + (start == 0) * site.first_s + (end == num_layers) * site.last_s
-
-
-def evaluate(problem: Problem, sites: Sequence[int], ends: Sequence[int]) -> Route:
-    """A given route with its times; memory is not checked."""
-    starts = (0, *ends[:-1])
-    stages = [
-        stage_s(problem.sites[i], a, b, problem.num_layers)
-        for i, a, b in zip(sites, starts, ends, strict=True)
-    ]
-    pairs = list(pairwise(sites))
-    hops = [float(problem.hop_s[i, j]) for i, j in pairs]
-    transfers = [float(problem.transfer_s[i, j]) for i, j in pairs]
-    back = float(problem.return_s[sites[-1], sites[0]])
-    return Route(
-        sites=tuple(sites),
-        ends=tuple(ends),
-        round_trip_s=sum(stages) + sum(hops) + back,
-        bottleneck_s=max(stages + transfers),
-    )
+    @classmethod
+    def alone(cls, site: int) -> Stage:
+        """All experts at home."""
+        return cls(site, 1 << site)
 
 
 def fastest(problem: Problem, *, num_stages: int | None = None) -> Route | None:
     """The least round trip; exactly `num_stages` stages if that is given. None: nothing fits."""
-    return _Search(problem, num_stages).least()
+    search = Search(problem)
+    seed = search.along_orders(math.inf, math.inf, num_stages)
+    if search.exact_stages is None:
+        return seed
+    return (
+        search.over_subsets(math.inf, seed.round_trip_s if seed else math.inf, num_stages) or seed
+    )
 
 
 def busiest(
-    problem_of: Callable[[int], Problem], *, num_sites: int, num_stages: int | None = None
+    problems: Iterable[Problem], *, num_stages: int | None = None
 ) -> tuple[Problem, Route] | None:
     """The most tokens per second, with the problem it was found for. None: nothing fits.
 
-    `problem_of` gives the problem of a number of stages, which decides how many sequences a step
-    has; so each number is a search of its own, cut short by what the others found.
+    `problems` are one placement at several numbers of sequences per step. Each is a search of its
+    own, cut short by what the others found.
     """
     best: tuple[float, Problem, Route] | None = None
+    searches = [Search(problem) for problem in problems]
 
-    def offer(routes: Iterable[Route]) -> None:
+    def offer(search: Search, routes: Iterable[Route]) -> None:
         nonlocal best
         for route in routes:
-            problem = problem_of(len(route.sites))
-            route = evaluate(problem, route.sites, route.ends)
-            score = route.tokens_per_s(problem)
+            score = route.tokens_per_s(search.problem)
             if best is None or score > best[0]:
-                best = (score, problem, route)
+                best = (score, search.problem, route)
 
-    counts = [num_stages] if num_stages else list(range(1, num_sites + 1))
-    is_exact = num_sites <= EXACT_PLACES
-    for count in counts if is_exact or num_stages else [1 << k for k in range(7)]:
-        search = _Search(problem_of(count), num_stages)
-        offer(search.improvements(0.0, search.along_orders))
-    if is_exact:
-        for count in counts:
-            search = _Search(problem_of(count), count)
-            offer(search.improvements(best[0] if best else 0.0, search.over_subsets))
+    def along(search: Search) -> Least:
+        return lambda limit, below: search.along_orders(limit, below, num_stages)
+
+    def over(search: Search) -> Least:
+        return lambda limit, below: search.over_subsets(limit, below, num_stages)
+
+    for search in searches:
+        offer(search, search.improvements(best[0] if best else 0.0, along(search)))
+    for search in searches:
+        if search.exact_stages is not None:
+            offer(search, search.improvements(best[0] if best else 0.0, over(search)))
     return best and (best[1], best[2])
 
 
-def best_in_order(
-    problem: Problem, order: Sequence[int], *, throughput: bool = False
-) -> Route | None:
-    """The best cut with all sites of an order, in that order: the least round trip, or the most
-    tokens per second. None: it does not fit."""
-    search = _Search(problem, len(order))
-    if not throughput:
-        return search.along(order, math.inf)
-    routes = list(search.improvements(0.0, lambda limit, _: search.along(order, limit)))
-    return routes[-1] if routes else None
-
-
 class _Front:
-    """The cheapest partial routes that end on one site, by layers placed."""
+    """The cheapest partial routes that end on one stage, by layers placed."""
 
-    __slots__ = ("cost_L", "first", "members", "site", "source_L", "sources", "start_L")
+    __slots__ = ("cost_L", "first", "members", "source_L", "sources", "stage", "start_L")
 
-    def __init__(self, cost_L: Matrix, *, site: int = -1, first: int = -1, members: int = 0):
+    def __init__(self, cost_L: Matrix, *, stage: Stage | None = None):
         self.cost_L = cost_L
-        self.site, self.first, self.members = site, first, members
+        self.stage = stage
+        self.first, self.members = -1, 0
         self.sources: Sequence[_Front] = ()
         self.source_L = self.start_L = _NOWHERE
 
@@ -168,33 +105,48 @@ class _Front:
 
 
 _NOWHERE = np.zeros(0, dtype=np.int64)
-_Least = Callable[[float, float], "Route | None"]
+Least = Callable[[float, float], "Route | None"]
+"""(limit, below): the least round trip under `below` whose stages and transfers take at most
+`limit`; None: there is none."""
 
 
-class _Search:
-    """The programme over one problem; exactly `num_stages` stages, or as many as are best."""
+class Search:
+    """The programme over one problem."""
 
-    def __init__(self, problem: Problem, num_stages: int | None) -> None:
+    def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.num_stages = num_stages
-        # [u, v] of every site: seconds of layers [u, v), inf where they do not fit.
-        self._stages = [_stage_matrix(site, problem.num_layers) for site in problem.sites]
+        count = len(problem.sites)
+        # [u, v] of every stage: seconds of layers [u, v), inf where they do not fit.
+        self._stage_LL: dict[Stage, Matrix] = {}
+        self._alone = [Stage.alone(site) for site in range(count)]
+        self.exact_stages: list[Stage] | None = None
+        """All that an exact search has to try; None: too many devices for one."""
+        if problem.shared is not None and count <= EXACT_SHARED:
+            helpers = sum(1 << site for site in range(count) if problem.may_help(site))
+            self.exact_stages = [
+                Stage(home, members)
+                for home in range(count)
+                for members in range(1, 1 << count)
+                if members >> home & 1 and not members & ~helpers & ~(1 << home)
+            ]
+        elif count <= EXACT_PLACES:
+            self.exact_stages = self._alone
 
-    def least(self) -> Route | None:
-        """The least round trip of all."""
-        seed = self.along_orders(math.inf, math.inf)
-        if len(self.problem.sites) > EXACT_PLACES:
-            return seed
-        return self.over_subsets(math.inf, seed.round_trip_s if seed else math.inf) or seed
+    def stage_LL(self, stage: Stage) -> Matrix:
+        """[u, v]: seconds of a stage with layers [u, v), inf where it does not fit."""
+        if stage not in self._stage_LL:
+            self._stage_LL[stage] = self.problem.stage_LL(stage.home, stage.members)
+        return self._stage_LL[stage]
 
-    def improvements(self, floor: float, least: _Least) -> Iterator[Route]:
+    def improvements(
+        self, floor: float, least: Least, stages: Sequence[Stage] | None = None
+    ) -> Iterator[Route]:
         """Routes of more throughput than `floor` and than all before, the best one last.
 
-        ``least(limit, below)`` finds the least round trip under `below` whose stages and
-        transfers take at most `limit`.
+        `stages` are those that routes may consist of, if they are fewer than all.
         """
         problem, best = self.problem, floor
-        limits = self._limits()
+        limits = self._limits(stages)
         low, high = 0, len(limits) - 1
         while low <= high:
             middle = (low + high) // 2
@@ -215,119 +167,174 @@ class _Search:
             else:
                 low = middle + 1
 
-    def over_subsets(self, limit_s: float, below_s: float) -> Route | None:
-        """Exact, over every set of sites in every order."""
+    def over_subsets(
+        self, limit_s: float, below_s: float, num_stages: int | None = None
+    ) -> Route | None:
+        """Exact, over every set of stages in every order."""
         problem, num_layers = self.problem, self.problem.num_layers
+        assert self.exact_stages is not None
         count = len(problem.sites)
-        stages, hops = self._within(limit_s)
-        rest, most = _least_rest(stages), _most_layers(stages)
-        deepest = min(self.num_stages or count, num_layers, count)
+        within, hops = self._within(limit_s, self.exact_stages)
+        stages = [stage for stage in self.exact_stages if np.isfinite(within[stage]).any()]
+        if not stages:
+            return None
+        rest = _least_rest([within[stage] for stage in stages])
+        most = {stage: _most_layers(within[stage]) for stage in stages}
+        deepest = min(num_stages or count, num_layers, count)
         bound, best = below_s, None
         groups: dict[tuple[int, int], list[_Front]] = {(-1, 0): [_Front.root(num_layers)]}
         for depth in range(1, deepest + 1):
             grown: dict[tuple[int, int], list[_Front]] = {}
             for (first, members), fronts in groups.items():
-                outside = [site for site in range(count) if not members >> site & 1]
-                reach = sum(sorted(most[site] for site in outside)[-(deepest - depth + 1) :])
-                for site in outside:
-                    front = _extended(fronts, site, stages[site], hops)
+                outside = [stage for stage in stages if not stage.members & members]
+                reach = _reach(outside, most, deepest - depth + 1)
+                for stage in outside:
+                    front = _extended(fronts, stage, within[stage], hops)
                     if front is None:
                         continue
-                    front.first = site if first < 0 else first
-                    front.members = members | 1 << site
-                    if self.num_stages in (None, depth):
-                        back = problem.return_s[site, front.first]
+                    front.first = stage.home if first < 0 else first
+                    front.members = members | stage.members
+                    if num_stages in (None, depth):
+                        back = problem.return_s[stage.home, front.first]
                         if front.cost_L[-1] + back < bound:
                             bound, best = front.cost_L[-1] + back, front
                     # What cannot become better than the best, or cannot be completed, ends here.
                     front.cost_L[front.cost_L + rest >= bound] = np.inf
-                    front.cost_L[: max(0, num_layers - reach + most[site])] = np.inf
+                    front.cost_L[: max(0, num_layers - reach + most[stage])] = np.inf
                     if np.isfinite(front.cost_L[:-1]).any():
                         grown.setdefault((front.first, front.members), []).append(front)
             groups = grown
         return None if best is None else self._route(best)
 
-    def along_orders(self, limit_s: float, below_s: float) -> Route | None:
-        """The best along a few orders of the sites, any of which may be left out."""
-        routes = [self.along(order, limit_s, skip=True) for order in self._orders()]
+    def along_orders(
+        self, limit_s: float, below_s: float, num_stages: int | None = None
+    ) -> Route | None:
+        """The best without helpers along a few orders of the sites; any may be left out."""
+        orders = self._orders()
+        routes = [self.along(order, limit_s, num_stages, skip=True) for order in orders]
         found = [route for route in routes if route is not None and route.round_trip_s < below_s]
         return min(found, key=lambda route: route.round_trip_s, default=None)
 
-    def along(self, order: Sequence[int], limit_s: float, *, skip: bool = False) -> Route | None:
-        """The least round trip, but for the way back, along one order of sites."""
-        num_layers = self.problem.num_layers
-        stages, hops = self._within(limit_s)
-        root = _Front.root(num_layers)
+    def along(
+        self,
+        order: Sequence[Stage],
+        limit_s: float,
+        num_stages: int | None = None,
+        *,
+        skip: bool = False,
+    ) -> Route | None:
+        """The least round trip, but for the way back, along one order of stages: with all of them,
+        or with those that are best, `num_stages` if that is given."""
+        within, hops = self._within(limit_s, order)
+        root = _Front.root(self.problem.num_layers)
+        wanted = num_stages if skip else len(order)
         # By number of stages; without a wish for it, the first list holds them all.
-        pools: list[list[_Front]] = [[root], *([] for _ in range(self.num_stages or 0))]
-        for position, site in enumerate(order):
-            if not skip:
-                sources = pools[position]
-                front = _extended(sources, site, stages[site], hops) if sources else None
-                if front is not None:
-                    pools[position + 1].append(front)
-            elif self.num_stages is None:
-                front = _extended(pools[0], site, stages[site], hops)
-                if front is not None:
-                    pools[0].append(front)
+        pools: list[list[_Front]] = [[root], *([] for _ in range(wanted or 0))]
+        for position, stage in enumerate(order):
+            if wanted is None:
+                depths: Sequence[int] = (0,)
+            elif skip:
+                depths = range(min(wanted, position + 1), 0, -1)
             else:
-                for depth in range(min(self.num_stages, position + 1), 0, -1):
-                    sources = pools[depth - 1]
-                    front = _extended(sources, site, stages[site], hops) if sources else None
-                    if front is not None:
-                        pools[depth].append(front)
-        ended = [front for front in pools[self.num_stages or 0] if np.isfinite(front.cost_L[-1])]
+                depths = (position + 1,)
+            for depth in depths:
+                sources = pools[max(0, depth - 1)]
+                front = _extended(sources, stage, within[stage], hops) if sources else None
+                if front is not None:
+                    pools[depth].append(front)
+        ended = [front for front in pools[wanted or 0] if np.isfinite(front.cost_L[-1])]
         routes = [self._route(front) for front in ended if front is not root]
         return min(routes, key=lambda route: route.round_trip_s, default=None)
 
-    def _within(self, limit_s: float) -> tuple[list[Matrix], Matrix]:
-        stages = [np.where(matrix <= limit_s, matrix, np.inf) for matrix in self._stages]
-        return stages, np.where(self.problem.transfer_s <= limit_s, self.problem.hop_s, np.inf)
+    def best_in_order(self, order: Sequence[Stage], *, throughput: bool = False) -> Route | None:
+        """The best cut with all stages of an order, in that order: the least round trip, or the
+        most tokens per second. None: it does not fit."""
+        if not throughput:
+            return self.along(order, math.inf)
+        routes = list(self.improvements(0.0, lambda limit, _: self.along(order, limit), order))
+        return routes[-1] if routes else None
 
-    def _limits(self) -> list[float]:
+    def _within(
+        self, limit_s: float, stages: Sequence[Stage]
+    ) -> tuple[dict[Stage, Matrix], Matrix]:
+        if limit_s == math.inf:
+            return {stage: self.stage_LL(stage) for stage in stages}, self.problem.hop_s
+        within = {}
+        for stage in stages:
+            matrix = self.stage_LL(stage)
+            within[stage] = np.where(matrix <= limit_s, matrix, np.inf)
+        return within, np.where(self.problem.transfer_s <= limit_s, self.problem.hop_s, np.inf)
+
+    def _limits(self, stages: Sequence[Stage] | None) -> list[float]:
         """Times that a bottleneck can have, ascending; all of them where the search is exact."""
-        values = [matrix[np.isfinite(matrix)] for matrix in self._stages]
+        chosen = stages or self.exact_stages or self._alone
+        values = []
+        for stage in chosen:
+            matrix = self.stage_LL(stage)
+            values.append(np.unique(matrix[np.isfinite(matrix)]))
         every = np.unique(np.concatenate([*values, self.problem.transfer_s.ravel()]))
-        if len(self.problem.sites) > EXACT_PLACES and len(every) > 512:
-            every = every[np.linspace(0, len(every) - 1, 512).astype(int)]
+        if (stages or self.exact_stages is None) and len(every) > _MOST_LIMITS:
+            every = every[np.linspace(0, len(every) - 1, _MOST_LIMITS).astype(int)]
         return [float(value) for value in every if value > 0]
 
     def _route(self, front: _Front) -> Route:
-        sites: list[int] = []
+        stages: list[Stage] = []
         ends: list[int] = []
         end = self.problem.num_layers
-        while front.site >= 0:
-            sites.insert(0, front.site)
+        while front.stage is not None:
+            stages.insert(0, front.stage)
             ends.insert(0, end)
             end = int(front.start_L[end])
             front = front.sources[int(front.source_L[end])]
-        return evaluate(self.problem, sites, ends)
+        return evaluate(
+            self.problem,
+            [stage.home for stage in stages],
+            ends,
+            [stage.members for stage in stages],
+        )
 
-    def _orders(self) -> Iterator[tuple[int, ...]]:
+    def _orders(self) -> Iterator[tuple[Stage, ...]]:
         """By speed, both ways, and along short links from the fastest sites."""
         problem = self.problem
         speed = [float(site.seconds_L[-1]) for site in problem.sites]
-        useful = [number for number, matrix in enumerate(self._stages) if np.isfinite(matrix).any()]
+        useful = [s.home for s in self._alone if np.isfinite(self.stage_LL(s)).any()]
         by_speed = sorted(useful, key=lambda number: (speed[number], number))
-        yield tuple(by_speed)
-        yield tuple(reversed(by_speed))
+        orders = [by_speed, by_speed[::-1]]
         for start in by_speed[:2]:
             order, left = [start], [number for number in by_speed if number != start]
             while left:
                 near = min(left, key=lambda j: (problem.hop_s[order[-1], j], speed[j], j))
                 order.append(near)
                 left.remove(near)
-            yield tuple(order)
+            orders.append(order)
+        for order in orders:
+            yield tuple(self._alone[number] for number in self._with_pins(order))
+
+    def _with_pins(self, order: list[int]) -> list[int]:
+        """Sites that must hold certain layers stand where these are, the others in their order."""
+        spans = {site: self.problem.sites[site].span for site in order}
+        others = [site for site in order if spans[site] is None]
+        if len(others) == len(order):
+            return order
+        place = {site: (number + 0.5) / len(others) for number, site in enumerate(others)}
+        for site, span in spans.items():
+            if span is not None:
+                ends = {0: -1.0, self.problem.num_layers: 2.0}
+                middle = (span[0] + span[1]) / 2 / self.problem.num_layers
+                place[site] = ends.get(span[0], ends.get(span[1], middle))
+        return sorted(order, key=lambda site: place[site])
 
 
 def _extended(
-    sources: Sequence[_Front], site: int, stage_LL: Matrix, hops: Matrix
+    sources: Sequence[_Front], stage: Stage, stage_LL: Matrix, hops: Matrix
 ) -> _Front | None:
-    """The partial routes that go on from `sources` with a stage on `site`; None: none does."""
+    """The partial routes that go on from `sources` with a stage; None: none does."""
     # The hop depends on neither end of the stage, so the best source per start comes first.
     arriving = np.stack(
         [
-            source.cost_L if source.site < 0 else source.cost_L + hops[source.site, site]
+            source.cost_L
+            if source.stage is None
+            else source.cost_L + hops[source.stage.home, stage.home]
             for source in sources
         ]
     )
@@ -338,30 +345,26 @@ def _extended(
         return None
     total = before_L[starts, None] + stage_LL[starts]
     chosen = total.argmin(axis=0)
-    front = _Front(total[chosen, np.arange(total.shape[1])], site=site)
+    front = _Front(total[chosen, np.arange(total.shape[1])], stage=stage)
     if not np.isfinite(front.cost_L).any():
         return None
     front.sources, front.source_L, front.start_L = tuple(sources), source_L, starts[chosen]
     return front
 
 
-def _most_layers(stages: Sequence[Matrix]) -> list[int]:
-    """The longest stage of every site."""
-    layers = np.arange(len(stages[0]))
+def _most_layers(stage_LL: Matrix) -> int:
+    """The longest that a stage may be."""
+    layers = np.arange(len(stage_LL))
     spans = layers[None, :] - layers[:, None]
-    return [int(np.where(np.isfinite(matrix), spans, 0).max()) for matrix in stages]
+    return int(np.where(np.isfinite(stage_LL), spans, 0).max())
 
 
-def _stage_matrix(site: Site, num_layers: int) -> Matrix:
-    needs = site.needs_L[None, :] - site.needs_L[:, None]
-    seconds = site.seconds_L[None, :] - site.seconds_L[:, None]
-    needs[0] += site.first_bytes
-    seconds[0] += site.first_s
-    needs[:, -1] += site.last_bytes
-    seconds[:, -1] += site.last_s
-    layers = np.arange(num_layers + 1)
-    fits = (needs <= site.capacity) & (layers[None, :] > layers[:, None])
-    return np.where(fits, seconds, np.inf)
+def _reach(outside: Sequence[Stage], most: dict[Stage, int], num_stages: int) -> int:
+    """The most layers that so many stages could hold, one a home."""
+    by_home: dict[int, int] = {}
+    for stage in outside:
+        by_home[stage.home] = max(by_home.get(stage.home, 0), most[stage])
+    return sum(sorted(by_home.values())[-num_stages:])
 
 
 def _least_rest(stages: Sequence[Matrix]) -> Matrix:

@@ -1,36 +1,33 @@
 """Place a model where speeds are known: the search over the cost model, and what it predicts."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from itertools import pairwise
+from functools import cached_property
 
-import numpy as np
-
-from ..fetcher.config import ModelConfig
-from ..fetcher.tensors import TensorIndex
-from .cost import (
-    TOKEN_ID_BYTES,
-    assumed_link,
-    device_speed,
-    embeddings_s,
-    hop_s,
-    known_links,
-    layer_s,
-    model_cost,
-    output_s,
-    prefill_layer_s,
-    transfer_s,
+from .cost import assumed_link, device_speed, hop_s
+from .expert_hosts import add_copies, choose_experts
+from .moves import improved
+from .placing import Placing, helpers_of
+from .plan import (
+    ComputeDtype,
+    ExpertHost,
+    ExpertIds,
+    Inventory,
+    Plan,
+    Prediction,
+    StagePlan,
+    UnusedNode,
+    Workload,
 )
-from .footprint import footprint
-from .place import Place, Seating, places_of
-from .plan import ComputeDtype, Inventory, Link, Plan, Prediction, UnusedNode, Workload
-from .search import Matrix, Problem, Route, Site, best_in_order, busiest, evaluate, fastest, stage_s
+from .problem import Problem, Route, evaluate
+from .search import Search, Stage, busiest, fastest
 from .units import gigabytes, milliseconds
 
 PREFILL_TOKENS = 1024
 """Length of the prompt whose time to the first token is predicted."""
 MAX_EXPLAINED = 8
 """Unused nodes of different kinds that are each planned with, to say what using them would do."""
+_MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64)
 
 
 def speeds_known(inventory: Inventory, dtype: ComputeDtype) -> bool:
@@ -42,97 +39,206 @@ def speeds_known(inventory: Inventory, dtype: ComputeDtype) -> bool:
 
 
 class SpeedPlanner:
-    """The planning problem of one model, inventory and workload, in seconds."""
+    """The best placement of one `Placing`, and what it should achieve."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        index: TensorIndex,
-        inventory: Inventory,
-        workload: Workload,
-        dtype: ComputeDtype,
-        *,
-        kv_bytes: int,
-    ) -> None:
-        """`kv_bytes`: keys and values of one layer for the whole workload."""
-        self._model = model_cost(config, index, dtype)
-        self._weights = footprint(config, index, dtype)
-        self._links = known_links(inventory)
+    def __init__(self, placing: Placing, workload: Workload) -> None:
+        self._placing = placing
         self._workload = workload
-        self._dtype = dtype
-        self._kv_bytes = kv_bytes
-        self._places = tuple(
-            place for place in places_of(inventory) if device_speed(place.device, dtype) is not None
-        )
-        self._problem_of = cache(self._problem)
+        self._places = placing.places
 
-    def seating(self) -> tuple[Seating, tuple[int, ...]] | None:
-        """The best devices in their best order, with the end layer of each; None: nothing fits."""
-        found = self._best()
-        if found is None:
+    @cached_property
+    def found(self) -> tuple[Problem, Route] | None:
+        """The best route, with the problem it was found for; None: nothing fits."""
+        asked = self._workload.num_stages
+        if not self._places:
             return None
-        _, route = found
-        return tuple((self._places[site], 1) for site in route.sites), route.ends
+        if self._workload.objective == "throughput":
+            problems = [self._placing.problem(tokens) for tokens in self._batches()]
+            best = busiest(problems, num_stages=asked)
+            return improved(problems, best, throughput=True, num_stages=asked)
+        problem = self._placing.problem(1)
+        route = fastest(problem, num_stages=asked)
+        start = None if route is None else (problem, route)
+        return improved([problem], start, throughput=False, num_stages=asked)
 
-    def problem(self, num_stages: int) -> Problem:
-        """What is searched for that many stages; sites are the places of `places_of`."""
-        if self._workload.objective == "latency":
-            return self._problem_of(1)
-        return self._problem_of(self._step_tokens(num_stages))
+    def _batches(self) -> list[int]:
+        """Sequences per step for every number of micro-batches that may pay, most first."""
+        streams = self._workload.max_concurrency
+        most = min(len(self._places) + 1, streams)
+        counts = [count for count in _MICRO_BATCHES if count <= most]
+        return sorted({-(-streams // count) for count in counts}, reverse=True)
+
+    def stages(self, num_cpus_of: dict[str, int]) -> tuple[StagePlan, ...]:
+        """The stages of the best route, with their helpers; times are those of `predicted`."""
+        assert self.found is not None
+        problem, route = self.found
+        spans = list(zip(route.sites, route.members, route.starts, route.ends, strict=True))
+        shares = [self._shares(problem, *span) for span in spans]
+        used = [place for span in spans for place in _sites(span[0], span[1])]
+        on_host = [self._places[place].node.host for place in used]
+        threads = {host: max(1, num_cpus_of[host] // on_host.count(host)) for host in on_host}
+        return tuple(
+            self._stage(number, *span, share, problem.num_layers, threads)
+            for number, (span, share) in enumerate(zip(spans, shares, strict=True))
+        )
+
+    def _stage(
+        self,
+        number: int,
+        home: int,
+        members: int,
+        start: int,
+        end: int,
+        shares: list[ExpertIds],
+        num_layers: int,
+        threads: dict[str, int],
+    ) -> StagePlan:
+        placing, place = self._placing, self._places[home]
+        cost, weights = placing.cost(home), placing.weights[placing.dtypes[home]]
+        layers = range(start, end)
+
+        def weight(experts: ExpertIds) -> int:
+            return sum(
+                cost.expert_bytes[layer] * len(ids)
+                for layer, ids in zip(layers, experts, strict=True)
+            )
+
+        own, *others = shares or [()]
+        held = sum(weights.layer_bytes[start:end])
+        if shares:
+            held = sum(cost.attention_bytes[start:end]) + weight(own)
+        held += (start == 0) * weights.embeddings_bytes
+        held += (end == num_layers) * weights.output_bytes
+        kv_bytes = len(layers) * placing.kv_bytes
+        helpers = []
+        for other, experts in zip(helpers_of(home, members), others, strict=True):
+            there, taken = self._places[other], weight(experts)
+            free = there.device.memory_bytes - taken - placing.helper_overhead_bytes(home)
+            if any(experts):
+                helpers.append(
+                    ExpertHost(
+                        host=there.node.host,
+                        device=there.device_name,
+                        num_threads=threads[there.node.host],
+                        weights_bytes=taken,
+                        free_bytes=free,
+                        experts=experts,
+                    )
+                )
+        return StagePlan(
+            index=number,
+            host=place.node.host,
+            device=place.device_name,
+            first_layer=start,
+            end_layer=end,
+            has_embeddings=start == 0,
+            has_output=end == num_layers,
+            dtype=placing.dtypes[home],
+            num_threads=threads[place.node.host],
+            weights_bytes=held,
+            kv_bytes=kv_bytes,
+            free_bytes=place.device.memory_bytes - held - kv_bytes - placing.overhead_bytes(home),
+            experts=own if helpers else None,
+            helpers=tuple(helpers),
+        )
+
+    def _shares(
+        self, problem: Problem, home: int, members: int, start: int, end: int
+    ) -> list[ExpertIds]:
+        """Experts of every host, the home first, by layer; none where the home has them all."""
+        if members == 1 << home:
+            return []
+        placing, cost = self._placing, self._placing.cost(home)
+        variant = (start == 0) + 2 * (end == problem.num_layers)
+        split = placing.split(home, members, problem.step_tokens)
+        counts_KH = split.counts(variant, end - start).tolist()
+        seats = placing.seats(home, members)
+        rooms = split.spare(variant, end - start)
+        rows = []
+        for layer, counts in zip(range(start, end), counts_KH, strict=True):
+            measured = self._workload.popularity
+            popularity = None if measured is None else measured[layer]
+            held = choose_experts(
+                cost, layer, seats, counts, tokens=problem.step_tokens, popularity=popularity
+            )
+            rows.append(held if popularity is None else add_copies(held, rooms, seats, popularity))
+        return [tuple(tuple(held[host]) for held in rows) for host in range(len(seats))]
 
     def predicted(self, plan: Plan) -> Plan:
-        """`plan` with its times. Stages that share a device count as if each had it alone."""
-        place_number = {
-            (place.node.host, place.device_name): number
-            for number, place in enumerate(self._places)
-        }
-        seats = [(stage.host, stage.device) for stage in plan.stages]
-        if not all(seat in place_number for seat in seats):
+        """`plan` with its times, of stages without helpers or those of the best route. Stages that
+        share a device count as if each had it alone."""
+        number_of = {(p.node.host, p.device_name): n for n, p in enumerate(self._places)}
+        seats = [
+            [(s.host, s.device), *((h.host, h.device) for h in s.helpers)] for s in plan.stages
+        ]
+        if not all(seat in number_of for stage in seats for seat in stage):
             return plan
-        sites = [place_number[seat] for seat in seats]
+        sites = [number_of[stage[0]] for stage in seats]
+        members = [sum(1 << number_of[seat] for seat in stage) for stage in seats]
         ends = [stage.end_layer for stage in plan.stages]
         objective = self._workload.objective
-        tokens = self._step_tokens(len(sites))
-        crowd, alone = self._problem_of(tokens), self._problem_of(1)
-        together = evaluate(crowd, sites, ends)
-        single = evaluate(alone, sites, ends)
-        shown = alone if objective == "latency" else crowd
+        crowd = self.found[0] if self.found else self._placing.problem(self._batch(len(sites)))
+        if objective != "throughput":
+            crowd = self._placing.problem(self._batch(len(sites)))
+        alone = self._placing.problem(1)
+        together, single = (evaluate(each, sites, ends, members) for each in (crowd, alone))
+        shown, trip = (alone, single) if objective == "latency" else (crowd, together)
         stages = []
         for number, stage in enumerate(plan.stages):
             after = sites[(number + 1) % len(sites)]
-            is_last = number == len(sites) - 1
-            hops = shown.return_s if is_last else shown.hop_s
-            one = stage_s(
-                shown.sites[sites[number]], stage.first_layer, stage.end_layer, shown.num_layers
+            hops = shown.return_s if number == len(sites) - 1 else shown.hop_s
+            stages.append(
+                replace(
+                    stage,
+                    step_s=trip.stages_s[number],
+                    hop_s=float(hops[sites[number], after]),
+                    helpers=tuple(
+                        self._timed(helper, sites[number], number_of, shown.step_tokens)
+                        for helper in stage.helpers
+                    ),
+                )
             )
-            stages.append(replace(stage, step_s=one, hop_s=float(hops[sites[number], after])))
         slowest = max(range(len(stages)), key=lambda number: stages[number].step_s or 0.0)
         prompt = min(PREFILL_TOKENS, self._workload.max_context_tokens)
         prediction = Prediction(
             objective=objective,
             step_tokens=shown.step_tokens,
-            round_trip_s=(single if objective == "latency" else together).round_trip_s,
+            round_trip_s=trip.round_trip_s,
             tokens_per_s=together.tokens_per_s(crowd),
             stream_tokens_per_s=1 / single.round_trip_s,
-            prefill_s=self._prefill_s(sites, ends, prompt),
+            prefill_s=self._placing.prefill_s(sites, ends, prompt),
             prefill_tokens=prompt,
             bottleneck=slowest,
             assumed=self._assumed(sites),
         )
-        return replace(plan, stages=tuple(stages), prediction=prediction)
+        micro_batches = -(-self._workload.max_concurrency // crowd.step_tokens)
+        return replace(
+            plan, stages=tuple(stages), prediction=prediction, num_micro_batches=micro_batches
+        )
 
-    def unused(self, plan: Plan, smallest_bytes: int) -> tuple[UnusedNode, ...]:
-        """Why each node without a stage has none: what the best plan with it would do."""
-        used = {(stage.host, stage.device) for stage in plan.stages}
-        hosts = {host for host, _ in used}
-        sites = [
-            number
-            for stage in plan.stages
-            for number, place in enumerate(self._places)
-            if (place.node.host, place.device_name) == (stage.host, stage.device)
-        ]
-        problem = self.problem(len(sites))
-        now = evaluate(problem, sites, [stage.end_layer for stage in plan.stages])
+    def _timed(
+        self, helper: ExpertHost, home: int, number_of: dict[tuple[str, str], int], tokens: int
+    ) -> ExpertHost:
+        placing, cost = self._placing, self._placing.cost(home)
+        number = number_of[helper.host, helper.device]
+        speed = placing.speed(number, placing.dtypes[home])
+        share = 1 - (1 - cost.experts_per_token / cost.num_experts) ** tokens
+        read = helper.weights_bytes * share / (speed.read_gbps * 1e9)
+        rows = tokens * cost.hidden_bytes
+        there, back = placing.link(home, number), placing.link(number, home)
+        return replace(helper, step_s=read, hop_s=hop_s(rows, there) + hop_s(rows, back))
+
+    def _batch(self, num_stages: int) -> int:
+        return -(-self._workload.max_concurrency // num_stages)
+
+    def unused(self, smallest_bytes: int) -> tuple[UnusedNode, ...]:
+        """Why each node without a part has none: what the best plan with it would do."""
+        assert self.found is not None
+        problem, now = self.found
+        stages = [Stage(*each) for each in zip(now.sites, now.members, strict=True)]
+        used = {site for stage in stages for site in _sites(stage.home, stage.members)}
+        hosts = {self._places[site].node.host for site in used}
+        search = Search(problem)
         told: dict[object, str] = {}
         reasons: dict[str, str] = {}
         for number, place in enumerate(self._places):
@@ -146,35 +252,33 @@ class SpeedPlanner:
                 )
                 continue
             links = tuple(
-                (problem.hop_s[number, site], problem.hop_s[site, number]) for site in sites
+                (problem.hop_s[number, site], problem.hop_s[site, number]) for site in now.sites
             )
-            kind = (device_speed(place.device, self._dtype), place.usable_bytes, links)
+            speed = device_speed(place.device, self._placing.dtypes[number])
+            kind = (speed, place.usable_bytes, links)
             if kind not in told:
                 told[kind] = (
-                    self._with(number, sites, problem, now)
+                    self._with(number, stages, search, now)
                     if len(told) < MAX_EXPLAINED
-                    else self._slower(number, sites, problem)
+                    else self._slower(number, now.sites, problem)
                 )
             reasons[host] = told[kind]
         return tuple(UnusedNode(host=host, reason=reasons[host]) for host in sorted(reasons))
 
-    def _with(self, number: int, sites: list[int], problem: Problem, now: Route) -> str:
+    def _with(self, number: int, stages: list[Stage], search: Search, now: Route) -> str:
+        alone, is_busy = Stage.alone(number), self._workload.objective == "throughput"
         routes = [
-            best_in_order(
-                problem,
-                (*sites[:at], number, *sites[at:]),
-                throughput=self._workload.objective == "throughput",
-            )
-            for at in range(len(sites) + 1)
+            search.best_in_order((*stages[:at], alone, *stages[at:]), throughput=is_busy)
+            for at in range(len(stages) + 1)
         ]
         found = [route for route in routes if route is not None]
         if not found:
             return "not needed: no split with one layer or more on it fits"
-        if self._workload.objective == "throughput":
-            best = max(route.tokens_per_s(problem) for route in found)
+        if is_busy:
+            best = max(route.tokens_per_s(search.problem) for route in found)
             return (
                 f"not needed: with it at best {best:.1f} tokens/s in place of "
-                f"{now.tokens_per_s(problem):.1f}"
+                f"{now.tokens_per_s(search.problem):.1f}"
             )
         least = min(route.round_trip_s for route in found)
         return (
@@ -182,7 +286,7 @@ class SpeedPlanner:
             f"{milliseconds(now.round_trip_s)}"
         )
 
-    def _slower(self, number: int, sites: list[int], problem: Problem) -> str:
+    def _slower(self, number: int, sites: Sequence[int], problem: Problem) -> str:
         def per_layer(site: int) -> float:
             return float(problem.sites[site].seconds_L[-1]) / problem.num_layers
 
@@ -192,93 +296,16 @@ class SpeedPlanner:
             f"{milliseconds(used[0])} to {milliseconds(used[-1])} on the nodes that are used"
         )
 
-    def _best(self) -> tuple[Problem, Route] | None:
-        asked = self._workload.num_stages
-        if not self._places:
-            return None
-        if self._workload.objective == "throughput":
-            return busiest(
-                self.problem,
-                num_sites=len(self._places),
-                num_stages=asked,
-            )
-        problem = self.problem(1)
-        route = fastest(problem, num_stages=asked)
-        return None if route is None else (problem, route)
-
-    def _step_tokens(self, num_stages: int) -> int:
-        """As the scheduler does: one step more is in flight than there are stages."""
-        return -(-self._workload.max_concurrency // (num_stages + 1))
-
-    def _problem(self, tokens: int) -> Problem:
-        places, model = self._places, self._model
-        hosts = [place.node.host for place in places]
-        links = {(a, b): self._link(a, b) for a in set(hosts) for b in set(hosts)}
-        hidden, ids = tokens * model.hidden_bytes, tokens * TOKEN_ID_BYTES
-
-        def matrix(of: dict[tuple[str, str], float]) -> Matrix:
-            return np.array([[of[a, b] for b in hosts] for a in hosts])
-
-        return Problem(
-            sites=tuple(self._site(place, tokens) for place in places),
-            hop_s=matrix({pair: hop_s(hidden, link) for pair, link in links.items()}),
-            return_s=matrix({pair: hop_s(ids, link) for pair, link in links.items()}),
-            transfer_s=matrix({pair: transfer_s(hidden, link) for pair, link in links.items()}),
-            step_tokens=tokens,
-            streams=self._workload.max_concurrency,
-        )
-
-    def _site(self, place: Place, tokens: int) -> Site:
-        model, weights = self._model, self._weights
-        speed = device_speed(place.device, self._dtype)
-        assert speed is not None
-        context = max(1, self._workload.max_context_tokens // 2)
-        seconds = [
-            layer_s(model, layer, speed, tokens=tokens, context_tokens=context)
-            for layer in range(len(weights.layer_bytes))
-        ]
-        needs = [each + self._kv_bytes for each in weights.layer_bytes]
-        overhead = weights.workspace_bytes(self._workload.max_context_tokens)
-        return Site(
-            seconds_L=np.concatenate([[0.0], np.cumsum(seconds)]),
-            needs_L=np.concatenate([[0.0], np.cumsum(needs, dtype=np.float64)]),
-            capacity=place.usable_bytes - overhead,
-            first_s=embeddings_s(model, speed, tokens=tokens),
-            last_s=output_s(model, speed, tokens=tokens),
-            first_bytes=weights.embeddings_bytes,
-            last_bytes=weights.output_bytes,
-        )
-
-    def _prefill_s(self, sites: list[int], ends: list[int], tokens: int) -> float:
-        model, total, start = self._model, 0.0, 0
-        for number, (site, end) in enumerate(zip(sites, ends, strict=True)):
-            place = self._places[site]
-            speed = device_speed(place.device, self._dtype)
-            assert speed is not None
-            total += sum(
-                prefill_layer_s(model, layer, speed, tokens=tokens) for layer in range(start, end)
-            )
-            if end == len(model.expert_bytes):
-                total += output_s(model, speed, tokens=1)
-            if number:
-                before = self._places[sites[number - 1]].node.host
-                total += hop_s(tokens * model.hidden_bytes, self._link(before, place.node.host))
-            start = end
-        return total
-
-    def _link(self, source: str, target: str) -> Link:
-        return self._links.get((source, target)) or assumed_link(source, target)
-
     def _assumed(self, sites: list[int]) -> tuple[str, ...]:
-        hosts = [self._places[site].node.host for site in sites]
-        missing = [
-            f"{a} to {b}" for a, b in pairwise(hosts) if a != b and (a, b) not in self._links
-        ]
         said = [f"half of the context ({self._workload.max_context_tokens // 2} tokens) is in use"]
-        if missing:
+        if missing := self._placing.unmeasured(sites):
             link = assumed_link("a", "b")
             said.append(
                 f"1 GbE ({milliseconds(link.rtt_s)} round trip) where no link was measured: "
                 + ", ".join(missing)
             )
         return tuple(said)
+
+
+def _sites(home: int, members: int) -> tuple[int, ...]:
+    return (home, *helpers_of(home, members))

@@ -29,7 +29,7 @@ def cluster(*gigabytes: float) -> Inventory:
 
 
 def asked(context: int, concurrency: int) -> Workload:
-    return Workload(max_context_tokens=context, max_concurrency=concurrency)
+    return Workload(max_context_tokens=context, max_concurrency=concurrency, dtype="bf16")
 
 
 def grown(inventory: Inventory, host: str | None, more: int) -> Inventory:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magnetar.cluster.footprint import footprint, stored_dtype
-from magnetar.cluster.plan import Device, Inventory, Node, Plan, Workload
+from magnetar.cluster.plan import Device, Inventory, Node, NodeWish, Plan, UnusedNode, Workload
 from magnetar.cluster.plan_view import plan_json, plan_table
 from magnetar.cluster.planner import MARGIN, plan
 from magnetar.errors import InfeasiblePlanError, UsageError
@@ -25,8 +26,10 @@ def cluster(*nodes: Node) -> Inventory:
     return Inventory(nodes=nodes)
 
 
-def asked(context: int = 4096, concurrency: int = 1, **more: int | str | None) -> Workload:
-    fields = {"max_context_tokens": context, "max_concurrency": concurrency, **more}
+def asked(context: int = 4096, concurrency: int = 1, **more: object) -> Workload:
+    fields: dict[str, object] = {"max_context_tokens": context, "max_concurrency": concurrency}
+    fields["dtype"] = "bf16"
+    fields |= more
     return Workload(**fields)  # type: ignore[arg-type]
 
 
@@ -132,6 +135,58 @@ def test_float32_is_weighed_at_four_bytes() -> None:
 
 def test_the_checkpoint_decides_the_dtype_when_nobody_does() -> None:
     assert stored_dtype(model(n_layers=1, dim=128, dtype="fp16")[1]) == "fp16"
+
+
+def test_what_does_not_fit_as_stored_is_held_in_8_bits_with_a_note() -> None:
+    found = plan(*MIXTRAL, cluster(node("a", 80)), asked(dtype=None))
+    assert {stage.dtype for stage in found.stages} == {"int8"}
+    (note,) = found.notes
+    assert "stage 0 holds int8 in place of bf16, which saves 43" in note
+    with pytest.raises(InfeasiblePlanError, match="is enough: --dtype int8"):
+        plan(*MIXTRAL, cluster(node("a", 80)), asked())
+
+
+def test_a_node_that_is_excluded_gets_nothing() -> None:
+    nodes = cluster(node("a", 200), node("b", 150))
+    found = plan(*MIXTRAL, nodes, asked(nodes=(NodeWish(host="a", exclude=True),)))
+    assert [stage.host for stage in found.stages] == ["b"]
+    assert found.unused == (UnusedNode(host="a", reason="excluded, as asked"),)
+
+
+def test_a_node_with_a_limit_gets_no_more_than_that() -> None:
+    nodes = cluster(node("a", 200), node("b", 70))
+    limit = NodeWish(host="a", memory_bytes=60 * GB)
+    found = plan(*MIXTRAL, nodes, asked(nodes=(limit,)))
+    (stage,) = (stage for stage in found.stages if stage.host == "a")
+    assert stage.weights_bytes + stage.kv_bytes < 54 * GB
+
+
+def test_layers_are_where_they_are_pinned() -> None:
+    nodes = cluster(node("a", 70), node("b", 70), node("c", 70))
+    pins = (NodeWish(host="c", layers=(0, 5)), NodeWish(host="a", layers=(20, 32)))
+    found = plan(*MIXTRAL, nodes, asked(nodes=pins))
+    spans = {stage.host: (stage.first_layer, stage.end_layer) for stage in found.stages}
+    assert spans == {"c": (0, 5), "b": (5, 20), "a": (20, 32)}
+    assert found.prediction is None
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ((NodeWish(host="z", exclude=True),), "a wish for z, which is no node; nodes: a, b"),
+        ((NodeWish(host="a", exclude=True, layers=(0, 3)),), "a is excluded and layers 0-2"),
+        ((NodeWish(host="a", layers=(30, 40)),), "layers 30-39 are pinned to a; the model has"),
+        (
+            (NodeWish(host="a", layers=(0, 9)), NodeWish(host="b", layers=(8, 12))),
+            "layers 0-8 are pinned to a and 8-11 to b; a layer has one node",
+        ),
+        ((NodeWish(host="a", memory_bytes=0),), "a may use 0 bytes"),
+        ((NodeWish(host="a"), NodeWish(host="a")), "two wishes for a"),
+    ],
+)
+def test_wishes_that_contradict_are_named(wishes: tuple[NodeWish, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        plan(*MIXTRAL, cluster(node("a", 200), node("b", 200)), asked(nodes=wishes))
 
 
 def test_more_stages_than_layers_is_a_usage_error() -> None:

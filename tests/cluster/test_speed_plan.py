@@ -60,15 +60,18 @@ def test_one_stream_stays_on_the_fastest_node_that_holds_the_model() -> None:
 
 
 def test_throughput_spreads_over_nodes_in_proportion_to_speed() -> None:
-    nodes = linked(node("a", 200, 300), node("b", 200, 200), gbps=1.25)
-    found = plan(*MIXTRAL, nodes, asked(objective="throughput", max_concurrency=32))
+    # Bound by operations: what is read is read for all, and half of the streams read as much.
+    strong, weak = node("a", 200, 300, gemm_gflops=1500), node("b", 200, 200, gemm_gflops=1000)
+    nodes = linked(strong, weak, gbps=1.25)
+    found = plan(*MIXTRAL, nodes, asked(objective="throughput", max_concurrency=64))
     assert set(layers(found)) == {"a", "b"}
     assert 18 <= layers(found)["a"] <= 20
 
 
 def test_a_slow_link_moves_the_work_to_one_node() -> None:
     def stages_behind(rtt_s: float, gbps: float) -> int:
-        nodes = linked(node("a", 140, 300), node("b", 140, 300), rtt_s=rtt_s, gbps=gbps)
+        a, b = (node(name, 140, 300, gemm_gflops=1500) for name in "ab")
+        nodes = linked(a, b, rtt_s=rtt_s, gbps=gbps)
         found = plan(*MIXTRAL, nodes, asked(objective="throughput", max_concurrency=32))
         return len(found.stages)
 

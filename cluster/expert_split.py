@@ -1,0 +1,210 @@
+"""Spread the experts of some layers over a home and its helpers: least time within their memory.
+
+A layer chooses an option: how many experts each host holds, which takes so long. Layers are alike,
+and only memory ties them together. Two mixed options are a good answer at once. Where the counts
+are few the best one is found: by a dynamic programme over layers and the experts that every helper
+holds so far, or by branch and bound over the ways to choose options.
+
+    O  options      H  hosts, the home first      K  numbers of layers, from 0 on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from math import comb, prod
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[Any]"
+MOST_OPTIONS = 330
+"""All ways to spread a layer are tried up to so many; 8 experts over 4 hosts have 165."""
+EXACT_WORK = 400_000
+"""States of the programme times options times layers, up to which it is exact."""
+EXACT_CHOICES = 500_000
+"""Ways to choose options for the layers, up to which branch and bound finds the best one."""
+_MIXED_OPTIONS = 8
+
+
+def spreads(num_experts: int, solo_HN: Array) -> Array:
+    """[O, H]: counts of experts per host that are worth a thought; all of them where they are few.
+
+    `solo_HN` is what n experts take each host by itself; where there are too many ways, those
+    stay in which every host takes what it can within a common time.
+    """
+    num_hosts = len(solo_HN)
+    if comb(num_experts + num_hosts - 1, num_hosts - 1) <= MOST_OPTIONS:
+        bars = combinations(range(num_experts + num_hosts - 1), num_hosts - 1)
+        ends = [(-1, *at, num_experts + num_hosts - 1) for at in bars]
+        return np.array([np.diff(row) - 1 for row in ends], dtype=np.int64)
+    found: set[tuple[int, ...]] = {(num_experts, *(0,) * (num_hosts - 1))}
+    for limit in np.unique(solo_HN[:, 1:]):
+        counts = (solo_HN <= limit).cumprod(axis=1).sum(axis=1) - 1
+        slowest = sorted(range(num_hosts), key=lambda host: -solo_HN[host, 1])
+        while counts.sum() > num_experts:
+            # What is too much is taken from whoever would be last to finish.
+            held = [host for host in slowest if counts[host]]
+            counts[max(held, key=lambda host: solo_HN[host, counts[host]])] -= 1
+        if counts.sum() == num_experts:
+            found.add(tuple(int(count) for count in counts))
+    return np.array(sorted(found), dtype=np.int64)
+
+
+class Split:
+    """The best choices for every number of layers and some rooms of the home."""
+
+    def __init__(
+        self, seconds_O: Array, counts_OH: Array, *, home_VK: Array, helper_rooms: Sequence[int]
+    ) -> None:
+        """Rooms are in experts: `home_VK` of the home, by variant and number of layers (negative:
+        none), `helper_rooms` of every helper."""
+        order = np.argsort(seconds_O, kind="stable")
+        self._seconds_O, self._counts_OH = seconds_O[order], counts_OH[order]
+        self._home_VK = home_VK
+        num_layers = home_VK.shape[1] - 1
+        most = num_layers * int(counts_OH[0].sum())
+        self._rooms = [min(int(room), most) for room in helper_rooms]
+        self.seconds_VK = np.full(home_VK.shape, np.inf)
+        """Of so many layers; inf where they do not fit."""
+        self._chosen: dict[tuple[int, int], list[int]] = {}
+        self._reached: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._layers: list[Array] = []
+        self._solve(num_layers)
+
+    def counts(self, variant: int, num_layers: int) -> Array:
+        """[layers, H]: how many experts of each layer every host holds."""
+        assert np.isfinite(self.seconds_VK[variant, num_layers])
+        at = (variant, num_layers)
+        chosen = self._chosen[at] if at in self._chosen else self._walk(variant, num_layers)
+        return self._counts_OH[sorted(chosen)]
+
+    def spare(self, variant: int, num_layers: int) -> list[int]:
+        """Experts that every host could hold besides those of `counts`."""
+        rooms = [int(self._home_VK[variant, num_layers]), *self._rooms]
+        held = self.counts(variant, num_layers).sum(axis=0)
+        return [room - int(count) for room, count in zip(rooms, held, strict=True)]
+
+    def _solve(self, num_layers: int) -> None:
+        # Where the quickest option fits every layer, there is nothing to choose.
+        for variant, row in enumerate(self._home_VK):
+            for k in range(1, num_layers + 1):
+                if row[k] >= 0 and self._fits(0, k, row[k]):
+                    self.seconds_VK[variant, k] = k * self._seconds_O[0]
+                    self._chosen[variant, k] = [0] * k
+        open_VK = (self._home_VK >= 0) & ~np.isfinite(self.seconds_VK)
+        open_VK[:, 0] = False
+        if not open_VK.any():
+            return
+        states = prod(room + 1 for room in self._rooms)
+        if states * len(self._seconds_O) * num_layers <= EXACT_WORK:
+            self._programme(num_layers, open_VK)
+        else:
+            self._mix(num_layers, open_VK)
+            for variant, k in np.argwhere(open_VK):
+                if comb(len(self._seconds_O) + int(k) - 1, int(k)) <= EXACT_CHOICES:
+                    self._branch(int(variant), int(k))
+
+    def _fits(self, option: int, k: int, home_room: float) -> bool:
+        home, *helpers = self._counts_OH[option]
+        return bool(k * home <= home_room) and all(
+            k * count <= room for count, room in zip(helpers, self._rooms, strict=True)
+        )
+
+    def _programme(self, num_layers: int, open_VK: Array) -> None:
+        shape = tuple(room + 1 for room in self._rooms)
+        held = sum(np.indices(shape))
+        num_experts = int(self._counts_OH[0].sum())
+        best = np.full(shape, np.inf)
+        best[(0,) * len(shape)] = 0.0
+        for k in range(1, num_layers + 1):
+            grown, choice = np.full(shape, np.inf), np.zeros(shape, dtype=np.int16)
+            for option, (seconds, counts) in enumerate(
+                zip(self._seconds_O, self._counts_OH[:, 1:], strict=True)
+            ):
+                if any(count >= extent for count, extent in zip(counts, shape, strict=True)):
+                    continue
+                into = tuple(slice(count, None) for count in counts)
+                of = tuple(
+                    slice(0, extent - count) for count, extent in zip(counts, shape, strict=True)
+                )
+                candidate = best[of] + seconds
+                better = candidate < grown[into]
+                grown[into][better] = candidate[better]
+                choice[into][better] = option
+            best = grown
+            self._layers.append(choice)
+            for variant in np.flatnonzero(open_VK[:, k]):
+                within = np.where(k * num_experts - held <= self._home_VK[variant, k], best, np.inf)
+                self.seconds_VK[variant, k] = within.min()
+                if np.isfinite(within.min()):
+                    at = np.unravel_index(int(within.argmin()), shape)
+                    self._reached[int(variant), k] = tuple(int(n) for n in at)
+
+    def _walk(self, variant: int, num_layers: int) -> list[int]:
+        state, chosen = self._reached[variant, num_layers], []
+        for choice in reversed(self._layers[:num_layers]):
+            option = int(choice[state])
+            chosen.append(option)
+            state = tuple(
+                int(held - count)
+                for held, count in zip(state, self._counts_OH[option, 1:], strict=True)
+            )
+        return chosen
+
+    def _mix(self, num_layers: int, open_VK: Array) -> None:
+        some = self._useful()
+        counts_MH, seconds_M = self._counts_OH[some], self._seconds_O[some]
+        for k in np.flatnonzero(open_VK.any(axis=0)):
+            at = np.arange(k + 1)
+            total = (
+                counts_MH[:, None, None] * at[:, None]
+                + counts_MH[None, :, None] * (k - at)[:, None]
+            )
+            seconds = seconds_M[:, None, None] * at + seconds_M[None, :, None] * (k - at)
+            seconds = np.where((total[..., 1:] <= self._rooms).all(axis=-1), seconds, np.inf)
+            for variant in np.flatnonzero(open_VK[:, k]):
+                fits = total[..., 0] <= self._home_VK[variant, k]
+                within = np.where(fits, seconds, np.inf)
+                best = int(within.argmin())
+                a, b, number = (int(n) for n in np.unravel_index(best, within.shape))
+                if np.isfinite(within[a, b, number]):
+                    self.seconds_VK[variant, k] = within[a, b, number]
+                    mixed = [int(some[a])] * number + [int(some[b])] * int(k - number)
+                    self._chosen[int(variant), int(k)] = mixed
+
+    def _branch(self, variant: int, num_layers: int) -> None:
+        """Options in ascending order: what follows one takes at least as long as it."""
+        seconds_O = [float(seconds) for seconds in self._seconds_O]
+        counts_OH = [tuple(int(n) for n in row) for row in self._counts_OH]
+        best, found = float(self.seconds_VK[variant, num_layers]), None
+
+        def descend(least: int, chosen: tuple[int, ...], spent: float, rooms: list[float]) -> None:
+            nonlocal best, found
+            left = num_layers - len(chosen)
+            if not left:
+                best, found = spent, chosen
+                return
+            for option in range(least, len(seconds_O)):
+                if spent + left * seconds_O[option] >= best * (1 - 1e-12):
+                    return
+                rest = [room - n for room, n in zip(rooms, counts_OH[option], strict=True)]
+                if min(rest) >= 0:
+                    descend(option, (*chosen, option), spent + seconds_O[option], rest)
+
+        descend(0, (), 0.0, [float(self._home_VK[variant, num_layers]), *self._rooms])
+        if found is not None:
+            self.seconds_VK[variant, num_layers] = best
+            self._chosen[variant, num_layers] = list(found)
+
+    def _useful(self) -> Array:
+        """Options that are quickest, or quickest among those that spare a host."""
+        kept = set(range(min(_MIXED_OPTIONS, len(self._seconds_O))))
+        for host in range(self._counts_OH.shape[1]):
+            least = np.inf
+            for option, count in enumerate(self._counts_OH[:, host]):
+                if count < least:
+                    least = count
+                    kept.add(option)
+        return np.array(sorted(kept)[: 3 * _MIXED_OPTIONS], dtype=np.int64)

@@ -1,0 +1,154 @@
+"""The placement problem in seconds and bytes, free of models and machines, and what a route costs.
+
+A stage has a home, which computes attention and hands the step on, and possibly helpers that hold
+some of its experts. Its members, home included, are a bit mask over sites; no site has two stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix: TypeAlias = "npt.NDArray[np.floating[Any]]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """A device with what its stages would cost. Arrays are prefix sums over layers, [L + 1]."""
+
+    seconds_L: Matrix
+    needs_L: Matrix
+    """Bytes of the layers."""
+    capacity: float
+    """Bytes for them; less than any layer: of no use."""
+    first_s: float = 0.0
+    last_s: float = 0.0
+    """Added to the first and the last stage of the model."""
+    first_bytes: float = 0.0
+    last_bytes: float = 0.0
+    span: tuple[int, int] | None = None
+    """Layers that it must hold, and no other ones, if it is used; only it may hold them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One placement problem at one number of sequences per step."""
+
+    sites: tuple[Site, ...]
+    hop_s: Matrix
+    """[i, j]: from a stage on i to the next on j."""
+    return_s: Matrix
+    """[i, j]: from the last stage on i back to the first on j."""
+    transfer_s: Matrix
+    """[i, j]: how long a step occupies the link from i to j."""
+    step_tokens: int
+    streams: int
+    shared: Callable[[int, int], Matrix] | None = None
+    """(home, members): [u, v] seconds of layers [u, v) with experts on all members, inf where
+    they do not fit; None: every stage has one site."""
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return len(self.sites[0].seconds_L) - 1
+
+    def stage_LL(self, home: int, members: int) -> Matrix:
+        """[u, v]: seconds of a stage with layers [u, v), inf where it may not be."""
+        if members == 1 << home:
+            found = _alone(self.sites[home], self.num_layers)
+        else:
+            assert self.shared is not None
+            found = self.shared(home, members)
+        spans = {site.span for site in self.sites if site.span is not None}
+        return _within_spans(found, self.sites[home].span, spans) if spans else found
+
+    def may_help(self, site: int) -> bool:
+        """Whether a site may hold experts of a stage elsewhere."""
+        return self.sites[site].span is None
+
+
+def _alone(site: Site, num_layers: int) -> Matrix:
+    needs = site.needs_L[None, :] - site.needs_L[:, None]
+    seconds = site.seconds_L[None, :] - site.seconds_L[:, None]
+    needs[0] += site.first_bytes
+    seconds[0] += site.first_s
+    needs[:, -1] += site.last_bytes
+    seconds[:, -1] += site.last_s
+    layers = np.arange(num_layers + 1)
+    fits = (needs <= site.capacity) & (layers[None, :] > layers[:, None])
+    return np.where(fits, seconds, np.inf)
+
+
+def _within_spans(
+    stage_LL: Matrix, own: tuple[int, int] | None, spans: set[tuple[int, int]]
+) -> Matrix:
+    found = np.full_like(stage_LL, np.inf)
+    if own is not None:
+        found[own] = stage_LL[own]
+        return found
+    layers = np.arange(len(stage_LL))
+    free = np.ones_like(stage_LL, dtype=bool)
+    for start, end in spans:
+        free &= (layers[None, :] <= start) | (layers[:, None] >= end)
+    found[free] = stage_LL[free]
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Route:
+    """Stages in pipeline order: the home of each, its members, and its end layer."""
+
+    sites: tuple[int, ...]
+    members: tuple[int, ...]
+    ends: tuple[int, ...]
+    stages_s: tuple[float, ...]
+    round_trip_s: float
+    bottleneck_s: float
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first layer of each stage."""
+        return (0, *self.ends[:-1])
+
+    def tokens_per_s(self, problem: Problem) -> float:
+        """What the throughput goal maximises."""
+        return min(problem.step_tokens / self.bottleneck_s, problem.streams / self.round_trip_s)
+
+
+def evaluate(
+    problem: Problem,
+    sites: Sequence[int],
+    ends: Sequence[int],
+    members: Sequence[int] | None = None,
+) -> Route:
+    """A given route with its times; of stages on one site, memory is not checked."""
+    starts = (0, *ends[:-1])
+    masks = tuple(members) if members is not None else tuple(1 << site for site in sites)
+    stages = []
+    for home, mask, start, end in zip(sites, masks, starts, ends, strict=True):
+        if mask == 1 << home:
+            stages.append(_stage_s(problem.sites[home], start, end, problem.num_layers))
+        else:
+            stages.append(float(problem.stage_LL(home, mask)[start, end]))
+    pairs = list(pairwise(sites))
+    hops = [float(problem.hop_s[i, j]) for i, j in pairs]
+    transfers = [float(problem.transfer_s[i, j]) for i, j in pairs]
+    back = float(problem.return_s[sites[-1], sites[0]])
+    return Route(
+        sites=tuple(sites),
+        members=masks,
+        ends=tuple(ends),
+        stages_s=tuple(stages),
+        round_trip_s=sum(stages) + sum(hops) + back,
+        bottleneck_s=max(stages + transfers),
+    )
+
+
+def _stage_s(site: Site, start: int, end: int, num_layers: int) -> float:
+    seconds = float(site.seconds_L[end] - site.seconds_L[start])
+    return seconds + (start == 0) * site.first_s + (end == num_layers) * site.last_s

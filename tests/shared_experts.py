@@ -1,0 +1,156 @@
+"""Small clusters whose stages may share experts, and every plan for them: an oracle."""
+
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import (
+    combinations,
+    combinations_with_replacement,
+    pairwise,
+    permutations,
+    product,
+)
+
+import numpy as np
+
+from magnetar.cluster.cost import attention_s
+from magnetar.cluster.expert_cost import Seat, hosts_s
+from magnetar.cluster.place import places_of
+from magnetar.cluster.placing import Placing
+from magnetar.cluster.plan import Device, Inventory, Link, Node, Workload
+from magnetar.cluster.problem import Problem
+from magnetar.tests.planning import model
+
+Stages = tuple[tuple[int, tuple[int, ...], int], ...]
+"""Home, helpers and end layer of each."""
+
+
+def small_cluster(seed: int, *, num_nodes: int, num_layers: int, num_experts: int) -> Placing:
+    """Nodes of very different speed and memory behind links that bind."""
+    draw = random.Random(seed)
+    config, index = model(n_layers=num_layers, dim=1024, num_experts=num_experts)
+    layer_gb = num_experts * 0.022
+    nodes = tuple(
+        Node(
+            host=f"n{number}",
+            address="",
+            num_cpus=1,
+            devices=(
+                Device(
+                    kind="cpu",
+                    # What a stage takes besides its layers, and some of these.
+                    memory_bytes=int(0.75e9 + draw.uniform(0.1, 0.9) * num_layers * layer_gb * 1e9),
+                    read_gbps=draw.choice([5, 20, 60, 200]) * draw.uniform(0.8, 1.2),
+                    gemm_gflops=draw.uniform(200, 20000),
+                ),
+            ),
+        )
+        for number in range(num_nodes)
+    )
+    links = tuple(
+        Link(
+            source=a.host,
+            target=b.host,
+            rtt_s=10 ** draw.uniform(-5, -2.5),
+            gbps=10 ** draw.uniform(-2, 0.5),
+            overhead_s=1e-5,
+        )
+        for a, b in permutations(nodes, 2)
+    )
+    inventory = Inventory(nodes=nodes, links=links)
+    workload = Workload(max_context_tokens=64, max_concurrency=8, separate_experts=True)
+    places = places_of(inventory)
+    kv_bytes = 8 * 64 * 1024
+    return Placing(
+        config, index, inventory, workload, places, ["bf16"] * num_nodes, kv_bytes=kv_bytes
+    )
+
+
+def every_plan(placing: Placing, tokens: int) -> Iterator[tuple[float, float]]:
+    """Round trip and bottleneck of every plan that fits: all orders, cuts, helpers and spreads.
+
+    A stage's experts are spread in every way over its members; layers and experts are alike, so
+    that a way is how many layers have how many experts on which member.
+    """
+    problem = placing.problem(tokens)
+    stage_s = cache(_stage_of(placing, problem, tokens))
+    count, num_layers = len(problem.sites), problem.num_layers
+    for stages in range(1, min(count, num_layers) + 1):
+        for homes in permutations(range(count), stages):
+            others = [site for site in range(count) if site not in homes]
+            for helped in product(range(stages + 1), repeat=len(others)):
+                helpers = [
+                    tuple(o for o, at in zip(others, helped, strict=True) if at == number)
+                    for number in range(stages)
+                ]
+                for inner in combinations(range(1, num_layers), stages - 1):
+                    ends = (*inner, num_layers)
+                    times = [
+                        stage_s(home, there, start, end)
+                        for home, there, start, end in zip(
+                            homes, helpers, (0, *inner), ends, strict=True
+                        )
+                    ]
+                    if None in times:
+                        continue
+                    seconds = [time for time in times if time is not None]
+                    pairs = list(pairwise(homes))
+                    hops = sum(problem.hop_s[pair] for pair in pairs)
+                    back = problem.return_s[homes[-1], homes[0]]
+                    transfers = [problem.transfer_s[pair] for pair in pairs]
+                    yield sum(seconds) + hops + back, max([*seconds, *transfers])
+
+
+def _stage_of(
+    placing: Placing, problem: Problem, tokens: int
+) -> Callable[[int, tuple[int, ...], int, int], float | None]:
+    cost = placing.cost(0)
+    expert = cost.expert_bytes[0]
+
+    def stage_s(home: int, helpers: tuple[int, ...], start: int, end: int) -> float | None:
+        site = problem.sites[home]
+        is_first, is_last = start == 0, end == problem.num_layers
+        layers = end - start
+        seats = [Seat(speed=placing.speed(home))] + [
+            Seat(speed=placing.speed(other), link=placing.link(home, other)) for other in helpers
+        ]
+        options = [
+            counts
+            for counts in product(range(cost.num_experts + 1), repeat=len(seats))
+            if sum(counts) == cost.num_experts
+        ]
+        held = np.zeros((len(options), len(seats), cost.num_experts), dtype=np.int64)
+        for option, counts in enumerate(options):
+            expert_of = iter(range(cost.num_experts))
+            for host, number in enumerate(counts):
+                for _ in range(number):
+                    held[option, host, next(expert_of)] = 1
+        times = hosts_s(cost, 0, seats, held, tokens=tokens)
+        used = site.needs_L[layers] - layers * cost.num_experts * expert
+        used += is_first * site.first_bytes + is_last * site.last_bytes
+        rooms = np.array(
+            [site.capacity - used]
+            + [
+                placing.places[other].usable_bytes - placing.helper_overhead_bytes(home)
+                for other in helpers
+            ]
+        )
+        needed = np.array(options) * expert
+        best = min(
+            (
+                times[list(chosen)].sum()
+                for chosen in combinations_with_replacement(range(len(options)), layers)
+                if (needed[list(chosen)].sum(axis=0) <= rooms).all()
+            ),
+            default=None,
+        )
+        if best is None:
+            return None
+        if not helpers:
+            best = site.seconds_L[end] - site.seconds_L[start]
+        else:
+            speed = placing.speed(home)
+            best += layers * attention_s(cost, 0, speed, tokens=tokens, context_tokens=32)
+        return float(best + is_first * site.first_s + is_last * site.last_s)
+
+    return stage_s
