@@ -5,7 +5,7 @@ from typing import Literal
 
 from ..fetcher.config import ReleaseHints
 from .expert_pins import ExpertPin
-from .plan import ComputeDtype, Objective
+from .plan import ComputeDtype, NodeWish, Objective
 
 SourceKind = Literal["magnet", "torrent", "folder"]
 
@@ -46,6 +46,8 @@ class DeploymentSpec:
     num_stages: int | None = None
     objective: Objective = "latency"
     """What placement is best at where the speeds of all nodes are known."""
+    node_wishes: tuple[NodeWish, ...] = ()
+    """What single nodes may be used for."""
     expert_pins: tuple[ExpertPin, ...] = ()
     """Experts for certain nodes, on top of the placement."""
     max_context_tokens: int | None = None

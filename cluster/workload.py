@@ -27,5 +27,7 @@ def workload_of(spec: DeploymentSpec, config: ModelConfig) -> Workload:
         dtype=spec.dtype,
         num_stages=spec.num_stages,
         objective=spec.objective,
+        separate_experts=True,
+        nodes=spec.node_wishes,
         min_context_tokens=(None if asked else min(MIN_CONTEXT_TOKENS, config.max_context_tokens)),
     )

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..cluster.expert_pins import ExpertPin
-from ..cluster.plan import ComputeDtype, Objective
+from ..cluster.plan import ComputeDtype, NodeWish, Objective
 from ..cluster.spec import DeploymentSpec
 from ..errors import MagnetarError
 from ..fetcher.only import parse_only
@@ -165,6 +165,26 @@ class ExpertsOnNode(Part):
         )
 
 
+class NodeUse(Part):
+    """What one node may be used for."""
+
+    node: str = Field(min_length=1, description="Label of the node, as `magnetar nodes` shows it.")
+    exclude: bool = Field(default=False, description="It gets nothing.")
+    memory_gigabytes: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
+        default=None, description="At most so much of each of its devices, in units of 1e9 bytes."
+    )
+    layers: Annotated[str, Field(pattern=r"^\d{1,4}(-\d{1,4})?$")] | None = Field(
+        default=None, description="It holds these layers and no others, for example 0-7."
+    )
+
+    def to_wish(self) -> NodeWish:
+        """The same for the planner."""
+        memory = None if self.memory_gigabytes is None else int(self.memory_gigabytes * 1e9)
+        first, _, last = (self.layers or "").partition("-")
+        layers = (int(first), int(last or first) + 1) if self.layers else None
+        return NodeWish(host=self.node, exclude=self.exclude, memory_bytes=memory, layers=layers)
+
+
 class Placement(Part):
     """Where it runs."""
 
@@ -182,6 +202,9 @@ class Placement(Part):
     experts: list[ExpertsOnNode] = Field(
         default_factory=list,
         description="Experts for certain nodes: each computes those of layers that others have.",
+    )
+    nodes: list[NodeUse] = Field(
+        default_factory=list, description="What single nodes may be used for; others for all."
     )
     ray_address: str | None = Field(
         default=None,
@@ -290,6 +313,7 @@ class Deployment(Part):
             batch_invariant=model.batch_invariant,
             num_stages=placement.stages,
             objective=placement.objective,
+            node_wishes=tuple(use.to_wish() for use in placement.nodes),
             expert_pins=tuple(experts.to_pin() for experts in placement.experts),
             max_context_tokens=model.max_context_tokens,
             max_concurrency=serve.max_concurrency,

@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 
+from magnetar.cluster.plan import NodeWish
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.cluster.workload import MIN_CONTEXT_TOKENS, workload_of
 from magnetar.errors import UsageError
 from magnetar.fetcher.config import ModelConfig
+from magnetar.manifests.schema import NodeUse
 
 CONFIG = ModelConfig(
     dim=64,
@@ -46,3 +48,16 @@ def test_a_longer_context_than_the_models_is_a_usage_error() -> None:
 def test_a_model_with_a_tiny_context_keeps_it() -> None:
     config = dataclasses.replace(CONFIG, max_context_tokens=128)
     assert workload_of(SPEC, config).min_context_tokens == 128
+
+
+def test_wishes_for_nodes_come_from_the_manifest() -> None:
+    values: list[dict[str, object]] = [
+        {"node": "deneb", "exclude": True},
+        {"node": "rigel", "memoryGigabytes": 24.0, "layers": "0-7"},
+        {"node": "vega", "layers": "31"},
+    ]
+    assert tuple(NodeUse.model_validate(value).to_wish() for value in values) == (
+        NodeWish(host="deneb", exclude=True),
+        NodeWish(host="rigel", memory_bytes=24_000_000_000, layers=(0, 8)),
+        NodeWish(host="vega", layers=(31, 32)),
+    )
