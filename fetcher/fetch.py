@@ -160,6 +160,24 @@ class Fetch:
         """
         self._release().restrict(ranges)
 
+    def order(self, steps: Iterable[Iterable[ByteRange]]) -> None:
+        """Brings the bytes of the first step first, then those of the next; others come last.
+
+        Wants no more than before. Does `metadata`.
+
+        Raises:
+            ReleaseError: the release has no such bytes.
+        """
+        self._release().order(steps)
+
+    def wait(self, ranges: Iterable[ByteRange], timeout_s: float) -> bool:
+        """Whether these bytes are verified and in the files, now or within the time.
+
+        For any thread, while another is in `download` or after it. After `metadata`.
+        """
+        assert self._found is not None, "metadata comes first"
+        return self._found.wait(ranges, timeout_s)
+
     def join(self) -> Member | None:
         """Opens the torrent for other nodes that fetch it too; None for a folder. After `restrict`.
 

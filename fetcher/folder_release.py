@@ -67,6 +67,13 @@ class FolderRelease:
     def restrict(self, ranges: Iterable[ByteRange] | None) -> None:
         """Does nothing: what is there is there."""
 
+    def order(self, steps: Iterable[Iterable[ByteRange]]) -> None:
+        """Does nothing."""
+
+    def wait(self, ranges: Iterable[ByteRange], timeout_s: float) -> bool:
+        """Whatever it is, it is there."""
+        return True
+
     def join(self) -> Member | None:
         """None: there is no torrent to share."""
         return None

@@ -21,6 +21,7 @@ from .torrent.holding import Holding
 from .torrent.metainfo import Metainfo
 from .torrent.pieces import PieceReader
 from .verify import check_release_sums
+from .waves import waves_of
 
 if TYPE_CHECKING:
     from .checkpoint.release import ReleaseFacts
@@ -113,6 +114,12 @@ class TorrentRelease:
 
     def restrict(self, ranges: Iterable[ByteRange] | None) -> None:
         self._holding.restrict(None if ranges is None else self._holding.piece_map.pieces(ranges))
+
+    def order(self, steps: Iterable[Iterable[ByteRange]]) -> None:
+        self._holding.order(waves_of(steps, self._holding.piece_map))
+
+    def wait(self, ranges: Iterable[ByteRange], timeout_s: float) -> bool:
+        return self._download.arrival.wait(self._holding.piece_map.pieces(ranges), timeout_s)
 
     def join(self) -> Member | None:
         address, held = self._download.join()

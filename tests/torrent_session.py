@@ -28,6 +28,9 @@ class FakeTorrentSession:
     jobs: list[TorrentJob] = field(default_factory=list)
     connects: list[tuple[float, tuple[Address, ...]]] = field(default_factory=list)
     resumes_s: list[float] = field(default_factory=list)
+    priorities: list[list[int]] = field(default_factory=list)
+    flushes: list[float] = field(default_factory=list)
+    answers_flush: bool = True
     is_closed: bool = False
 
     def clock(self) -> float:
@@ -56,12 +59,15 @@ class FakeTorrentSession:
 
     def only(self, hosts: Iterable[str] | None) -> None: ...
 
-    def prioritize(self, priorities: Sequence[int]) -> None: ...
+    def prioritize(self, priorities: Sequence[int]) -> None:
+        self.priorities.append(list(priorities))
 
     def urge(self, pieces: Iterable[int]) -> None: ...
 
     def flush(self) -> None:
-        self.events.append(Flushed())
+        self.flushes.append(self.now_s)
+        if self.answers_flush:
+            self.events.append(Flushed())
 
     def request_resume_data(self) -> None:
         self.resumes_s.append(self.now_s)

@@ -5,7 +5,7 @@ import ipaddress
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -48,6 +48,8 @@ class Connection:
         self.timeout_s = timeout_s
         self.on_resume_data: Callable[[bytes], None] = _ignore
         """What is done with resume data; there is none before a torrent with files is added."""
+        self.on_readable: Callable[[Sequence[bool]], None] = _ignore
+        """Who hears which pieces may be read from the files."""
         self._session_factory = session_factory
         self._on_progress = on_progress
         self._stop = stop
@@ -91,6 +93,7 @@ class Connection:
             timeout_s=self.timeout_s,
             on_progress=self._on_progress,
             on_resume_data=lambda data: self.on_resume_data(data),
+            on_readable=lambda have: self.on_readable(have),
             stop=self._stop,
             node=self._node,
         )
@@ -155,4 +158,4 @@ def _is_loopback(url: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def _ignore(data: bytes) -> None: ...
+def _ignore(news: bytes | Sequence[bool]) -> None: ...

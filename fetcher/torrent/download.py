@@ -6,11 +6,13 @@ otherwise libtorrent hashes the files again.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from ...errors import DownloadError, MagnetarError
+from ..arrival import Arrival
 from ..ownership import Role
 from ..progress import Phase
+from ..waves import Waves
 from .connection import Connection
 from .contacts import shown
 from .holding import Holding
@@ -31,6 +33,9 @@ class Download:
         self._holding = holding
         self._connection = connection
         connection.on_resume_data = self._keep_resume_data
+        connection.on_readable = self._tell
+        self.arrival = Arrival()
+        """What may be read of the files."""
         self._role: Role | None = None
         self._have: tuple[bool, ...] = ()
         self._is_open = False
@@ -50,7 +55,7 @@ class Download:
         if any(not self._have[piece] for piece in needed):
             self._was_done = False  # The files change now, by our own hand.
         status = swarm.fetch(
-            self._priorities(needed, level=7),
+            Waves.of(needed),
             urgent=tuple(piece for piece in sorted(needed) if not self._have[piece]),
             phase="plan",
             doing="the pieces that say what the model is",
@@ -62,14 +67,17 @@ class Download:
         """Fetches what is missing of what is wanted, and records that it is right."""
         holding = self._holding
         if holding.is_intact():
+            self.arrival.tell(holding.verified())
             return
         swarm = self._open()
         if self._was_done and not holding.matches(holding.place.record.read()):
             self.recheck()  # Somebody changed a file behind libtorrent's back.
-        wanted = holding.wanted()
+        else:
+            self._tell(self._have)
+        waves = holding.waves()
         self._was_done = False
-        status = self._fetch_shared(swarm, wanted, phase) or swarm.fetch(
-            self._priorities(wanted), phase=phase, doing=holding.metainfo.name
+        status = self._fetch_shared(swarm, waves, phase) or swarm.fetch(
+            waves, phase=phase, doing=holding.metainfo.name
         )
         self._have = tuple(status.have)
         swarm.save_resume_data()
@@ -105,10 +113,12 @@ class Download:
         before = self._have
         # Until the check is over nothing is known, and an end before that must leave no claim.
         self._holding.forget()
+        self.arrival.tell(frozenset())
         self._is_open = False
         self.hashed_bytes += self._holding.file_bytes()
         self._have = tuple(swarm.recheck().have)
         self._is_open = True
+        self._tell(self._have)
         if self._have == before:
             self._remember(done=self._was_done)
             return False
@@ -129,22 +139,20 @@ class Download:
             # Often the very disk error that ended the download, which is what the user should see.
             logger.warning("what is on disk will be hashed again next time: %s", error)
 
-    def _fetch_shared(
-        self, swarm: Swarm, wanted: frozenset[int], phase: Phase
-    ) -> TorrentStatus | None:
+    def _fetch_shared(self, swarm: Swarm, waves: Waves, phase: Phase) -> TorrentStatus | None:
         """First what is ours to bring, then what partners bring, from them alone.
 
         None where there are no partners, or where they do not deliver.
         """
         role, self._role = self._role, None
+        wanted = waves.pieces
         if role is None or not role.borrowed & wanted:
             return None
         doing = self._holding.metainfo.name
-        owned = wanted - role.borrowed
-        priorities = self._priorities(owned)
-        for piece in role.lent & owned:
-            priorities[piece] = 7  # Somebody waits for these.
-        swarm.fetch(priorities, phase=phase, doing=doing)
+        owned = waves.within(wanted - role.borrowed)
+        # Somebody waits for what is lent.
+        owned = Waves.of(role.lent & owned.pieces, *owned.waves)
+        swarm.fetch(owned, phase=phase, doing=doing)
         self._have = tuple(swarm.verified()) or self._have
         # What is left would come from outside too, a second time (measured: 1.15 to 1.38 times the
         # bytes), unless nobody outside can be asked.
@@ -153,9 +161,7 @@ class Download:
         if self._connection.timeout_s is not None:
             patience_s = min(patience_s, self._connection.timeout_s / 2)
         try:
-            return swarm.fetch(
-                self._priorities(wanted), phase=phase, doing=doing, patience_s=patience_s
-            )
+            return swarm.fetch(waves, phase=phase, doing=doing, patience_s=patience_s)
         except StalledError:
             logger.warning(
                 "%s: other nodes bring nothing for %.0f s; taking the rest from outside",
@@ -187,7 +193,7 @@ class Download:
                 trackers=self._connection.sources.trackers,
                 web_seeds=self._connection.sources.web_seeds,
                 peers=self._connection.addresses,
-                piece_priorities=self._priorities(()),
+                piece_priorities=[0] * holding.metainfo.num_pieces,
                 unwanted=frozenset(holding.selection.surplus),
                 resume=resume,
                 trusts_resume=is_fresh,
@@ -208,14 +214,11 @@ class Download:
         # Only now can no write come any more that would change a fingerprint.
         self._remember(done=False)
 
-    def _priorities(self, wanted: Iterable[int], *, level: int = 4) -> list[int]:
-        priorities = [0] * self._holding.metainfo.num_pieces
-        for piece in wanted:
-            priorities[piece] = level
-        return priorities
-
     def _there(self) -> frozenset[int]:
         return frozenset(piece for piece, is_there in enumerate(self._have) if is_there)
+
+    def _tell(self, have: Sequence[bool]) -> None:
+        self.arrival.tell(frozenset(piece for piece, is_there in enumerate(have) if is_there))
 
     def _remember(self, *, done: bool) -> None:
         self._holding.remember(self._have, done=done)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from ..layout import Selection
 from ..piece_map import PieceMap
 from ..store import Record, ReleaseFolder, fingerprints
+from ..waves import Waves
 from .metainfo import Metainfo
 
 SMALL_FILE_BYTES = 16 << 20
@@ -23,10 +24,20 @@ class Holding:
         self.selection = selection
         self.piece_map = PieceMap.of_torrent(metainfo, root=selection.root)
         self._share: frozenset[int] | None = None
+        self._order = Waves(())
 
     def restrict(self, share: frozenset[int] | None) -> None:
         """Wants only these pieces and the small files' from now on; None wants all files."""
         self._share = share
+
+    def order(self, order: Waves) -> None:
+        """Wants these pieces first from now on, as far as they are wanted at all."""
+        self._order = order
+
+    def waves(self) -> Waves:
+        """What a download brings, in order: the small files are always first."""
+        small = self.file_pieces(set(self.selection.wanted) - set(self.selection.weights))
+        return Waves.of(small, *self._order.waves).within(self.wanted())
 
     def wanted(self) -> frozenset[int]:
         """The pieces that a download brings."""

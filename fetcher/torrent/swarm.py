@@ -2,11 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ...errors import DownloadError, InterruptedByUserError, TimedOutError
 from ..progress import Phase, Progress, ProgressSink
+from ..waves import Waves
 from .contacts import Contacts
 from .session import (
     Address,
@@ -28,6 +29,8 @@ REPORT_S = 0.25
 STALL_S = 5.0
 RECONNECT_S = 2.0
 RESUME_S = 30.0
+PUBLISH_S = 0.5
+"""New pieces are made readable at most this often: each time the write queue is emptied."""
 FRESH_S = 2.0
 COUNT_S = 1.5
 ANSWER_S = 60.0
@@ -50,6 +53,7 @@ class Swarm:
         timeout_s: float | None,
         on_progress: ProgressSink,
         on_resume_data: Callable[[bytes], None],
+        on_readable: Callable[[Sequence[bool]], None],
         stop: threading.Event,
         node: str,
         clock: Callable[[], float] = time.monotonic,
@@ -60,6 +64,7 @@ class Swarm:
         self._timeout_s = timeout_s
         self._on_progress = on_progress
         self._on_resume_data = on_resume_data
+        self._on_readable = on_readable
         self._stop = stop
         self._node = node
         self._clock = clock
@@ -67,6 +72,9 @@ class Swarm:
         self._seen: set[type] = set()
         self._reconnected_s = clock()
         self._resumed_s = clock()
+        self._published_s = -PUBLISH_S
+        self._published: Sequence[bool] = ()
+        self._being_flushed: Sequence[bool] | None = None
         self._earlier_bytes = 0
         self._is_checking = False
         self._has_files = False
@@ -131,6 +139,7 @@ class Swarm:
     def add(self, job: TorrentJob) -> TorrentStatus:
         """Adds a torrent and waits until what is on disk is known."""
         self._seen.discard(Checked)
+        self._published, self._being_flushed = (), None
         self._session.add(job)
         return self._checked()
 
@@ -142,37 +151,42 @@ class Swarm:
 
     def fetch(
         self,
-        priorities: list[int],
+        waves: Waves,
         *,
         urgent: tuple[int, ...] = (),
         phase: Phase,
         doing: str,
         patience_s: float | None = None,
     ) -> TorrentStatus:
-        """Waits until every piece with a priority is verified and in the files.
+        """Waits until every piece of the waves is verified and in the files; no other is wanted.
+
+        Meanwhile `on_readable` hears of those that are.
 
         Raises:
             StalledError: nothing arrived for `patience_s`, if that is given. TimedOutError: nor for
             the time of the constructor. DownloadError: the disk failed. InterruptedByUserError:
             `stop` was set.
         """
-        self._session.prioritize(priorities)
-        if urgent:
-            self._session.urge(urgent)
-        wanted = [piece for piece, priority in enumerate(priorities) if priority]
+        front = -1
 
         def is_there() -> bool:
-            status = self._session.status()
-            return (
-                status is not None
-                and len(status.have) == len(priorities)
-                and all(status.have[piece] for piece in wanted)
-            )
+            nonlocal front
+            have = self.verified()
+            if not have:
+                return False
+            if (now := waves.front(have)) != front:
+                front = now
+                self._session.prioritize(waves.priorities(front, len(have)))
+                if urgent:
+                    self._session.urge(piece for piece in urgent if not have[piece])
+            self._publish(have)
+            return front == len(waves.waves)
 
         self._wait(is_there, phase=phase, doing=doing, patience_s=patience_s)
         status = self._session.status()
         assert status is not None
         self.flush()
+        self._on_readable(status.have)
         return status
 
     def verified(self) -> tuple[bool, ...]:
@@ -182,6 +196,8 @@ class Swarm:
 
     def flush(self) -> None:
         """Waits until verified pieces are in the files."""
+        # The answer to an earlier request says nothing about pieces that came since.
+        self._until(lambda: self._being_flushed is None)
         self._answer(Flushed, self._session.flush)
 
     def save_resume_data(self) -> None:
@@ -198,6 +214,15 @@ class Swarm:
         """Ends the session."""
         self._earlier_bytes = self.received_bytes
         self._session.close()
+
+    def _publish(self, have: Sequence[bool]) -> None:
+        """Has what is new written to the files, and told when it is."""
+        now_s = self._clock()
+        is_due = now_s - self._published_s >= PUBLISH_S
+        if self._being_flushed is None and is_due and have != self._published:
+            self._published_s = now_s
+            self._published = self._being_flushed = have
+            self._session.flush()
 
     def _checked(self) -> TorrentStatus:
         self._is_checking = True
@@ -219,8 +244,11 @@ class Swarm:
             self._take(event)
         self._seen.discard(kind)
         request()
+        self._until(lambda: kind in self._seen)
+
+    def _until(self, is_answered: Callable[[], bool]) -> None:
         deadline_s = self._clock() + ANSWER_S
-        while kind not in self._seen:
+        while not is_answered():
             for event in self._session.poll(POLL_S):
                 self._take(event)
             if self._clock() > deadline_s:
@@ -235,6 +263,10 @@ class Swarm:
             self._metadata = event.info
         elif isinstance(event, Listening):
             self._listens.append(event.address)
+        elif isinstance(event, Flushed):
+            flushed, self._being_flushed = self._being_flushed, None
+            if flushed is not None:
+                self._on_readable(flushed)
         elif isinstance(event, ResumeData) and event.data:
             self._on_resume_data(event.data)
         elif isinstance(event, StorageFailed):

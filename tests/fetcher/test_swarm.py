@@ -10,6 +10,7 @@ from magnetar.fetcher.progress import Progress
 from magnetar.fetcher.torrent.contacts import Contacts
 from magnetar.fetcher.torrent.session import (
     Checked,
+    Flushed,
     MetadataArrived,
     PeerLost,
     PeerView,
@@ -18,7 +19,8 @@ from magnetar.fetcher.torrent.session import (
     TorrentStatus,
     TrackerFailed,
 )
-from magnetar.fetcher.torrent.swarm import RESUME_S, STALL_S, Swarm
+from magnetar.fetcher.torrent.swarm import PUBLISH_S, RESUME_S, STALL_S, Swarm
+from magnetar.fetcher.waves import Waves
 from magnetar.tests.torrent_session import FakeTorrentSession
 
 JOB = TorrentJob(info_hash="a" * 40, save_path=Path("unused"))
@@ -34,6 +36,7 @@ class Scene:
         self.stop = threading.Event()
         self.told: list[Progress] = []
         self.resume_data: list[bytes] = []
+        self.readable: list[tuple[float, tuple[bool, ...]]] = []
         self.swarm = Swarm(
             session=self.session,
             contacts=Contacts(
@@ -43,6 +46,7 @@ class Scene:
             timeout_s=timeout_s,
             on_progress=self.told.append,
             on_resume_data=self.resume_data.append,
+            on_readable=lambda have: self.readable.append((self.session.now_s, tuple(have))),
             stop=self.stop,
             node="n1",
             clock=self.session.clock,
@@ -52,7 +56,7 @@ class Scene:
         self.session.script = step
 
     def fetch(self) -> TorrentStatus:
-        return self.swarm.fetch([4, 0], phase="download", doing="tiny")
+        return self.swarm.fetch(Waves.of({0}), phase="download", doing="tiny")
 
     def messages(self) -> str:
         return "\n".join(progress.message for progress in self.told)
@@ -69,6 +73,46 @@ def test_returns_once_the_wanted_pieces_are_there() -> None:
     assert 3 < scene.session.now_s < 4
     assert {progress.message for progress in scene.told} == {"tiny"}
     assert {progress.node for progress in scene.told} == {"n1"}
+
+
+def test_the_first_wave_that_lacks_a_piece_has_the_highest_priority() -> None:
+    scene = Scene()
+    waves = Waves.of({3}, {0, 1}, {2})
+
+    def arrive(session: FakeTorrentSession) -> None:
+        there = {piece for piece, at_s in ((1, 1), (3, 2), (0, 3), (2, 4)) if session.now_s > at_s}
+        have = tuple(piece in there for piece in range(5))
+        session.reading = replace(MOVING, have=have)
+
+    scene.play(arrive)
+    scene.swarm.fetch(waves, phase="download", doing="tiny")
+    assert scene.session.priorities == [
+        [6, 6, 5, 7, 0],
+        [7, 7, 6, 7, 0],
+        [7, 7, 7, 7, 0],
+        [7, 7, 7, 7, 0],
+    ]
+
+
+def test_pieces_are_readable_once_they_were_written_and_not_before() -> None:
+    scene = Scene()
+
+    def arrive(session: FakeTorrentSession) -> None:
+        session.reading = replace(MOVING, have=(session.now_s > 1, session.now_s > 4))
+        # The disk takes two seconds for what it was asked to write.
+        while session.flushes and session.flushes[0] + 2 <= session.now_s:
+            session.flushes.pop(0)
+            session.events.append(Flushed())
+
+    scene.session.answers_flush = False
+    scene.play(arrive)
+    scene.swarm.fetch(Waves.of({0, 1}), phase="download", doing="tiny")
+    first = next(at_s for at_s, have in scene.readable if have[0])
+    assert 3 <= first < 3 + 2 + PUBLISH_S
+    last_s, last = scene.readable[-1]
+    assert last == (True, True)
+    assert last_s >= 6
+    assert all(not have[1] for at_s, have in scene.readable if at_s < 6)
 
 
 @pytest.mark.parametrize(
