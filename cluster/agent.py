@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from ..errors import InterruptedByUserError
 from ..fetcher.checkpoint.release import facts_to_json
 from ..fetcher.config import ReleaseHints
 from ..fetcher.fetch import Fetch
@@ -26,8 +27,8 @@ T = TypeVar("T")
 class NodeAgent:
     """Runs as a threaded Ray actor, one for each node and deployment.
 
-    Methods block until their work is done; `progress` and `stop` answer meanwhile. Everything
-    that touches the fetch runs in one thread of its own. Errors are `MagnetarError`s.
+    Methods block until their work is done; `progress`, `wait` and `stop` answer meanwhile.
+    Everything else runs in one thread of its own. Errors are `MagnetarError`s.
     """
 
     def __init__(
@@ -99,6 +100,21 @@ class NodeAgent:
         """Want these bytes of the weights alone, or the whole release. After `metadata`."""
         self._run(lambda: self._started().restrict(ranges))
 
+    def order(self, steps: tuple[tuple[ByteRange, ...], ...]) -> None:
+        """Bring the bytes of each step before those of the next. After `metadata`."""
+        self._run(lambda: self._started().order(steps))
+
+    def folder(self) -> str:
+        """The release folder on this node, which `download` fills. After `metadata`."""
+        return self._run(lambda: str(self._started().folder()))
+
+    def wait(self, ranges: tuple[ByteRange, ...], timeout_s: float) -> bool:
+        """Whether these bytes may be read, now or within the time. After `folder`."""
+        fetch = self._fetch
+        if fetch is None:
+            raise InterruptedByUserError("the download has ended")
+        return fetch.wait(ranges, timeout_s)
+
     def check_disk(self) -> None:
         """Raise DiskSpaceError where the rest of what is wanted does not fit. After `metadata`."""
         self._run(lambda: self._started().check_disk())
@@ -111,17 +127,13 @@ class NodeAgent:
         """Divide the download with the other nodes. After `join`."""
         self._run(lambda: self._started().share(role))
 
-    def download(self) -> str:
-        """Bring all that is wanted; the release folder on this node. After `metadata`."""
-        return self._run(lambda: str(self._started().download()))
+    def download(self) -> None:
+        """Bring all that is wanted; `wait` tells meanwhile what is there. After `metadata`."""
+        self._run(lambda: self._started().download())
 
     def verify(self) -> None:
         """Check the release's own checksums. After `download`."""
         self._run(lambda: self._started().verify())
-
-    def verified(self) -> tuple[ByteRange, ...] | None:
-        """What may be read of the release here; None: all of it. After `verify`."""
-        return self._run(lambda: self._started().verified())
 
     def fetched(self) -> FetchedShare:
         """What was brought to this node. After `metadata`."""

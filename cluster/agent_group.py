@@ -9,6 +9,7 @@ from ..fetcher.ownership import assign_roles
 from ..fetcher.piece_map import ByteRange
 from ..fetcher.progress import ProgressSink
 from .agent import NodeAgent
+from .arrivals import agent_name
 from .link_cache import remembered_links
 from .plan import Inventory
 from .ray_calls import call, gather
@@ -18,7 +19,8 @@ from .status import FetchedShare
 
 START_TIMEOUT_S: Final = 120.0
 CLOSE_TIMEOUT_S: Final = 20.0
-_METHODS_AT_ONCE: Final = 4
+_METHODS_AT_ONCE: Final = 16
+"""More than a node has stages that wait for their layers."""
 
 
 class AgentGroup:
@@ -44,7 +46,7 @@ class AgentGroup:
         actor = ray.remote(NodeAgent)
         self._agents: dict[str, Any] = {
             node.host: actor.options(
-                name=f"{deployment}/agent/{node.host}",
+                name=agent_name(deployment, node.host),
                 lifetime="detached" if detached else None,
                 num_cpus=0,
                 max_concurrency=_METHODS_AT_ONCE,
@@ -84,6 +86,14 @@ class AgentGroup:
             {host: self._agents[host].restrict.remote(ranges) for host, ranges in shares.items()}
         )
 
+    def order(self, steps: Mapping[str, tuple[tuple[ByteRange, ...], ...]]) -> None:
+        """Let each host bring the bytes of each of its steps before those of the next."""
+        self._all({host: self._agents[host].order.remote(each) for host, each in steps.items()})
+
+    def folders(self, hosts: Sequence[str]) -> dict[str, str]:
+        """The release folder on each host, which `download` fills."""
+        return self._all({host: self._agents[host].folder.remote() for host in hosts})
+
     def check_disks(self, hosts: Sequence[str]) -> None:
         """Raise DiskSpaceError where a share does not fit, before any of it is downloaded."""
         self._all({host: self._agents[host].check_disk.remote() for host in hosts})
@@ -95,17 +105,13 @@ class AgentGroup:
         roles = assign_roles(members)
         self._all({host: self._agents[host].share.remote(role) for host, role in roles.items()})
 
-    def download(self, hosts: Sequence[str]) -> dict[str, str]:
-        """Bring to each of `hosts` what it wants; the release folder on each."""
-        return self._all({host: self._agents[host].download.remote() for host in hosts})
+    def download(self, hosts: Sequence[str]) -> None:
+        """Bring to each of `hosts` what it wants."""
+        self._all({host: self._agents[host].download.remote() for host in hosts})
 
     def verify(self, hosts: Sequence[str]) -> None:
         """Check the release's own checksums on all of `hosts`."""
         self._all({host: self._agents[host].verify.remote() for host in hosts})
-
-    def verified(self, hosts: Sequence[str]) -> dict[str, tuple[ByteRange, ...] | None]:
-        """What may be read of the release on each host; None: all of it."""
-        return self._all({host: self._agents[host].verified.remote() for host in hosts})
 
     def fetched(self, hosts: Sequence[str]) -> tuple[FetchedShare, ...]:
         """What was brought to each host."""
@@ -117,12 +123,16 @@ class AgentGroup:
         """End all fetches and keep what resumes them."""
         self._all({host: agent.close.remote() for host, agent in self._agents.items()})
 
+    def interrupt(self) -> None:
+        """Make whatever the agents are doing end with InterruptedByUserError, soon."""
+        for agent in self._agents.values():
+            agent.stop.remote()
+
     def stop(self) -> None:
         """End all work, keep what resumes it, end the agents; errors of dying ones are ignored."""
         import ray
 
-        for agent in self._agents.values():
-            agent.stop.remote()
+        self.interrupt()
         closed = [agent.close.remote() for agent in self._agents.values()]
         if closed:
             ray.wait(closed, num_returns=len(closed), timeout=CLOSE_TIMEOUT_S)

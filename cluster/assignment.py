@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..fetcher.piece_map import ByteRange
 from .plan import ComputeDtype, ExpertHost, StagePlan
+from .status import StageLoad
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +31,10 @@ class StageAssignment:
     stage: StagePlan
     num_kv_blocks: int
     folder: str
-    """The verified release on this node."""
+    """The release on this node."""
+    agent: str
+    """The actor that brings it there, and knows which bytes have arrived."""
     facts_json: str
-    verified: tuple[ByteRange, ...] | None = None
-    """What may be read of the release on this node; None: all of it."""
     batch_invariant: bool = False
     """See `DeploymentSpec.batch_invariant`."""
 
@@ -50,10 +50,9 @@ class HelperAssignment:
     """Of the stage: the first row of the helper's experts."""
     dtype: ComputeDtype
     folder: str
-    """The verified release on this node."""
+    agent: str
+    """As in `StageAssignment`, both."""
     facts_json: str
-    verified: tuple[ByteRange, ...] | None = None
-    """As in `StageAssignment`."""
     batch_invariant: bool = False
 
 
@@ -63,6 +62,7 @@ class GatewayAssignment:
 
     links: LinkSetup
     folder: str
+    """The release on its node, whose config and tokenizer are there already."""
     facts_json: str
     num_stages: int
     num_kv_blocks: int
@@ -75,7 +75,7 @@ class GatewayAssignment:
 
 
 class StageRole(Protocol):
-    """An actor that holds one stage. Calls come in this order; `loaded_bytes`, `stop` any time."""
+    """An actor that holds one stage. Calls come in this order; `loaded`, `stop` any time."""
 
     def __init__(self, assignment: StageAssignment) -> None: ...
 
@@ -84,10 +84,10 @@ class StageRole(Protocol):
         ...
 
     def load(self) -> int:
-        """Read the weights; their bytes in memory. Blocks."""
+        """Read the weights as they arrive; their bytes in memory. Blocks."""
         ...
 
-    def loaded_bytes(self) -> int:
+    def loaded(self) -> StageLoad:
         """How far `load` is."""
         ...
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Final
@@ -9,7 +10,7 @@ from typing import Final
 from ..errors import InterruptedByUserError, MagnetarError, StageLostError
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_to_json
 from ..fetcher.piece_map import ByteRange, ranges_of
-from ..fetcher.progress import Phase, Progress
+from ..fetcher.progress import PHASES, Phase, Progress
 from .agent_group import AgentGroup
 from .assignment import PipelineRoles
 from .expert_pins import pin_experts
@@ -19,9 +20,16 @@ from .plan import Plan
 from .planner import plan as place_model
 from .progress_board import ProgressBoard
 from .ray_runtime import RayNode
-from .shard import shard_of
+from .shard import loading_steps, shard_of
 from .spec import DeploymentSpec
-from .status import ConditionType, DeploymentStatus, Failure, Report, with_condition
+from .status import (
+    ConditionType,
+    DeploymentStatus,
+    Failure,
+    Report,
+    StageLoad,
+    with_condition,
+)
 from .workload import workload_of
 
 WATCH_S: Final = 0.5
@@ -62,9 +70,12 @@ class Controller:
         last = self._journal.read() or {}
         epoch = int(last.get("epoch", 0)) + 1
         self._lock = threading.Lock()
+        self._journal_lock = threading.Lock()
         self._status = DeploymentStatus(name=spec.name, model_name=spec.model_name, epoch=epoch)
         self._board = ProgressBoard()
+        self._open_phases: set[Phase] = set()
         self._finished_phases: set[Phase] = set()
+        self._fetching: Future[None] | None = None
         self._stop = threading.Event()
         self._agents = AgentGroup(
             deployment=spec.name,
@@ -117,31 +128,26 @@ class Controller:
 
     def _deploy(self) -> None:
         facts, plan = self._find_place()
-        folders, verified = self._fetch(facts, plan)
-        facts_json = facts_to_json(facts)
-
-        self._enter("load")
-        self._pipeline.brief_gateway(
-            plan, self._spec, folder=folders[self._home], facts_json=facts_json
-        )
-        self._pipeline.place(
-            plan, self._spec, folders=folders, facts_json=facts_json, verified=verified
-        )
-        self._hold("PipelinePlaced", "Placed", _placement(plan))
-        self._pipeline.load(plan, self._publish)
-        self._hold("WeightsReady", "Loaded")
-
-        self._enter("warm")
-        self._pipeline.connect()
-        seconds = self._pipeline.warm()
-        self._leave("warm", f"one token through every stage took {seconds * 1000:.0f} ms")
-        self._hold("StagesReady", "TokenWentThrough")
-
+        # Several stages may be on one node. The gateway needs the tokenizer: where its node has no
+        # stage, it fetches the small files alone.
+        hosts = list(dict.fromkeys([*plan.hosts, self._home]))
+        self._enter("download")
+        folders = self._prepare_fetch(facts, plan, hosts)
+        with ThreadPoolExecutor(1, "controller-fetch") as thread:
+            # Stages load what has arrived while the rest is under way.
+            self._fetching = thread.submit(self._fetch, hosts)
+            try:
+                self._load(facts, plan, folders)
+                self._fetching.result()
+            except BaseException:
+                self._agents.interrupt()
+                raise
         self._enter("serving")
         url = self._pipeline.serve()
         self._change(url=url)
         self._leave("serving", url)
         self._hold("EndpointReady", "Listening", url)
+        self._agents.close_fetches()
 
     def _find_place(self) -> tuple[ReleaseFacts, Plan]:
         """Metadata and plan. The port is taken first: on the node where it was asked for."""
@@ -163,34 +169,57 @@ class Controller:
         self._leave("plan", "; ".join((_placement(plan), *plan.notes)))
         return facts, plan
 
-    def _fetch(
-        self, facts: ReleaseFacts, plan: Plan
-    ) -> tuple[dict[str, str], dict[str, tuple[ByteRange, ...] | None]]:
-        """Download and verify on every node of the plan what its stages and helpers read.
-
-        The home node joins them for the gateway's sake, which needs the tokenizer: where it has no
-        stage it fetches the small files alone. The release folder on each, and what may be read
-        of it.
-        """
-        hosts = list(dict.fromkeys([*plan.hosts, self._home]))
-        self._enter("download")
+    def _prepare_fetch(
+        self, facts: ReleaseFacts, plan: Plan, hosts: Sequence[str]
+    ) -> dict[str, str]:
+        """Tell every node what it has to bring, and in which order; the release folder on each."""
         self._agents.metadata(hosts, self._spec.source)
         if len(hosts) > 1:
             self._agents.restrict({host: self._share(facts, plan, host) for host in hosts})
+        steps = {host: loading_steps(facts.index, plan, host) for host in hosts}
+        self._agents.order({host: tuple(map(ranges_of, each)) for host, each in steps.items()})
         self._agents.check_disks(hosts)
         if len(hosts) > 1 and self._spec.source.kind != "folder":
             self._agents.divide(hosts)
-        folders = self._agents.download(hosts)
+        return self._agents.folders(hosts)
+
+    def _fetch(self, hosts: Sequence[str]) -> None:
+        """Download and verify on every node what its stages read; in a thread of its own."""
+        self._agents.download(hosts)
         self._leave("download")
         self._enter("verify")
         self._agents.verify(hosts)
-        verified = self._agents.verified(hosts)
-        if self._spec.source.kind != "folder":
-            self._change(fetched=self._agents.fetched(hosts))
-        self._agents.close_fetches()
         self._leave("verify")
         self._hold("SourceVerified", "Verified")
-        return folders, verified
+        if self._spec.source.kind != "folder":
+            self._change(fetched=self._agents.fetched(hosts))
+
+    def _load(self, facts: ReleaseFacts, plan: Plan, folders: dict[str, str]) -> None:
+        """Place the stages, load what arrives, send a token through; may end before `_fetch`."""
+        facts_json = facts_to_json(facts)
+        self._pipeline.brief_gateway(
+            plan, self._spec, folder=folders[self._home], facts_json=facts_json
+        )
+        self._pipeline.place(plan, self._spec, folders=folders, facts_json=facts_json)
+        self._hold("PipelinePlaced", "Placed", _placement(plan))
+        self._enter("load")
+        self._pipeline.load(plan, self._publish, on_loaded=self._note_loaded)
+        self._leave("load")
+        self._hold("WeightsReady", "Loaded")
+
+        self._enter("warm")
+        self._pipeline.connect()
+        seconds = self._pipeline.warm()
+        self._leave("warm", f"one token through every stage took {seconds * 1000:.0f} ms")
+        self._hold("StagesReady", "TokenWentThrough")
+
+    def _note_loaded(self, loads: tuple[StageLoad, ...]) -> None:
+        """Keep how far the stages are; raise what ended the download, for which they would wait."""
+        assert self._fetching is not None
+        if self._fetching.done():
+            self._fetching.result()
+        if [load.num_layers for load in loads] != [each.num_layers for each in self._status.loaded]:
+            self._change(loaded=loads)
 
     def _share(self, facts: ReleaseFacts, plan: Plan, host: str) -> tuple[ByteRange, ...] | None:
         """What a node wants of the weights; None: all of them."""
@@ -213,11 +242,19 @@ class Controller:
         if stopped and not isinstance(error, InterruptedByUserError):
             error = InterruptedByUserError("the deployment was stopped")
         reason = "Stopped" if stopped else type(error).__name__
-        condition = "EndpointReady" if stopped else _CONDITION_OF[self._status.phase]
+        condition = "EndpointReady" if stopped else self._kept_from(error)
         with self._lock:
             failure = self._status.failure or Failure.of(error)
             self._status = replace(self._status, failure=failure, url=None)
         self._hold(condition, reason, str(error), status=False)
+
+    def _kept_from(self, error: Exception) -> ConditionType:
+        """The condition that a failure keeps from becoming true."""
+        fetching = self._fetching
+        if fetching is not None and fetching.done() and fetching.exception() is error:
+            return "SourceVerified"
+        # Where several phases are under way, the download would have said so itself.
+        return _CONDITION_OF[max(self._open_phases, key=PHASES.index, default="metadata")]
 
     def _end(self) -> None:
         try:
@@ -231,10 +268,14 @@ class Controller:
             self._change(finished=True)
 
     def _enter(self, phase: Phase) -> None:
-        self._change(phase=phase)
+        self._open_phases.add(phase)
+        self._change(phase=min(self._open_phases, key=PHASES.index))
         self._publish(Progress(phase=phase))
 
     def _leave(self, phase: Phase, message: str = "") -> None:
+        self._open_phases.discard(phase)
+        if self._open_phases:
+            self._change(phase=min(self._open_phases, key=PHASES.index))
         if phase not in self._finished_phases:
             self._publish(Progress(phase=phase, message=message, finished=True))
 
@@ -248,26 +289,28 @@ class Controller:
     def _hold(
         self, kind: ConditionType, reason: str, message: str = "", *, status: bool = True
     ) -> None:
-        conditions = with_condition(
-            self._status.conditions,
-            kind,
-            status=status,
-            reason=reason,
-            message=message,
-            now=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        self._change(conditions=conditions)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._lock:
+            conditions = with_condition(
+                self._status.conditions,
+                kind,
+                status=status,
+                reason=reason,
+                message=message,
+                now=now,
+            )
+            self._status = replace(self._status, conditions=conditions)
+        self._change()
 
     def _change(self, **fields: object) -> None:
         """Replace fields of the status and write it down."""
         with self._lock:
             self._status = replace(self._status, **fields)  # type: ignore[arg-type]
-            record = {
-                "epoch": self._status.epoch,
-                "spec": asdict(self._spec),
-                "status": self._status.to_json(),
-            }
-        self._journal.write(record)
+        with self._journal_lock:  # so that the last to write writes the newest
+            status = self._status
+            self._journal.write(
+                {"epoch": status.epoch, "spec": asdict(self._spec), "status": status.to_json()}
+            )
 
 
 def _placement(plan: Plan) -> str:

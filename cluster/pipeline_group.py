@@ -4,7 +4,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from ..errors import (
@@ -13,8 +13,8 @@ from ..errors import (
     PreflightError,
     StageLostError,
 )
-from ..fetcher.piece_map import ByteRange
 from ..fetcher.progress import Progress, ProgressSink
+from .arrivals import agent_name
 from .assignment import (
     GatewayAssignment,
     HelperAssignment,
@@ -27,6 +27,7 @@ from .plan import ExpertHost, Plan, StagePlan
 from .ray_calls import any_ended, call, endings, gather
 from .ray_runtime import RayNode
 from .spec import DeploymentSpec
+from .status import StageLoad
 
 PLACE_TIMEOUT_S: Final = 60.0
 CONNECT_TIMEOUT_S: Final = 120.0
@@ -114,11 +115,10 @@ class PipelineGroup:
         *,
         folders: Mapping[str, str],
         facts_json: str,
-        verified: Mapping[str, tuple[ByteRange, ...] | None],
     ) -> None:
         """Reserve the memory of all stages and helpers, and start their actors.
 
-        `verified` is what may be read of the release on each node; None: all of it.
+        `folders` are those of the release on each node, whether or not they are complete.
 
         Raises:
             PreflightError: somebody else has reserved the memory in the meantime.
@@ -142,8 +142,8 @@ class PipelineGroup:
                 stage=stage,
                 num_kv_blocks=plan.num_kv_blocks,
                 folder=folders[stage.host],
+                agent=agent_name(self._deployment, stage.host),
                 facts_json=facts_json,
-                verified=verified[stage.host],
                 batch_invariant=spec.batch_invariant,
             )
             name = f"s{stage.index}"
@@ -157,8 +157,8 @@ class PipelineGroup:
                 first_layer=stage.first_layer,
                 dtype=stage.dtype,
                 folder=folders[helper.host],
+                agent=agent_name(self._deployment, helper.host),
                 facts_json=facts_json,
-                verified=verified[helper.host],
                 batch_invariant=spec.batch_invariant,
             )
             helpers = self._helpers[stage.index]
@@ -188,8 +188,16 @@ class PipelineGroup:
             .remote(assignment)
         )
 
-    def load(self, plan: Plan, on_progress: ProgressSink) -> None:
-        """Let all stages and helpers read their weights at once, and wait for the gateway too.
+    def load(
+        self,
+        plan: Plan,
+        on_progress: ProgressSink,
+        *,
+        on_loaded: Callable[[tuple[StageLoad, ...]], None],
+    ) -> None:
+        """Let all stages and helpers read their weights as they arrive; wait for the gateway.
+
+        `on_loaded` hears how far the stages are, again and again; what it raises ends this.
 
         Raises:
             TokenizerError: the tokenizer does not fit the model.
@@ -201,8 +209,12 @@ class PipelineGroup:
         began = time.monotonic()
 
         def tell(*, finished: bool = False) -> None:
-            refs = [member.loaded_bytes.remote() for member in loading]
-            done = total if finished else min(total, sum(gather(refs, who="a stage")))
+            refs = [stage.loaded.remote() for stage in self._stages]
+            loads: list[StageLoad] = gather(refs, who="a stage", stop=self._stop)
+            on_loaded(tuple(loads))
+            helping = [helper.loaded_bytes.remote() for each in self._helpers for helper in each]
+            num_bytes = sum(load.num_bytes for load in loads) + sum(gather(helping, who="a helper"))
+            done = total if finished else min(total, num_bytes)
             seconds = time.monotonic() - began
             on_progress(
                 Progress(
@@ -210,7 +222,7 @@ class PipelineGroup:
                     done_bytes=done,
                     total_bytes=total,
                     rate_bytes_per_s=done / seconds if seconds else 0.0,
-                    message=f"{len(self._stages)} stages" if len(self._stages) > 1 else "1 stage",
+                    message=_layers_ready(loads),
                     finished=finished,
                 )
             )
@@ -316,6 +328,12 @@ class PipelineGroup:
                     f"Ray does not grant the memory that the plan found free ({wanted}); another "
                     "deployment has reserved it: take that down, or use other nodes"
                 )
+
+
+def _layers_ready(loads: Sequence[StageLoad]) -> str:
+    """``layers 5/16 7/16``: of each stage, in order."""
+    counts = " ".join(f"{load.num_layers}/{load.total_layers}" for load in loads)
+    return f"layers ready {counts}"
 
 
 def _helpers_of(plan: Plan) -> Iterator[tuple[StagePlan, ExpertHost]]:

@@ -78,6 +78,18 @@ class FetchedShare:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageLoad:
+    """How far a stage is with reading its weights."""
+
+    index: int
+    num_layers: int
+    """Ready to compute."""
+    total_layers: int
+    num_bytes: int
+    """In memory, of the parts outside the layers too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DeploymentStatus:
     """Everything a controller tells about its deployment."""
 
@@ -86,6 +98,7 @@ class DeploymentStatus:
     epoch: int
     """Grows with every start under the same name."""
     phase: Phase = "metadata"
+    """The first that is not over; later ones may have begun."""
     conditions: tuple[Condition, ...] = ()
     plan: Plan | None = None
     chat_format: str | None = None
@@ -93,6 +106,8 @@ class DeploymentStatus:
     """Set once the API answers."""
     fetched: tuple[FetchedShare, ...] = ()
     """By node of the plan, once everything is there; empty for a plain folder."""
+    loaded: tuple[StageLoad, ...] = ()
+    """By stage, from when they have begun."""
     failure: Failure | None = None
     finished: bool = False
     """Everything that the deployment had started has ended."""

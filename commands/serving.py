@@ -106,9 +106,11 @@ def status_table(found: Sequence[Mapping[str, Any]], *, details: bool) -> str:
                 f"  {each['message']}".rstrip()
                 for each in told.get("conditions") or ()
             ]
+            loaded = {each["index"]: each["num_layers"] for each in told.get("loaded") or ()}
             lines += [
                 f"  stage {stage['index']}: layers {stage['first_layer']}-{stage['end_layer'] - 1}"
                 f" on {stage['host']} ({stage['device']}, {stage['dtype']})"
+                + (f", {loaded[stage['index']]} ready" if stage["index"] in loaded else "")
                 for stage in (told.get("plan") or {}).get("stages", ())
             ]
     return "\n".join(lines)

@@ -146,6 +146,10 @@ class Fetch:
         """Where the release's files lie among the pieces; None for a folder. Does `metadata`."""
         return self._release().piece_map()
 
+    def folder(self) -> Path:
+        """What holds params.json or config.json, now or after `download`. Does `metadata`."""
+        return self._release().folder
+
     def sizes(self) -> dict[str, int]:
         """The release's files and their full sizes in bytes. Does `metadata`."""
         return self._release().sizes()
@@ -206,7 +210,7 @@ class Fetch:
         self._release().check_disk()
 
     def download(self) -> Path:
-        """Fetches all that is wanted; returns the folder that holds params.json or config.json.
+        """Fetches all that is wanted; returns `folder`.
 
         Raises:
             TimedOutError, DownloadError, InterruptedByUserError: what arrived is kept.

@@ -42,7 +42,7 @@ class FolderRelease:
         self.name = str(folder)
         self.hashed_bytes = 0
         """Bytes that were read to check them."""
-        self._folder = folder
+        self.folder = folder
         self._store = store
         self._on_progress = on_progress
         self._stop = stop
@@ -52,7 +52,7 @@ class FolderRelease:
         """See `Fetch.facts`."""
         from .checkpoint.release import FolderReader, read_release
 
-        return read_release(FolderReader(self._folder), given=given, known=known)
+        return read_release(FolderReader(self.folder), given=given, known=known)
 
     def piece_map(self) -> PieceMap | None:
         """None."""
@@ -62,7 +62,7 @@ class FolderRelease:
         """The files and their sizes."""
         from .checkpoint.release import FolderReader
 
-        return dict(FolderReader(self._folder).files())
+        return dict(FolderReader(self.folder).files())
 
     def restrict(self, ranges: Iterable[ByteRange] | None) -> None:
         """Does nothing: what is there is there."""
@@ -91,7 +91,7 @@ class FolderRelease:
     def outlook(self) -> Outlook:
         """The files, of which none is wanted."""
         return Outlook(
-            name=self._folder.name,
+            name=self.folder.name,
             info_hash=None,
             files=self.sizes(),
             piece_length=0,
@@ -99,7 +99,7 @@ class FolderRelease:
             wanted_bytes=0,
             missing_bytes=0,
             store=self._store.root,
-            free_bytes=shutil.disk_usage(self._folder).free,
+            free_bytes=shutil.disk_usage(self.folder).free,
         )
 
     def check_disk(self) -> None:
@@ -107,11 +107,11 @@ class FolderRelease:
 
     def download(self) -> Path:
         """The folder."""
-        return self._folder
+        return self.folder
 
     def verify(self) -> None:
         """Checks the md5 sums of a RELEASE file. Raises what `Fetch.verify` raises."""
-        folder = self._folder.resolve()
+        folder = self.folder.resolve()
         self.hashed_bytes += check_release_sums(
             base=folder,
             root="",

@@ -112,6 +112,10 @@ class TorrentRelease:
             for path in self._selection.wanted
         }
 
+    @property
+    def folder(self) -> Path:
+        return self._place.data / self._selection.root
+
     def restrict(self, ranges: Iterable[ByteRange] | None) -> None:
         self._holding.restrict(None if ranges is None else self._holding.piece_map.pieces(ranges))
 
@@ -158,7 +162,7 @@ class TorrentRelease:
 
     def download(self) -> Path:
         self._download.complete()
-        return self._place.data / self._selection.root
+        return self.folder
 
     def verify(self) -> None:
         for _ in range(MAX_REPAIRS):

@@ -7,13 +7,17 @@ Ray calls their methods from several threads; torch is imported when there is so
 import asyncio
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..cluster.arrivals import AgentArrivals
 from ..cluster.assignment import GatewayAssignment, LinkSetup, StageAssignment, helper_name
 from ..cluster.plan import StagePlan
+from ..cluster.shard import stage_shard, steps_of
+from ..cluster.status import StageLoad
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_from_json
 from .api.server import Server, bind
 from .text.load import load_tokenizer
@@ -38,20 +42,22 @@ class StageActor:
     def __init__(self, assignment: StageAssignment) -> None:
         self._assignment = assignment
         self._loaded_bytes = 0
+        self._loaded_parts = 0
+        self._stop = threading.Event()
         self._stage: Stage | None = None
         self._listener: LinkListener | None = None
         self._helpers: list[HelperLink] = []
         self._worker: StageWorker | None = None
 
     def load(self) -> int:
-        """Read the weights of the stage from the verified files."""
+        """Read the weights of the stage as they arrive in the files."""
         # Weights in huge pages, where the system gives them to those who ask: decoding 1 and 8
         # streams on two busy cores was 11 and 7 % faster (medians of five). torch reads this before
         # its first tensor.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         import torch
 
-        from ..fetcher.checkpoint.source import FileTensorSource
+        from ..fetcher.checkpoint.arriving import ArrivingTensorSource
         from .engine.stage import Stage
 
         given, plan = self._assignment, self._assignment.stage
@@ -60,7 +66,12 @@ class StageActor:
         facts = facts_from_json(given.facts_json)
         self._stage = Stage.load(
             config=facts.config,
-            source=FileTensorSource(Path(given.folder), facts.index, verified=given.verified),
+            source=ArrivingTensorSource(
+                Path(given.folder),
+                facts.index,
+                steps_of(stage_shard(facts.index, plan)),
+                AgentArrivals(given.agent, self._stop),
+            ),
             first_layer=plan.first_layer,
             end_layer=plan.end_layer,
             has_embeddings=plan.has_embeddings,
@@ -74,9 +85,18 @@ class StageActor:
         )
         return self._stage.loaded_bytes
 
-    def loaded_bytes(self) -> int:
+    def loaded(self) -> StageLoad:
         """How far `load` is."""
-        return self._loaded_bytes
+        plan = self._assignment.stage
+        total = plan.end_layer - plan.first_layer
+        # The embeddings come before the layers, the output head after them.
+        layers = self._loaded_parts - plan.has_embeddings
+        return StageLoad(
+            index=plan.index,
+            num_layers=min(max(layers, 0), total),
+            total_layers=total,
+            num_bytes=self._loaded_bytes,
+        )
 
     def listen(self) -> str:
         """Open the link for the stage before this one."""
@@ -117,7 +137,8 @@ class StageActor:
             self._leave_helpers()
 
     def stop(self) -> None:
-        """End the worker and the links."""
+        """End loading, the worker and the links."""
+        self._stop.set()
         self._leave_helpers()  # first: the worker may wait for one
         if self._worker is not None:
             self._worker.stop()
@@ -130,6 +151,7 @@ class StageActor:
 
     def _count(self, loaded_bytes: int) -> None:
         self._loaded_bytes = loaded_bytes
+        self._loaded_parts += 1
 
 
 class GatewayActor:

@@ -1,10 +1,13 @@
 """The actor that holds experts of a stage on another device."""
 
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..cluster.arrivals import AgentArrivals
 from ..cluster.assignment import HelperAssignment, helper_name
+from ..cluster.shard import helper_shard, steps_of
 from ..fetcher.checkpoint.release import facts_from_json
 
 if TYPE_CHECKING:
@@ -22,16 +25,17 @@ class HelperActor:
     def __init__(self, assignment: HelperAssignment) -> None:
         self._assignment = assignment
         self._loaded_bytes = 0
+        self._stop = threading.Event()
         self._helper: Helper | None = None
         self._listener: LinkListener | None = None
         self._worker: HelperWorker | None = None
 
     def load(self) -> int:
-        """Read the weights of the experts from the verified files."""
+        """Read the weights of the experts as they arrive in the files."""
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `StageActor` does, before torch
         import torch
 
-        from ..fetcher.checkpoint.source import FileTensorSource
+        from ..fetcher.checkpoint.arriving import ArrivingTensorSource
         from .engine.helper import Helper
 
         given, host = self._assignment, self._assignment.helper
@@ -39,7 +43,12 @@ class HelperActor:
         facts = facts_from_json(given.facts_json)
         self._helper = Helper.load(
             config=facts.config,
-            source=FileTensorSource(Path(given.folder), facts.index, verified=given.verified),
+            source=ArrivingTensorSource(
+                Path(given.folder),
+                facts.index,
+                steps_of(helper_shard(facts.index, host, given.first_layer)),
+                AgentArrivals(given.agent, self._stop),
+            ),
             experts=dict(enumerate(host.experts, start=given.first_layer)),
             dtype=given.dtype,
             device=host.device,
@@ -85,7 +94,8 @@ class HelperActor:
         self._worker.wait()
 
     def stop(self) -> None:
-        """End the worker and the link."""
+        """End loading, the worker and the link."""
+        self._stop.set()
         if self._worker is not None:
             self._worker.stop()
         if self._listener is not None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from magnetar.cluster.assignment import GatewayAssignment, HelperAssignment, StageAssignment
+from magnetar.cluster.status import StageLoad
 from magnetar.errors import PortInUseError, StageLostError
 
 
@@ -19,8 +20,15 @@ class FakeStage:
     def load(self) -> int:
         return self._assignment.stage.weights_bytes
 
-    def loaded_bytes(self) -> int:
-        return self._assignment.stage.weights_bytes
+    def loaded(self) -> StageLoad:
+        stage = self._assignment.stage
+        layers = stage.end_layer - stage.first_layer
+        return StageLoad(
+            index=stage.index,
+            num_layers=layers,
+            total_layers=layers,
+            num_bytes=stage.weights_bytes,
+        )
 
     def listen(self) -> str:
         return f"{self._assignment.links.listen_host}:{self._assignment.stage.index}"

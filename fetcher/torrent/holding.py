@@ -8,9 +8,6 @@ from ..store import Record, ReleaseFolder, fingerprints
 from ..waves import Waves
 from .metainfo import Metainfo
 
-SMALL_FILE_BYTES = 16 << 20
-"""Config and tokenizer files up to this size come with the first and last pieces."""
-
 
 class Holding:
     """The wanted files of a torrent and the store's record of them; touches no network.
@@ -89,13 +86,12 @@ class Holding:
         return max(0, num_bytes(wanted) - sum(file.allocated for file in there.values()))
 
     def first_look(self) -> set[int]:
-        """Small files whole, and of the others the first and last piece: headers are there."""
+        """Config and tokenizer, and of weights the first and last piece: headers are there."""
         pieces: set[int] = set()
         for path in self.selection.wanted:
-            file = self.metainfo.file(path)
-            of_file = self.metainfo.pieces(file)
-            is_small = path not in self.selection.weights and file.length <= SMALL_FILE_BYTES
-            pieces.update(of_file if is_small else (of_file[0], of_file[-1]))
+            of_file = self.metainfo.pieces(self.metainfo.file(path))
+            is_weights = path in self.selection.weights
+            pieces.update((of_file[0], of_file[-1]) if is_weights else of_file)
         return pieces
 
     def file_bytes(self) -> int:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magnetar.cluster.plan import ExpertHost, ExpertIds, Plan, StagePlan
-from magnetar.cluster.shard import shard_of
+from magnetar.cluster.shard import loading_steps, shard_of
 from magnetar.fetcher.tensors import TensorEntry, TensorIndex
 
 NAMES = (
@@ -71,6 +71,33 @@ def test_the_shards_of_all_nodes_are_the_model_and_no_tensor_is_in_two(
         assert layers == held
 
 
+@given(st.sets(st.integers(1, 11)), st.integers(1, 4))
+def test_a_node_brings_the_first_layers_of_its_stages_first_and_every_tensor_once(
+    cuts: set[int], num_nodes: int
+) -> None:
+    edges = [0, *sorted(cuts), 12]
+    plan = plan_of(
+        *(
+            stage(first, end, host=f"h{number % num_nodes}")
+            for number, (first, end) in enumerate(itertools.pairwise(edges))
+        )
+    )
+    for host in plan.hosts:
+        steps = loading_steps(INDEX, plan, host)
+        assert sorted(entry.name for step in steps for entry in step) == sorted(
+            entry.name for entry in shard_of(INDEX, plan, host)
+        )
+        at = {entry.name: number for number, step in enumerate(steps) for entry in step}
+        for each in (stage for stage in plan.stages if stage.host == host):
+            layers = [
+                at[f"layers.{layer}.ffn_norm"] for layer in range(each.first_layer, each.end_layer)
+            ]
+            # Behind the embeddings, where there are any; then step by step, the output last.
+            assert layers == list(range(each.has_embeddings, each.has_embeddings + len(layers)))
+            if each.has_output:
+                assert at["norm.weight"] == at["output.weight"] == len(layers) + layers[0]
+
+
 def test_layer_1_is_not_layer_11() -> None:
     assert [entry.name for entry in shard_of(INDEX, plan_of(stage(1, 2)), "a")] == [
         "layers.1.attention.wq",
@@ -115,6 +142,7 @@ def test_a_helper_reads_its_experts_and_the_stage_the_others_and_the_router() ->
     )
     plan = plan_of(spread)
     assert experts_of(plan, "b") == {(2, 1), (2, 3), (3, 1)}
+    assert [len(step) for step in loading_steps(SPARSE, plan, "b")] == [6, 3]
     # Another device of the stage's node is a helper too: what it holds comes to the same disk.
     assert experts_of(plan, "a") == {(2, 0), (2, 1), (2, 2), (2, 4), (3, 10)}
     gates = [entry.name for entry in shard_of(SPARSE, plan, "a") if "gate" in entry.name]

@@ -39,11 +39,14 @@ def test_a_torrent_goes_from_its_magnet_to_answers_and_resumes(tmp_path: Path) -
     expected = full[0, len(prompt) :].tolist()
     wanted = ["--dtype=fp32", "--stages=2", "--port=0", f"--store={tmp_path / 'store'}", *FACTS]
 
-    with seeding(release) as seed:
+    # So slow that the stages are up long before everything is there.
+    total = sum(path.stat().st_size for path in release.iterdir())
+    with seeding(release, upload_bytes_per_s=total // 12) as seed:
         peer = f"--peer={seed.address}"
         with magnetar("up", seed.magnet, peer, *wanted) as up:
             ready = up.until("ready")
             assert up.last("download")["done_bytes"] > 0
+            assert layers_before_the_last_piece(up.events) > 0
             ask_in_every_way(ready["url"], ready["model"], prompt, expected)
             up.process.send_signal(signal.SIGTERM)
             assert "magnetar up" in up.until("error")["message"]
@@ -52,15 +55,34 @@ def test_a_torrent_goes_from_its_magnet_to_answers_and_resumes(tmp_path: Path) -
     # Nobody has the release now but the store.
     with magnetar("up", seed.magnet, "--timeout=20", *wanted) as up:
         ready = up.until("ready")
-        client = OpenAI(base_url=f"{ready['url']}/v1", api_key="none", max_retries=0)
-        assert [each.id for each in client.models.list()] == [ready["model"]]
+        with OpenAI(base_url=f"{ready['url']}/v1", api_key="none", max_retries=0) as client:
+            assert [each.id for each in client.models.list()] == [ready["model"]]
         os.killpg(up.process.pid, signal.SIGINT)  # as a terminal does: its children get it too
         assert up.process.wait(END_S) == 130
 
 
+def layers_before_the_last_piece(events: list[dict[str, Any]]) -> int:
+    """How many layers stages had ready when the download was over, by what was said before."""
+    readings = [event for event in events if event["event"] == "progress"]
+    phases = [(event["phase"], event["finished"]) for event in readings]
+    before = readings[: phases.index(("download", True))]
+    counts = [event["message"] for event in before if event["phase"] == "load"]
+    ready = [
+        sum(int(stage.split("/")[0]) for stage in message.removeprefix("layers ready ").split())
+        for message in counts
+        if message
+    ]
+    return max(ready, default=0)
+
+
 def ask_in_every_way(url: str, model: str, prompt: list[int], expected: list[int]) -> None:
     """Completions at once and streamed, by the real client, against transformers."""
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        complete_both_ways(client, model, prompt, expected)
+
+
+def complete_both_ways(client: OpenAI, model: str, prompt: list[int], expected: list[int]) -> None:
+    """At once and streamed; both must be what transformers says."""
     asked: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
