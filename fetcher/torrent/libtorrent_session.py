@@ -296,6 +296,10 @@ def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
         # Long queues blur the order of pieces: 3000 requests of 16 KiB are 48 MB a peer.
         "max_out_request_queue": 500,
         "request_queue_time": 1,
+        # Else a fast peer is asked for what lies beside a wanted piece, whatever its priority: half
+        # of the last layers came before the first were whole. And the first pieces are any ones.
+        "whole_pieces_threshold": 0,
+        "initial_picker_threshold": 0,
         "send_buffer_watermark": 4 << 20,
         "send_buffer_low_watermark": 1 << 20,
         "max_queued_disk_bytes": 256 << 20,
