@@ -1,9 +1,13 @@
-"""One step laid out as tensors: built once per step, shared by all layers of a stage.
+"""One step laid out for the model: built once per step, shared by all layers of a stage.
 
 Shapes: T tokens of the step, Q tokens of one row, L keys that the row sees, B blocks of the row,
 P rotary pairs.
 """
 
+from __future__ import annotations
+
+import functools
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,13 +43,64 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """All rows of a step."""
+class Pages:
+    """The rows of a step and their block tables as compiled functions take them."""
 
-    slots_T: torch.Tensor
-    """Where each token's key and value go: block id times block size plus offset."""
-    rotations_T1P: torch.Tensor
-    spans: tuple[Span, ...]
+    spans: array[int]
+    """Four numbers a row: first token in the step, tokens, position, where its table begins."""
+    block_ids: array[int]
+    """The tables one after the other, each from position 0 on."""
+
+
+class Batch:
+    """All rows of a step; what only one way of attention needs is made when it first asks."""
+
+    def __init__(
+        self,
+        rows: Sequence[StepRow],
+        tables: Sequence[Sequence[int]],
+        *,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._rows = rows
+        self._tables = tables
+        self._window = config.sliding_window
+        self._dtype = dtype
+        self._device = device
+        positions: list[int] = []
+        slots: list[int] = []
+        for row, table in zip(rows, tables, strict=True):
+            for position in range(row.position, row.position + len(row.token_ids)):
+                positions.append(position)
+                block, offset = divmod(position, KV_BLOCK_TOKENS)
+                slots.append(table[block] * KV_BLOCK_TOKENS + offset)
+        positions_T = torch.tensor(positions, device=device)
+        self.slots_T = torch.tensor(slots, device=device)
+        """Where each token's key and value go: block id times block size plus offset."""
+        self.rotations_T1P = rotations(
+            positions_T, head_dim=config.head_dim, theta=config.rope_theta
+        )
+
+    @functools.cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """One per row, in their order."""
+        spans, start = [], 0
+        for row, table in zip(self._rows, self._tables, strict=True):
+            spans.append(_span(row, table, start, self._window, self._dtype, self._device))
+            start += len(row.token_ids)
+        return tuple(spans)
+
+    @functools.cached_property
+    def pages(self) -> Pages:
+        """The same rows, without a tensor."""
+        spans, block_ids, start = array("q"), array("q"), 0
+        for row, table in zip(self._rows, self._tables, strict=True):
+            spans.extend((start, len(row.token_ids), row.position, len(block_ids)))
+            block_ids.extend(table)
+            start += len(row.token_ids)
+        return Pages(spans=spans, block_ids=block_ids)
 
 
 def lay_out(
@@ -56,14 +111,11 @@ def lay_out(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Batch:
-    """The tensors of a step whose block tables already hold the rows' new blocks.
+    """A step whose block tables already hold the rows' new blocks, and do not change meanwhile.
 
     Raises:
         ValueError: a row has no tokens, or reaches past the end of its block table.
     """
-    positions: list[int] = []
-    slots: list[int] = []
-    spans: list[Span] = []
     for row in rows:
         table = tables.get(row.request_id, ())
         end_position = row.position + len(row.token_ids)
@@ -72,17 +124,12 @@ def lay_out(
                 f"request {row.request_id}: tokens {row.position}..{end_position} do not fit a "
                 f"table of {len(table)} KV blocks; the engine must send the blocks with the row"
             )
-        start = len(positions)
-        for position in range(row.position, end_position):
-            positions.append(position)
-            block, offset = divmod(position, KV_BLOCK_TOKENS)
-            slots.append(table[block] * KV_BLOCK_TOKENS + offset)
-        spans.append(_span(row, table, start, config.sliding_window, dtype, device))
-    positions_T = torch.tensor(positions, device=device)
     return Batch(
-        slots_T=torch.tensor(slots, device=device),
-        rotations_T1P=rotations(positions_T, head_dim=config.head_dim, theta=config.rope_theta),
-        spans=tuple(spans),
+        rows,
+        [tables[row.request_id] for row in rows],
+        config=config,
+        dtype=dtype,
+        device=device,
     )
 
 

@@ -1,4 +1,4 @@
-"""The functions of `rows.c`, compiled for this machine when it is first needed.
+"""The functions of `kernels/`, compiled for this machine when they are first needed.
 
 The library stays in the data folder, under a name that says what it was made from and for.
 """
@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,22 +25,41 @@ logger = logging.getLogger(__name__)
 
 BF16, INT8, INT4 = 0, 1, 2
 """Forms of the matrix."""
+MOST_CHOSEN = 16
+"""Experts of a token, at most."""
 _NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _COMPILE_TIMEOUT_S = 120.0
 
 
-class Rows(NamedTuple):
-    """The functions of `rows.c`; tensors are given as addresses."""
+class Matrix(ctypes.Structure):
+    """A matrix [n, k] in blocks, which must stay where they are; `kernels.h` says how."""
 
-    multiply: Callable[[int, int, int, int, int, int, int, int], int]
-    """``(form, blocks, x, y, M, N, K, num_threads)``; 0, or 1 for lack of memory."""
+    _fields_ = (
+        ("blocks", ctypes.c_void_p),
+        ("n", ctypes.c_long),
+        ("k", ctypes.c_long),
+        ("form", ctypes.c_int),
+    )
+
+
+class Rows(NamedTuple):
+    """The compiled functions; tensors and structures are given as addresses."""
+
+    multiply: Callable[[int, int, int, int, int], int]
+    """``(matrix, x, y, M, num_threads)``; 0, or 1 for lack of memory."""
     lay_out: Callable[[int, int, int, int, int, int], None]
     """``(form, w, blocks, N, K, num_threads)``"""
     rms_norm: Callable[[int, int, int, int, int, float, int], None]
     """``(x, weight, y, M, K, eps, num_threads)``"""
     gated: Callable[[int, int, int, int, int], None]
     """``(h, y, M, K, num_threads)``"""
+    route: Callable[[int, int, int, int, int, int], None]
+    """``(logits, M, num, num_chosen, chosen, weights)``"""
+    feed_forward: Callable[[int, int | None, int | None, int | None, int, int | None, int], int]
+    """``(part, x, out, chosen, M, scratch, num_threads)``; bytes of scratch."""
+    attention: Callable[[int, int, int | None, int | None, int | None, int], int]
+    """``(part, batch, x, out, scratch, num_threads)``; bytes of scratch."""
 
 
 class NoCompiledKernelsError(Exception):
@@ -51,7 +70,7 @@ class NoCompiledKernelsError(Exception):
 def compiled_rows() -> Rows:
     """The compiled functions.
 
-    The first call on a machine runs the C compiler ($CC, else ``cc``) for about a second.
+    The first call on a machine runs the C compiler ($CC, else ``cc``) for a few seconds.
 
     Raises:
         NoCompiledKernelsError: no processor with AVX512-BF16, no compiler, or one that fails.
@@ -62,33 +81,49 @@ def compiled_rows() -> Rows:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise NoCompiledKernelsError("there is no C compiler; install one for faster decoding")
-    source = Path(__file__).with_name("rows.c")
+    sources = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
     # The very OpenMP of torch, for one pool of threads: two would fight for the cores.
     openmp = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
     if not openmp.exists():
         raise NoCompiledKernelsError(f"torch was built without {openmp.name}")
-    made_from = (source.read_bytes(), compiler, _FLAGS, str(openmp), sorted(processor))
+    made_from = (
+        [source.read_bytes() for source in sources],
+        compiler,
+        _FLAGS,
+        str(openmp),
+        sorted(processor),
+    )
     digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
     try:
         library = data_dir() / "kernels" / f"rows-{digest}.so"
         if not library.exists():
-            _compile(compiler, source, openmp, library)
-        functions = ctypes.CDLL(str(library))
-        multiply, lay_out = functions.magnetar_multiply, functions.magnetar_lay_out
-        rms_norm, gated = functions.magnetar_rms_norm, functions.magnetar_gated
+            _compile(compiler, sources, openmp, library)
+        return _functions(ctypes.CDLL(str(library)))
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines()
         raise NoCompiledKernelsError(f"{compiler} fails: {said[0] if said else error}") from error
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         raise NoCompiledKernelsError(str(error)) from error
-    form, address, number, threads = ctypes.c_int, ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    multiply.argtypes = [form, *[address] * 3, *[number] * 3, threads]
-    multiply.restype = ctypes.c_int
-    lay_out.argtypes = [form, *[address] * 2, *[number] * 2, threads]
-    rms_norm.argtypes = [*[address] * 3, *[number] * 2, ctypes.c_float, threads]
-    gated.argtypes = [*[address] * 2, *[number] * 2, threads]
-    lay_out.restype = rms_norm.restype = gated.restype = None
-    return Rows(multiply=multiply, lay_out=lay_out, rms_norm=rms_norm, gated=gated)
+
+
+def _functions(library: ctypes.CDLL) -> Rows:
+    address, number, count = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    arguments: dict[str, list[type]] = {
+        "multiply": [*[address] * 3, number, count],
+        "lay_out": [count, *[address] * 2, *[number] * 2, count],
+        "rms_norm": [*[address] * 3, *[number] * 2, ctypes.c_float, count],
+        "gated": [*[address] * 2, *[number] * 2, count],
+        "route": [address, *[number] * 3, *[address] * 2],
+        "feed_forward": [*[address] * 4, number, address, count],
+        "attention": [*[address] * 5, count],
+    }
+    results: dict[str, type] = {"multiply": count, "feed_forward": number, "attention": number}
+    functions = {}
+    for name, types in arguments.items():
+        functions[name] = library[f"magnetar_{name}"]
+        functions[name].argtypes = types
+        functions[name].restype = results.get(name)
+    return Rows(**functions)
 
 
 def _processor() -> set[str]:
@@ -102,16 +137,19 @@ def _processor() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def _compile(compiler: str, source: Path, openmp: Path, library: Path) -> None:
+def _compile(compiler: str, sources: Sequence[Path], openmp: Path, library: Path) -> None:
     """Appears whole or not at all: several stages may do it at once."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = [str(Path(folder, name)) for name in ("rows.o", "rows.so")]
-        for arguments in (
-            [*_FLAGS, "-c", str(source), "-o", made[0]],
-            # Without -fopenmp, which would link the compiler's own.
-            ["-shared", made[0], str(openmp), "-o", made[1]],
-        ):
+        calls, objects = [], []
+        for source in sources:
+            if source.suffix == ".c":
+                objects.append(str(Path(folder, f"{source.stem}.o")))
+                calls.append([*_FLAGS, "-c", str(source), "-o", objects[-1]])
+        whole = str(Path(folder, "rows.so"))
+        # Without -fopenmp, which would link the compiler's own.
+        calls.append(["-shared", *objects, str(openmp), "-o", whole])
+        for arguments in calls:
             subprocess.run(
                 [compiler, *arguments],
                 check=True,
@@ -119,5 +157,5 @@ def _compile(compiler: str, source: Path, openmp: Path, library: Path) -> None:
                 text=True,
                 timeout=_COMPILE_TIMEOUT_S,
             )
-        os.replace(made[1], library)
+        os.replace(whole, library)
     logger.info("compiled %s", library)

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from ...fetcher.config import ModelConfig
+from .compiled import MOST_CHOSEN
 from .feed_forward import FeedForward, gated
-from .linear import Linear
+from .linear import Linear, trusted_rows
+from .rows import RowsLinear
 from .traffic import ExpertTraffic
 
 ExpertsKind = Literal["loop", "grouped_mm"]
@@ -92,10 +94,26 @@ class MoeLayer:
         """The experts of every token [T, K] and their weights [T, K] in fp32, which sum to 1.
 
         The softmax is over the chosen logits only: the same as a softmax over all of them,
-        renormalised.
+        renormalised. Compiled, it is that of `FusedFeedForward` to the bit, and of equally good
+        experts the first is chosen.
         """
-        logits_TK, experts_TK = self.gate(x_TC).topk(self.num_experts_per_tok, dim=-1)
-        return experts_TK, logits_TK.softmax(dim=-1, dtype=torch.float32)
+        logits_TE, num_chosen = self.gate(x_TC), self.num_experts_per_tok
+        rows = trusted_rows() if isinstance(self.gate, RowsLinear) else None
+        if rows is None or num_chosen > MOST_CHOSEN:
+            logits_TK, experts_TK = logits_TE.topk(num_chosen, dim=-1)
+            return experts_TK, logits_TK.softmax(dim=-1, dtype=torch.float32)
+        num_tokens, num_experts = logits_TE.shape
+        experts_TK = torch.empty(num_tokens, num_chosen, dtype=torch.int64)
+        weights_TK = torch.empty(num_tokens, num_chosen)
+        rows.route(
+            logits_TE.data_ptr(),
+            num_tokens,
+            num_experts,
+            num_chosen,
+            experts_TK.data_ptr(),
+            weights_TK.data_ptr(),
+        )
+        return experts_TK, weights_TK
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
         """[T, C]. The sum over a token's experts is in fp32 and in a fixed order."""

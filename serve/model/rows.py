@@ -1,12 +1,14 @@
-"""Matrices in the blocks that `rows.c` reads: from one row to many at the speed of memory.
+"""Matrices in the blocks that `kernels/` reads: from one row to many at the speed of memory.
 
 Shapes: T tokens, N outputs, K inputs.
 """
 
+import ctypes
+
 import torch
 
 from ...cluster.footprint import QUANT_GROUP
-from .compiled import BF16, INT4, INT8, compiled_rows
+from .compiled import BF16, INT4, INT8, Matrix, compiled_rows
 
 _OUTPUTS = 32
 _BYTES_PER_THREAD = 128 << 10
@@ -16,34 +18,30 @@ _BYTES_PER_THREAD = 128 << 10
 class RowsLinear:
     """The product with a matrix in blocks; every row comes out the same whatever is beside it."""
 
-    __slots__ = ("_address", "_blocks", "_form", "_max_threads", "_multiply", "_shape")
+    __slots__ = ("_address", "_blocks", "_multiply", "matrix", "max_threads")
 
     def __init__(self, form: int, blocks: torch.Tensor, shape: tuple[int, int]) -> None:
         self._multiply = compiled_rows().multiply
-        self._form = form
         self._blocks = blocks
-        self._address = blocks.data_ptr()
-        self._shape = shape
-        self._max_threads = max(1, blocks.nbytes // _BYTES_PER_THREAD)
+        self.matrix = Matrix(blocks=blocks.data_ptr(), n=shape[0], k=shape[1], form=form)
+        """As long as this object lives."""
+        self._address = ctypes.addressof(self.matrix)
+        self.max_threads = max(1, blocks.nbytes // _BYTES_PER_THREAD)
 
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
-        num_outputs, num_inputs = self._shape
-        num_tokens = x_TK.shape[0]
-        if x_TK.dtype is not torch.bfloat16 or x_TK.shape[1] != num_inputs:
+        num_tokens, num_inputs = x_TK.shape
+        if x_TK.dtype is not torch.bfloat16 or num_inputs != self.matrix.k:
             raise ValueError(
-                f"{list(x_TK.shape)} of {x_TK.dtype} for {num_inputs} inputs of bfloat16"
+                f"{list(x_TK.shape)} of {x_TK.dtype} for {self.matrix.k} inputs of bfloat16"
             )
         x_TK = x_TK.contiguous()
-        y_TN = torch.empty(num_tokens, num_outputs, dtype=torch.bfloat16)
+        y_TN = torch.empty(num_tokens, self.matrix.n, dtype=torch.bfloat16)
         failed = self._multiply(
-            self._form,
             self._address,
             x_TK.data_ptr(),
             y_TN.data_ptr(),
             num_tokens,
-            num_outputs,
-            num_inputs,
-            min(torch.get_num_threads(), self._max_threads),
+            min(torch.get_num_threads(), self.max_threads),
         )
         if failed:
             raise MemoryError(f"no memory to multiply {num_tokens} rows")

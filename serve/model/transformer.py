@@ -14,6 +14,7 @@ from ...fetcher.config import ModelConfig
 from .attention import Attention
 from .batch import Batch
 from .feed_forward import FeedForward
+from .fused import fuse_attention, fuse_feed_forward
 from .kv_cache import KVCache
 from .linear import Linear
 from .moe import MoeLayer
@@ -37,11 +38,18 @@ class TransformerLayer:
         self.attention_norm = attention_norm
         self.ffn_norm = ffn_norm
         self.norm_eps = config.norm_eps
+        self._fused_attention = fuse_attention(attention, config, attention_norm, config.norm_eps)
+        self._fused_feed_forward = fuse_feed_forward(feed_forward, ffn_norm, config.norm_eps)
 
     def forward(self, x_TC: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         """[T, C]; writes the step's keys and values into the cache."""
-        normed_TC = rms_norm(x_TC, self.attention_norm, self.norm_eps)
-        x_TC = x_TC + self.attention.forward(normed_TC, batch, cache)
+        if self._fused_attention is not None:
+            x_TC = self._fused_attention.forward(x_TC, batch, cache)
+        else:
+            normed_TC = rms_norm(x_TC, self.attention_norm, self.norm_eps)
+            x_TC = x_TC + self.attention.forward(normed_TC, batch, cache)
+        if self._fused_feed_forward is not None:
+            return self._fused_feed_forward.forward(x_TC)
         return x_TC + self.feed_forward.forward(rms_norm(x_TC, self.ffn_norm, self.norm_eps))
 
 
