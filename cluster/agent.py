@@ -1,13 +1,14 @@
 """What works for a deployment on one node: measures it and brings the release there."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from ..errors import InterruptedByUserError
+from ..fetcher.checkpoint.checked_files import LoadChecks
 from ..fetcher.checkpoint.release import facts_to_json
 from ..fetcher.config import ReleaseHints
 from ..fetcher.fetch import Fetch
@@ -27,8 +28,8 @@ T = TypeVar("T")
 class NodeAgent:
     """Runs as a threaded Ray actor, one for each node and deployment.
 
-    Methods block until their work is done; `progress`, `wait` and `stop` answer meanwhile.
-    Everything else runs in one thread of its own. Errors are `MagnetarError`s.
+    Methods block until their work is done; `progress`, `stop` and what stages ask answer
+    meanwhile. Everything else runs in one thread of its own. Errors are `MagnetarError`s.
     """
 
     def __init__(
@@ -110,10 +111,19 @@ class NodeAgent:
 
     def wait(self, ranges: tuple[ByteRange, ...], timeout_s: float) -> bool:
         """Whether these bytes may be read, now or within the time. After `folder`."""
-        fetch = self._fetch
-        if fetch is None:
-            raise InterruptedByUserError("the download has ended")
-        return fetch.wait(ranges, timeout_s)
+        return self._running().wait(ranges, timeout_s)
+
+    def load_checks(self) -> LoadChecks:
+        """What tensors can be checked against as they are loaded. After `folder`."""
+        return self._running().load_checks()
+
+    def keep_sums(self, sums: Mapping[ByteRange, str]) -> None:
+        """Remember SHA-256 of tensors for the next time. After `folder`."""
+        self._running().keep_sums(sums)
+
+    def mend(self, part: ByteRange) -> None:
+        """Check the pieces of these bytes again and fetch bad ones anew; after `download`."""
+        self._run(lambda: self._started().mend(part))
 
     def check_disk(self) -> None:
         """Raise DiskSpaceError where the rest of what is wanted does not fit. After `metadata`."""
@@ -173,6 +183,12 @@ class NodeAgent:
 
     def _run(self, work: Callable[[], T]) -> T:
         return self._thread.submit(work).result()
+
+    def _running(self) -> Fetch:
+        """For any thread."""
+        if (fetch := self._fetch) is None:
+            raise InterruptedByUserError("the download has ended")
+        return fetch
 
     def _started(self) -> Fetch:
         assert self._fetch is not None, "metadata comes first"

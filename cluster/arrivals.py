@@ -1,16 +1,18 @@
 """What a stage's process asks the agent of its node while it loads."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..errors import InterruptedByUserError
+from ..fetcher.checkpoint.checked_files import LoadChecks
 from ..fetcher.piece_map import ByteRange
-from .ray_calls import call
+from .ray_calls import call, gather
 from .ray_runtime import NAMESPACE
 
 WAIT_S: Final = 1.0
 """For one answer; a call occupies a thread of the agent meanwhile."""
+_WHO: Final = "the agent of this node"
 
 
 def agent_name(deployment: str, host: str) -> str:
@@ -23,9 +25,10 @@ class AgentArrivals:
 
     def __init__(self, agent: str, stop: threading.Event) -> None:
         """`agent` is the name of its actor; `stop` ends all waiting."""
-        self._name = agent
+        import ray
+
+        self._agent: Any = ray.get_actor(agent, namespace=NAMESPACE)
         self._stop = stop
-        self._agent: Any = None
 
     def wait(self, ranges: Sequence[ByteRange]) -> None:
         """Returns once these bytes may be read.
@@ -33,11 +36,28 @@ class AgentArrivals:
         Raises:
             StageLostError: the agent is gone. InterruptedByUserError: `stop` was set.
         """
-        import ray
-
-        if self._agent is None:
-            self._agent = ray.get_actor(self._name, namespace=NAMESPACE)
         wanted = tuple(ranges)
-        while not call(self._agent.wait.remote(wanted, WAIT_S), who="the agent of this node"):
+        while not call(self._agent.wait.remote(wanted, WAIT_S), who=_WHO):
             if self._stop.is_set():
                 raise InterruptedByUserError("stopped while the weights arrived")
+
+    def mend(self, part: ByteRange) -> None:
+        """Has the pieces of these bytes checked and those that are bad fetched anew.
+
+        Waits until the download is over, which may take its time.
+
+        Raises:
+            VerifyError: there is nowhere to fetch them from. What `wait` raises.
+        """
+        gather([self._agent.mend.remote(part)], who=_WHO, stop=self._stop)
+
+    def load_checks(self) -> LoadChecks:
+        """What tensors can be checked against as they are read."""
+        checks = call(self._agent.load_checks.remote(), who=_WHO)
+        assert isinstance(checks, LoadChecks)
+        return checks
+
+    def keep_sums(self, sums: Mapping[ByteRange, str]) -> None:
+        """Has these SHA-256 remembered for the next time."""
+        if sums:
+            call(self._agent.keep_sums.remote(sums), who=_WHO)

@@ -1,7 +1,7 @@
 """One release on its way into a store: metadata, facts, disk check, download, verify."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -22,6 +22,7 @@ from .torrent_release import TorrentRelease
 from .torrent_source import TorrentSource
 
 if TYPE_CHECKING:
+    from .checkpoint.checked_files import LoadChecks
     from .checkpoint.release import ReleaseFacts
 
 FetchKind = Literal["magnet", "torrent", "folder"]
@@ -179,8 +180,23 @@ class Fetch:
 
         For any thread, while another is in `download` or after it. After `metadata`.
         """
-        assert self._found is not None, "metadata comes first"
-        return self._found.wait(ranges, timeout_s)
+        return self._after_metadata().wait(ranges, timeout_s)
+
+    def load_checks(self) -> "LoadChecks":
+        """What the bytes of tensors can be checked against as they are loaded; as `wait`."""
+        return self._after_metadata().load_checks()
+
+    def keep_sums(self, sums: Mapping[ByteRange, str]) -> None:
+        """Remembers SHA-256 of bytes that were checked otherwise; as `wait`."""
+        self._after_metadata().keep_sums(sums)
+
+    def mend(self, part: ByteRange) -> None:
+        """Hashes the pieces of these bytes again, and fetches those anew that are not right.
+
+        Raises:
+            VerifyError: of a folder, which cannot be mended. What `download` raises.
+        """
+        self._release().mend(part)
 
     def join(self) -> Member | None:
         """Opens the torrent for other nodes that fetch it too; None for a folder. After `restrict`.
@@ -242,6 +258,10 @@ class Fetch:
         finally:
             if self._source is not None:
                 self._source.close()
+
+    def _after_metadata(self) -> TorrentRelease | FolderRelease:
+        assert self._found is not None, "metadata comes first"
+        return self._found
 
     def _release(self) -> TorrentRelease | FolderRelease:
         """What `metadata` finds."""

@@ -2,12 +2,13 @@
 
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import NotFoundError
+from ..errors import NotFoundError, VerifyError
 from .config import ReleaseHints
+from .folder_sums import FolderSums
 from .outlook import Outlook
 from .ownership import Member, Role
 from .piece_map import ByteRange, PieceMap
@@ -16,6 +17,7 @@ from .store import Store
 from .verify import check_release_sums
 
 if TYPE_CHECKING:
+    from .checkpoint.checked_files import LoadChecks
     from .checkpoint.release import ReleaseFacts
 
 
@@ -47,6 +49,7 @@ class FolderRelease:
         self._on_progress = on_progress
         self._stop = stop
         self._node = node
+        self._sums = FolderSums(store, folder)
 
     def facts(self, *, given: ReleaseHints, known: ReleaseHints) -> "ReleaseFacts":
         """See `Fetch.facts`."""
@@ -73,6 +76,23 @@ class FolderRelease:
     def wait(self, ranges: Iterable[ByteRange], timeout_s: float) -> bool:
         """Whatever it is, it is there."""
         return True
+
+    def load_checks(self) -> "LoadChecks":
+        """What was kept of files that look as they did then."""
+        from .checkpoint.checked_files import LoadChecks
+
+        return LoadChecks(data=self.folder, manifest=self._sums.known())
+
+    def keep_sums(self, sums: Mapping[ByteRange, str]) -> None:
+        """Keeps the sums, and what the files look like."""
+        self._sums.keep(sums)
+
+    def mend(self, part: ByteRange) -> None:
+        """Raises VerifyError: there is nowhere to fetch it from."""
+        raise VerifyError(
+            f"{self.folder / part.file} has other bytes at {part.offset} to {part.end} than when "
+            "it was last read, though nobody wrote to it: the disk is failing; restore the file"
+        )
 
     def join(self) -> Member | None:
         """None: there is no torrent to share."""

@@ -6,8 +6,10 @@
                              torrent       checked metainfo, info dictionary alone
                              resume        libtorrent's resume data
                              record.json   fingerprints of the files when they were last verified
+                             manifest.json SHA-256 of its tensors, as far as they were ever read
                              data/NAME/... the files
           folders/KEY.json                 the same record for a release folder elsewhere
+          folders/KEY.manifest.json        and the same sums
           seeds/KEY.json, KEY.torrent      the torrent made of a folder elsewhere
 
 Every file but the data is replaced as a whole, so that a crash leaves the old one or the new one.
@@ -126,6 +128,7 @@ class ReleaseFolder:
         self.root = root
         self.data = root / "data"
         self.record = RecordFile(root / "record.json")
+        self.manifest_path = root / "manifest.json"
         self._torrent = root / "torrent"
         self._resume = root / "resume"
         self._lock: int | None = None
@@ -211,6 +214,10 @@ class Store:
     def folder_record(self, folder: Path) -> RecordFile:
         """What is known about a release folder that lies elsewhere."""
         return RecordFile(self.root / "folders" / f"{_key(folder)}.json")
+
+    def folder_manifest(self, folder: Path) -> Path:
+        """Where the sums of the tensors of such a folder are kept."""
+        return self.root / "folders" / f"{_key(folder)}.manifest.json"
 
     def seed_files(self, folder: Path) -> tuple[RecordFile, Path]:
         """The record and the .torrent of a folder that is shared from where it lies."""

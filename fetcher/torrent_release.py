@@ -2,13 +2,14 @@
 
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DiskSpaceError, ReleaseError, VerifyError
 from .config import ReleaseHints
 from .layout import Selection
+from .manifest import ManifestFile
 from .outlook import Outlook
 from .ownership import Member, Role
 from .piece_map import ByteRange, PieceMap
@@ -24,6 +25,7 @@ from .verify import check_release_sums
 from .waves import waves_of
 
 if TYPE_CHECKING:
+    from .checkpoint.checked_files import LoadChecks
     from .checkpoint.release import ReleaseFacts
 
 DISK_RESERVE_PERCENT = 5
@@ -58,6 +60,8 @@ class TorrentRelease:
         self._stop = stop
         self._node = node
         self._sums_bytes = 0
+        self._manifest = ManifestFile(place.manifest_path)
+        self._manifest_lock = threading.Lock()
 
     @property
     def received_bytes(self) -> int:
@@ -124,6 +128,24 @@ class TorrentRelease:
 
     def wait(self, ranges: Iterable[ByteRange], timeout_s: float) -> bool:
         return self._download.arrival.wait(self._holding.piece_map.pieces(ranges), timeout_s)
+
+    def load_checks(self) -> "LoadChecks":
+        from .checkpoint.checked_files import LoadChecks
+
+        return LoadChecks(
+            data=self._place.data,
+            root=self._selection.root,
+            metainfo=self.metainfo,
+            wanted=self._selection.wanted,
+            manifest=self._manifest.read(),
+        )
+
+    def keep_sums(self, sums: Mapping[ByteRange, str]) -> None:
+        with self._manifest_lock:
+            self._manifest.write(self._manifest.read().merged(sums))
+
+    def mend(self, part: ByteRange) -> None:
+        self._download.mend(frozenset(self._holding.piece_map.pieces_of(part)))
 
     def join(self) -> Member | None:
         address, held = self._download.join()

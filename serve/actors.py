@@ -64,14 +64,17 @@ class StageActor:
         # Ray leaves one thread to an actor without reserved CPUs; the planner knows better.
         torch.set_num_threads(plan.num_threads)
         facts = facts_from_json(given.facts_json)
+        arrivals = AgentArrivals(given.agent, self._stop)
+        source = ArrivingTensorSource(
+            Path(given.folder),
+            facts.index,
+            steps_of(stage_shard(facts.index, plan)),
+            arrivals,
+            checks=arrivals.load_checks(),
+        )
         self._stage = Stage.load(
             config=facts.config,
-            source=ArrivingTensorSource(
-                Path(given.folder),
-                facts.index,
-                steps_of(stage_shard(facts.index, plan)),
-                AgentArrivals(given.agent, self._stop),
-            ),
+            source=source,
             first_layer=plan.first_layer,
             end_layer=plan.end_layer,
             has_embeddings=plan.has_embeddings,
@@ -83,6 +86,7 @@ class StageActor:
             held_experts=_held_experts(plan, facts.config.num_experts),
             on_layer=self._count,
         )
+        arrivals.keep_sums(source.checked.found)
         return self._stage.loaded_bytes
 
     def loaded(self) -> StageLoad:

@@ -41,20 +41,24 @@ class HelperActor:
         given, host = self._assignment, self._assignment.helper
         torch.set_num_threads(host.num_threads)
         facts = facts_from_json(given.facts_json)
+        arrivals = AgentArrivals(given.agent, self._stop)
+        source = ArrivingTensorSource(
+            Path(given.folder),
+            facts.index,
+            steps_of(helper_shard(facts.index, host, given.first_layer)),
+            arrivals,
+            checks=arrivals.load_checks(),
+        )
         self._helper = Helper.load(
             config=facts.config,
-            source=ArrivingTensorSource(
-                Path(given.folder),
-                facts.index,
-                steps_of(helper_shard(facts.index, host, given.first_layer)),
-                AgentArrivals(given.agent, self._stop),
-            ),
+            source=source,
             experts=dict(enumerate(host.experts, start=given.first_layer)),
             dtype=given.dtype,
             device=host.device,
             batch_invariant=given.batch_invariant,
             on_layer=self._count,
         )
+        arrivals.keep_sums(source.checked.found)
         return self._helper.loaded_bytes
 
     def loaded_bytes(self) -> int:

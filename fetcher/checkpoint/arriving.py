@@ -1,27 +1,45 @@
-"""Tensors of a release that is still being downloaded: reading waits until they are there."""
+"""Tensors of a release that is still being downloaded: reading waits until they are there.
+
+What was damaged on the disk since it arrived is fetched again.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
+from ...errors import VerifyError
 from ..piece_map import ByteRange, ranges_of
 from ..tensors import TensorEntry, TensorIndex
+from .checked_files import CheckedFiles, DamagedError, LoadChecks
 from .source import FileTensorSource
 
 if TYPE_CHECKING:
     import torch
 
+MAX_REPAIRS: Final = 3
+
+logger = logging.getLogger(__name__)
+
 
 class Arrivals(Protocol):
-    """Whoever knows which bytes of the release are verified and in its files."""
+    """Whoever brings the release to this node."""
 
     def wait(self, ranges: Sequence[ByteRange]) -> None:
-        """Returns once these bytes may be read.
+        """Returns once these bytes are verified and in the files.
 
         Raises:
             MagnetarError: they will not come; InterruptedByUserError: nobody waits any more.
+        """
+        ...
+
+    def mend(self, part: ByteRange) -> None:
+        """Hashes the pieces of these bytes again, and fetches those anew that are not right.
+
+        Raises:
+            VerifyError: there is nowhere to fetch them from. What `wait` raises.
         """
         ...
 
@@ -38,9 +56,12 @@ class ArrivingTensorSource:
         index: TensorIndex,
         steps: Iterable[Sequence[TensorEntry]],
         arrivals: Arrivals,
+        *,
+        checks: LoadChecks,
     ) -> None:
         """`steps` are what will be read, in the order in which it is brought."""
-        self._files = FileTensorSource(folder, index, verified=())
+        self.checked = CheckedFiles(checks)
+        self._files = FileTensorSource(folder, index, verified=(), files=self.checked)
         self._arrivals = arrivals
         self._step_of = {entry.name: tuple(step) for step in steps for entry in step}
 
@@ -53,7 +74,8 @@ class ArrivingTensorSource:
         """See `FileTensorSource.read`; blocks until the tensor's step has arrived.
 
         Raises:
-            CheckpointError: also for a tensor that is in no step. What `Arrivals.wait` raises.
+            CheckpointError: also for a tensor that is in no step. VerifyError: it is damaged on
+            the disk, and stays so. What `Arrivals` raises.
         """
         if step := self._step_of.get(name, ()):
             ranges = ranges_of(step)
@@ -61,4 +83,13 @@ class ArrivingTensorSource:
             self._files.allow(ranges)
             for entry in step:
                 del self._step_of[entry.name]
-        return self._files.read(name)
+        for _ in range(MAX_REPAIRS):
+            try:
+                return self._files.read(name)
+            except DamagedError as damage:
+                logger.warning("%s: %s; its pieces are checked again", name, damage)
+                self._arrivals.mend(damage.part)
+                self.checked.mended(damage.part)
+        raise VerifyError(
+            f"{name} is damaged each time it is read: check the disk and the memory of this machine"
+        )

@@ -69,6 +69,14 @@ def read_release(reader: RangeReader, *, given: ReleaseHints, known: ReleaseHint
     )
 
 
+def stored_tensors(reader: RangeReader) -> list[StoredTensor]:
+    """The tensors as files hold them, whatever the model is. Raises what `read_release` does."""
+    layout = detect_layout(reader.files())
+    if layout == "huggingface":
+        return _read_shards(reader)
+    return _read_consolidated(reader, layout)
+
+
 def _read_consolidated(reader: RangeReader, layout: Layout) -> list[StoredTensor]:
     if layout == "mistral-safetensors":
         return list(read_safetensors(reader, SAFETENSORS))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ReleaseError
+from ..file_bytes import read_exactly
 from ..piece_map import ByteRange, merged
 from ..tensors import TensorEntry, TensorIndex
 
 if TYPE_CHECKING:
     import torch
 
-_MAX_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB less a page at once
+
+class TensorFiles(Protocol):
+    """Another way to read the bytes of a tensor than straight from its file."""
+
+    def read_into(self, entry: TensorEntry, buffer: memoryview) -> None:
+        """Fills the buffer, which is as long as the entry's range. ReleaseError where it cannot."""
+        ...
 
 
 class FileTensorSource:
@@ -26,9 +32,15 @@ class FileTensorSource:
     """
 
     def __init__(
-        self, folder: Path, index: TensorIndex, *, verified: Iterable[ByteRange] | None = None
+        self,
+        folder: Path,
+        index: TensorIndex,
+        *,
+        verified: Iterable[ByteRange] | None = None,
+        files: TensorFiles | None = None,
     ) -> None:
         self._folder = folder
+        self._files = files
         self._index = index
         self._verified = None if verified is None else merged(verified)
 
@@ -84,30 +96,13 @@ class FileTensorSource:
         relative = PurePosixPath(entry.file)
         if relative.is_absolute() or ".." in relative.parts:
             raise CheckpointError(f"{entry.name} points outside the release: {entry.file!r}.")
-        path = self._folder / relative
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as cause:
-            raise CheckpointError(
-                f"Cannot open {path} for {entry.name}: {cause.strerror}; verify the release."
-            ) from cause
-        try:
-            done = 0
-            while done < len(buffer):
-                part = buffer[done : done + _MAX_READ_BYTES]
-                num_read = os.preadv(descriptor, [part], entry.offset + done)
-                if num_read == 0:
-                    raise CheckpointError(
-                        f"{path} ends at byte {entry.offset + done}, inside {entry.name}; "
-                        "verify the release."
-                    )
-                done += num_read
-        except OSError as cause:
-            raise CheckpointError(
-                f"Cannot read {entry.name} from {path}: {cause.strerror}; check the disk."
-            ) from cause
-        finally:
-            os.close(descriptor)
+            if self._files is not None:
+                self._files.read_into(entry, buffer)
+            else:
+                read_exactly(self._folder / relative, entry.offset, buffer)
+        except ReleaseError as cause:
+            raise CheckpointError(f"{entry.name}: {cause}") from cause
 
 
 def interleave_rotary_rows(weight_OI: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ otherwise libtorrent hashes the files again.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ...errors import DownloadError, MagnetarError
 from ..arrival import Arrival
@@ -128,6 +128,28 @@ class Download:
         self._was_done = False
         return True
 
+    def mend(self, pieces: frozenset[int]) -> None:
+        """Hashes these pieces on the disk again, and fetches those anew that are not right."""
+        holding = self._holding
+        check = holding.piece_check()
+        if not check.has_sums:
+            if self.recheck():
+                self.complete(phase="verify")
+            return
+        bad = {piece for piece in sorted(pieces) if not check.is_right(piece)}
+        self.hashed_bytes += check.hashed_bytes
+        if not bad:
+            return
+        logger.warning("%s: %d damaged pieces on the disk", holding.metainfo.name, len(bad))
+        swarm = self._open()
+        swarm.save_resume_data()
+        swarm.remove()
+        self._is_open = False
+        self._have = tuple(has and piece not in bad for piece, has in enumerate(self._have))
+        self._remember(done=False)
+        self._open(damaged=bad)
+        self.complete(phase="verify")
+
     def close(self) -> None:
         """Keeps resume data and takes the torrent out of the session."""
         if not self._is_open:
@@ -172,7 +194,7 @@ class Download:
         finally:
             swarm.only(None)
 
-    def _open(self) -> Swarm:
+    def _open(self, *, damaged: Collection[int] = ()) -> Swarm:
         """The torrent in a session, with what is on disk known, and nothing wanted at first."""
         swarm = self._connection.swarm()
         if self._is_open:
@@ -197,6 +219,7 @@ class Download:
                 unwanted=frozenset(holding.selection.surplus),
                 resume=resume,
                 trusts_resume=is_fresh,
+                damaged=damaged,
             )
         )
         self._is_open = True

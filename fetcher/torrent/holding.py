@@ -7,6 +7,7 @@ from ..piece_map import PieceMap
 from ..store import Record, ReleaseFolder, fingerprints
 from ..waves import Waves
 from .metainfo import Metainfo
+from .piece_check import PieceCheck
 
 
 class Holding:
@@ -99,6 +100,10 @@ class Holding:
         return sum(
             file.size for file in fingerprints(self.place.data, self.selection.wanted).values()
         )
+
+    def piece_check(self) -> PieceCheck:
+        """Reads pieces back from the files."""
+        return PieceCheck(self.metainfo, self.place.data, wanted=self.selection.wanted)
 
     def remember(self, have: Sequence[bool], *, done: bool) -> None:
         """Writes down what is there. `done`: everything wanted is, and nothing is under way."""

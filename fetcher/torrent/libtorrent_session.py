@@ -6,6 +6,7 @@ preferred to getters, which block on its network thread.
 """
 
 import errno
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -89,6 +90,9 @@ class LibtorrentSession:
                 if not job.trusts_resume:
                     params.have_pieces = params.verified_pieces = []
                     params.unfinished_pieces = {}
+                elif job.damaged:
+                    there = enumerate(params.have_pieces)
+                    params.have_pieces = [has and piece not in job.damaged for piece, has in there]
         # Not paused and not queued by libtorrent; what a resume file says about peers is dropped.
         flags = lt.torrent_flags.disable_lsd | lt.torrent_flags.apply_ip_filter
         if job.metainfo is None:
@@ -304,6 +308,8 @@ def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
         "send_buffer_low_watermark": 1 << 20,
         "max_queued_disk_bytes": 256 << 20,
         "file_pool_size": 100,
+        # For checking what is on the disk; pieces that arrive are hashed by other threads.
+        "hashing_threads": len(os.sched_getaffinity(0)),
         # A named peer that is not up yet is asked again soon.
         "min_reconnect_time": 1,
         "max_failcount": 1000,

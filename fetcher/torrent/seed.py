@@ -1,13 +1,15 @@
 """Sharing a release folder from where it lies, until told to stop or enough was given."""
 
+import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...errors import NotFoundError, ReleaseError, UsageError
+from ...errors import MagnetarError, NotFoundError, ReleaseError, UsageError
+from ..folder_sums import FolderSums
 from ..progress import Progress, ProgressSink
 from ..store import Record, Store, fingerprints, replace_file
 from .contacts import shown
@@ -170,9 +172,32 @@ def seed(
             )
         )
         on_ready(_info(metainfo, raw, shown((heard_on.strip("[]"), bound_port)), kind))
-        return _serve(session, metainfo, folder, limits, stop, on_progress)
+        with _summing(folder, cache):
+            return _serve(session, metainfo, folder, limits, stop, on_progress)
     finally:
         session.close()
+
+
+@contextlib.contextmanager
+def _summing(folder: Path, cache: Path | None) -> Iterator[None]:
+    """Meanwhile the tensors of the folder get their sums, for whoever loads them from here."""
+    if cache is None:
+        yield
+        return
+    sums, over = FolderSums(Store(cache), folder), threading.Event()
+
+    def work() -> None:
+        # Any folder may be shared; only releases have tensors.
+        with contextlib.suppress(MagnetarError):
+            sums.compute(over)
+
+    thread = threading.Thread(target=work, name="seed-sums")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _serve(

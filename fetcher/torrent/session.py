@@ -58,6 +58,8 @@ class TorrentJob:
     trusts_resume: bool = True
     """The files still are what `resume` says. Else only the hashes in it are used, each of which
     libtorrent has proved, and the files are checked."""
+    damaged: Collection[int] = ()
+    """Pieces that are not there, whatever `resume` says."""
     is_seed: bool = False
     """The files are all there: serve them, checking each piece when it is first asked for."""
     upload_bytes_per_s: int = 0

@@ -6,6 +6,8 @@ import torch
 
 from magnetar.errors import CheckpointError, InterruptedByUserError
 from magnetar.fetcher.checkpoint.arriving import ArrivingTensorSource
+from magnetar.fetcher.checkpoint.checked_files import LoadChecks
+from magnetar.fetcher.manifest import Manifest
 from magnetar.fetcher.piece_map import ByteRange, ranges_of
 from magnetar.fetcher.tensors import TensorEntry, TensorIndex
 
@@ -39,6 +41,13 @@ class Disk:
                 file.seek(part.offset)
                 file.write(numbers.numpy().tobytes())
 
+    def mend(self, part: ByteRange) -> None:
+        raise AssertionError("nothing is damaged")
+
+
+def checks(folder: Path) -> LoadChecks:
+    return LoadChecks(data=folder, manifest=Manifest())
+
 
 def steps() -> list[tuple[TensorEntry, ...]]:
     return [INDEX.layer(0), INDEX.layer(1)]
@@ -46,7 +55,7 @@ def steps() -> list[tuple[TensorEntry, ...]]:
 
 def test_waits_for_each_step_once_and_not_before_it_is_needed(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
-    source = ArrivingTensorSource(tmp_path, INDEX, steps(), disk)
+    source = ArrivingTensorSource(tmp_path, INDEX, steps(), disk, checks=checks(tmp_path))
     assert not disk.waits
     assert torch.equal(source.read("layers.0.b"), torch.arange(4.0, 8.0))
     assert torch.equal(source.read("layers.0.a"), torch.arange(4.0))
@@ -57,7 +66,7 @@ def test_waits_for_each_step_once_and_not_before_it_is_needed(tmp_path: Path) ->
 
 
 def test_what_is_in_no_step_never_arrived(tmp_path: Path) -> None:
-    source = ArrivingTensorSource(tmp_path, INDEX, steps(), Disk(tmp_path))
+    source = ArrivingTensorSource(tmp_path, INDEX, steps(), Disk(tmp_path), checks=checks(tmp_path))
     with pytest.raises(CheckpointError, match="was not downloaded to this node"):
         source.read("layers.2.a")
 
@@ -65,6 +74,6 @@ def test_what_is_in_no_step_never_arrived(tmp_path: Path) -> None:
 def test_the_end_of_waiting_is_the_end_of_reading(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     disk.is_stopped = True
-    source = ArrivingTensorSource(tmp_path, INDEX, steps(), disk)
+    source = ArrivingTensorSource(tmp_path, INDEX, steps(), disk, checks=checks(tmp_path))
     with pytest.raises(InterruptedByUserError):
         source.read("layers.0.a")

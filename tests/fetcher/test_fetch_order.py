@@ -30,6 +30,9 @@ class Waiting:
     def wait(self, ranges: Sequence[ByteRange]) -> None:
         assert self._fetch.wait(ranges, 60)
 
+    def mend(self, part: ByteRange) -> None:
+        self._fetch.mend(part)
+
 
 def test_the_first_layer_is_read_long_before_the_last_piece_comes(tmp_path: Path) -> None:
     # The layers lie in the file in another order than that in which they are wanted.
@@ -71,7 +74,9 @@ def test_the_first_layer_is_read_long_before_the_last_piece_comes(tmp_path: Path
         steps = [index.layer(layer) for layer in range(NUM_LAYERS)]
         fetch.order(map(ranges_of, steps))
         folder = fetch.folder()
-        source = ArrivingTensorSource(folder, index, steps, Waiting(fetch))
+        source = ArrivingTensorSource(
+            folder, index, steps, Waiting(fetch), checks=fetch.load_checks()
+        )
         done = thread.submit(fetch.download)
         for layer in range(NUM_LAYERS):
             tensor = source.read(f"layers.{layer}.w")

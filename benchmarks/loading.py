@@ -1,0 +1,300 @@
+"""What loading while downloading is worth, and what it costs to check weights as they are loaded.
+
+    python benchmarks/loading.py --quick       96 MB, three rounds
+    python benchmarks/loading.py               256 MB; --demo adds the life of the demo
+
+Three seeds with limited uplinks on loopback share eight equal layers that lie out of order in one
+file; a fetch brings them in the order in which stages load them, and without an order, in turns.
+Then the same bytes are read back: as they are, checked against the hashes of their pieces, and
+against their own SHA-256; and verified as `magnetar verify` does, beside a plain SHA-1.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from magnetar.fetcher.checkpoint.checked_files import CheckedFiles
+from magnetar.fetcher.fetch import Fetch
+from magnetar.fetcher.file_bytes import read_exactly
+from magnetar.fetcher.piece_map import ByteRange
+from magnetar.fetcher.progress import Progress
+from magnetar.fetcher.store import Record, Store
+from magnetar.fetcher.tensors import TensorEntry
+from magnetar.tests.seeder import seeding
+
+WEIGHTS = "consolidated.00.pth"
+NUM_LAYERS = 8
+NUM_SEEDS = 3
+IN_FILE = (3, 0, 7, 4, 1, 6, 2, 5)
+"""The order of the layers in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One case; of `ratio` less is better where `goal` is an upper bound."""
+
+    case: str
+    ours: float
+    reference: float
+    goal: float
+    is_floor: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        ratio = self.ours / self.reference
+        return {
+            "case": self.case,
+            "ours": round(self.ours, 4),
+            "reference": round(self.reference, 4),
+            "ratio": round(ratio, 4),
+            "goal": self.goal,
+            "holds": ratio >= self.goal if self.is_floor else ratio <= self.goal,
+        }
+
+
+def layers(num_bytes: int) -> list[TensorEntry]:
+    """Eight tensors of equal size, by layer."""
+    size = num_bytes // NUM_LAYERS
+    return [
+        TensorEntry(
+            name=f"layers.{layer}.w",
+            source_name="w",
+            file=WEIGHTS,
+            offset=IN_FILE.index(layer) * size,
+            dtype="bf16",
+            shape=(size // 2,),
+        )
+        for layer in range(NUM_LAYERS)
+    ]
+
+
+def write_release(folder: Path, num_bytes: int) -> None:
+    """Noise with the names of a release."""
+    folder.mkdir()
+    (folder / WEIGHTS).write_bytes(random.Random(0).randbytes(num_bytes))
+    (folder / "tokenizer.model").write_bytes(b"t")
+    (folder / "params.json").write_text("{}")
+
+
+@contextmanager
+def seeds(folder: Path, upload_bytes_per_s: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """A magnet link and its seeds, which share this upload."""
+    with ExitStack() as stack:
+        infos = [
+            stack.enter_context(seeding(folder, upload_bytes_per_s=upload_bytes_per_s // NUM_SEEDS))
+            for _ in range(NUM_SEEDS)
+        ]
+        yield infos[0].magnet, tuple(info.address for info in infos)
+
+
+def fetching(magnet: str, store: Path, peers: tuple[str, ...] = ()) -> Fetch:
+    """One fetch of it."""
+
+    def ignore(progress: Progress) -> None: ...
+
+    return Fetch(
+        kind="magnet",
+        location=magnet,
+        store=store,
+        peers=peers,
+        on_progress=ignore,
+        stop=threading.Event(),
+        timeout_s=60,
+    )
+
+
+def ready_times(
+    magnet: str, peers: tuple[str, ...], entries: list[TensorEntry], *, in_order: bool
+) -> list[float]:
+    """Seconds until each layer could be read, then until the fetch was over."""
+    ranges = [[ByteRange(entry.file, entry.offset, entry.num_bytes)] for entry in entries]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(1) as thread,
+        fetching(magnet, Path(folder), peers) as fetch,
+    ):
+        if in_order:
+            fetch.order(ranges)
+        fetch.metadata()
+        began = time.monotonic()
+        done = thread.submit(fetch.download)
+        times = []
+        for part in ranges:
+            while not fetch.wait(part, 1.0):
+                if done.done():
+                    done.result()
+            times.append(time.monotonic() - began)
+        done.result()
+        return [*times, time.monotonic() - began]
+
+
+def order_rows(release: Path, num_bytes: int, rounds: int) -> list[Row]:
+    """Layers in order beside layers in whatever order."""
+    entries = layers(num_bytes)
+    with seeds(release, num_bytes // 10) as (magnet, peers):
+        found: dict[bool, list[list[float]]] = {True: [], False: []}
+        for _ in range(rounds):
+            for in_order in (True, False):
+                times = ready_times(magnet, peers, entries, in_order=in_order)
+                found[in_order].append(times)
+                shown = " ".join(f"{seconds:5.2f}" for seconds in times)
+                print(f"{'in order' if in_order else 'any order'}: {shown}", file=sys.stderr)
+    first = statistics.median(times[0] for times in found[True])
+    whole = statistics.median(times[-1] for times in found[True])
+    any_order = statistics.median(times[-1] for times in found[False])
+    return [
+        Row(case="first of 8 layers ready over whole time", ours=first, reference=whole, goal=0.2),
+        Row(case="whole time over unordered", ours=whole, reference=any_order, goal=1.02),
+    ]
+
+
+def best(work: Callable[[], object], rounds: int) -> float:
+    """The shortest of a few runs in seconds."""
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def check_rows(release: Path, num_bytes: int, rounds: int) -> list[Row]:
+    """Reading and verifying the same bytes in several ways; rates in GB/s."""
+    entries = layers(num_bytes)
+    buffer = memoryview(bytearray(entries[0].num_bytes))
+    with tempfile.TemporaryDirectory() as folder, seeding(release) as seed:
+        store = Path(folder)
+        with fetching(seed.magnet, store) as fetch:
+            path = fetch.download() / WEIGHTS
+            unknown = fetch.load_checks()
+            first = CheckedFiles(unknown)
+            for entry in entries:
+                first.read_into(entry, buffer)
+            fetch.keep_sums(first.found)
+            known = fetch.load_checks()
+
+        def read_with(read: Callable[[TensorEntry], None]) -> Callable[[], None]:
+            def work() -> None:
+                for entry in entries:
+                    read(entry)
+
+            return work
+
+        def plain(entry: TensorEntry) -> None:
+            read_exactly(path, entry.offset, buffer)
+
+        def by_pieces(entry: TensorEntry) -> None:
+            CheckedFiles(unknown).read_into(entry, buffer)
+
+        def by_sum(entry: TensorEntry) -> None:
+            CheckedFiles(known).read_into(entry, buffer)
+
+        def sha1() -> None:
+            digest = hashlib.sha1()
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+
+        def verify() -> None:
+            assert seed.info_hash is not None
+            Store(store).release_folder(seed.info_hash).record.write(Record())
+            with fetching(seed.magnet, store) as fetch:
+                fetch.verify()
+
+        size = num_bytes / 1e9
+        rate = {
+            name: size / best(work, rounds)
+            for name, work in (
+                ("plain", read_with(plain)),
+                ("pieces", read_with(by_pieces)),
+                ("sums", read_with(by_sum)),
+                ("sha1", sha1),
+                ("verify", verify),
+            )
+        }
+    print(" ".join(f"{name} {each:.2f} GB/s" for name, each in rate.items()), file=sys.stderr)
+    return [
+        Row(
+            case="verify over a plain SHA-1, GB/s",
+            ours=rate["verify"],
+            reference=rate["sha1"],
+            goal=0.8,
+            is_floor=True,
+        ),
+        Row(
+            case="reading checked by pieces over a plain SHA-1, GB/s",
+            ours=rate["pieces"],
+            reference=rate["sha1"],
+            goal=0.4,
+            is_floor=True,
+        ),
+        Row(
+            case="reading checked by SHA-256 over a plain SHA-1, GB/s",
+            ours=rate["sums"],
+            reference=rate["sha1"],
+            goal=0.7,
+            is_floor=True,
+        ),
+    ]
+
+
+def demo_rows() -> list[Row]:
+    """From the last piece of the demo model to its first token, in seconds."""
+    from up import Run, fresh_store  # type: ignore[import-not-found]  # beside this script
+
+    with fresh_store(None) as store:
+        run = Run("fresh", store, [])
+        try:
+            run.until_ready()
+        finally:
+            run.stop()
+    seconds = {timing.phase: timing.seconds for timing in run.timings}
+    print(" ".join(f"{phase} {each:.2f}" for phase, each in seconds.items()), file=sys.stderr)
+    waited = sum(seconds[phase] for phase in ("verify", "load", "warm"))
+    return [
+        Row(case="last byte to first token of the demo, s", ours=waited, reference=1.0, goal=3.0)
+    ]
+
+
+def main() -> None:
+    """Runs the cases."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="96 MB in place of 256 MB")
+    parser.add_argument("--demo", action="store_true", help="also bring the demo up: 3 GB of disk")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="keep the JSON objects there")
+    args = parser.parse_args()
+    num_bytes = 96_000_000 if args.quick else 256_000_000
+    lines: list[str] = []
+
+    def keep(rows: list[Row]) -> None:
+        for row in rows:
+            lines.append(json.dumps(row.to_json()))
+            print(lines[-1], flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        release = Path(folder) / "release"
+        write_release(release, num_bytes)
+        keep(order_rows(release, num_bytes, args.rounds))
+        keep(check_rows(release, num_bytes, args.rounds))
+    if args.demo:
+        keep(demo_rows())
+    if args.output:
+        from up import machine
+
+        args.output.write_text("\n".join([json.dumps(machine()), *lines]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
