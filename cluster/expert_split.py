@@ -21,10 +21,12 @@ import numpy.typing as npt
 Array: TypeAlias = "npt.NDArray[Any]"
 MOST_OPTIONS = 330
 """All ways to spread a layer are tried up to so many; 8 experts over 4 hosts have 165."""
-EXACT_WORK = 400_000
+EXACT_WORK = 60_000
 """States of the programme times options times layers, up to which it is exact."""
-EXACT_CHOICES = 500_000
+EXACT_CHOICES = 2_000
 """Ways to choose options for the layers, up to which branch and bound finds the best one."""
+EXACT_LAYERS = 8
+"""Of a model, up to which that is tried."""
 _MIXED_OPTIONS = 8
 
 
@@ -94,6 +96,9 @@ class Split:
                     self.seconds_VK[variant, k] = k * self._seconds_O[0]
                     self._chosen[variant, k] = [0] * k
         open_VK = (self._home_VK >= 0) & ~np.isfinite(self.seconds_VK)
+        num_experts = int(self._counts_OH[0].sum())
+        needed_K = num_experts * np.arange(num_layers + 1)
+        open_VK &= self._home_VK + sum(self._rooms) >= needed_K
         open_VK[:, 0] = False
         if not open_VK.any():
             return
@@ -102,7 +107,7 @@ class Split:
             self._programme(num_layers, open_VK)
         else:
             self._mix(num_layers, open_VK)
-            for variant, k in np.argwhere(open_VK):
+            for variant, k in np.argwhere(open_VK) if num_layers <= EXACT_LAYERS else ():
                 if comb(len(self._seconds_O) + int(k) - 1, int(k)) <= EXACT_CHOICES:
                     self._branch(int(variant), int(k))
 

@@ -16,11 +16,11 @@ from .problem import Problem, Route
 from .search import EXACT_PLACES, EXACT_SHARED, Search, Stage
 
 Order = tuple[Stage, ...]
-MOST_ROUTES = 240
+MOST_ROUTES = 120
 """Routes that are tried from one start."""
 _MOST_STARTS = 3
 _MOST_MEMBERS = 8
-_NEAREST = 6
+_NEAREST = 4
 """Free devices that a stage may get: so many of the fastest, and of those reached soonest."""
 
 

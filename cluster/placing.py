@@ -164,7 +164,7 @@ class Placing:
         expert = max(cost.expert_bytes)
         layer, seats = cost.expert_bytes.index(expert), self.seats(home, members)
         counts_OH = spreads(cost.num_experts, self._solo_HN(cost, layer, seats, tokens))
-        held_OHE = _in_turn(counts_OH, cost.num_experts)
+        held_OHE = in_turn(counts_OH, cost.num_experts)
         seconds_O = hosts_s(cost, layer, seats, held_OHE, tokens=tokens)
         layers = np.arange(len(cost.expert_bytes) + 1)
         used = layers * (max(cost.attention_bytes) + self.kv_bytes)
@@ -182,7 +182,7 @@ class Placing:
         num_experts = cost.num_experts
         rest = Seat(speed=Speed(read_gbps=1e9))
         counts = np.array([[n, num_experts - n] for n in range(num_experts + 1)])
-        held = _in_turn(counts, num_experts)
+        held = in_turn(counts, num_experts)
         return np.array([hosts_s(cost, layer, [seat, rest], held, tokens=tokens) for seat in seats])
 
     def prefill_s(self, sites: Sequence[int], ends: Sequence[int], tokens: int) -> float:
@@ -216,8 +216,8 @@ def _prefix(values: Sequence[float]) -> Matrix:
     return np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
 
 
-def _in_turn(counts_OH: Array, num_experts: int) -> Array:
-    """[O, H, E]: the first experts for the first host, and so on."""
+def in_turn(counts_OH: Array, num_experts: int) -> Array:
+    """[O, H, E]: who holds which expert: the first ones the first host, and so on."""
     ends = counts_OH.cumsum(axis=1)[:, :, None]
     experts = np.arange(num_experts)
     found: Array = ((experts < ends) & (experts >= ends - counts_OH[:, :, None])).astype(np.int64)

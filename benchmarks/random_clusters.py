@@ -1,0 +1,145 @@
+"""Random clusters of named machines, and what a layout on one yields in a closed loop."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from magnetar.benchmarks.closed_loop import Load, Server, Steps, steps_tokens_per_s
+from magnetar.benchmarks.layouts import exo_ring, petals, uniform, water_filling
+from magnetar.cluster.cost import attention_s, experts_s, hop_s, kv_touch_bytes, output_s
+from magnetar.cluster.expert_cost import hosts_s
+from magnetar.cluster.footprint import footprint
+from magnetar.cluster.place import places_of
+from magnetar.cluster.placing import Placing, in_turn
+from magnetar.cluster.plan import Inventory, Link, Node, Workload
+from magnetar.cluster.problem import Problem, Route, evaluate
+from magnetar.cluster.profiles import profiles
+from magnetar.cluster.speed_plan import SpeedPlanner
+from magnetar.tests.planning import MIXTRAL
+
+LINKS = {"Wi-Fi": (4.0, 0.03), "1 GbE": (0.3, 0.117), "10 GbE": (0.1, 1.17)}
+"""Round trip in milliseconds and gigabytes per second."""
+CONTEXT_TOKENS, STREAMS = 2048, 16
+LOAD = Load(prompts=(64, 128, 256, 512), outputs=(384, 128, 256, 512), streams=STREAMS)
+BASELINES = {
+    "memory ring": exo_ring,
+    "block choice": petals,
+    "water-filling": water_filling,
+    "uniform": uniform,
+}
+_GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 600)
+
+
+def profile_inventory(seed: int) -> Inventory:
+    """3 to 8 machines of named profiles; the slower network of a pair decides its link."""
+    draw = random.Random(seed)
+    names = sorted(profiles())
+    nodes, networks = [], {}
+    for number in range(draw.randint(3, 8)):
+        name = draw.choice(names)
+        host = f"{number}-{name}"
+        networks[host] = LINKS[draw.choice(sorted(LINKS))]
+        device = profiles()[name].device
+        nodes.append(Node(host=host, address="", num_cpus=8, devices=(device,)))
+    links = []
+    for a, b in itertools.permutations(networks, 2):
+        rtt_ms, gbps = max(networks[a], networks[b])
+        links.append(Link(source=a, target=b, rtt_s=rtt_ms / 1000, gbps=gbps))
+    return Inventory(nodes=tuple(nodes), links=tuple(links))
+
+
+class Cluster:
+    """Mixtral in bf16 on a random cluster, for 16 streams of 2048 tokens."""
+
+    def __init__(self, seed: int, *, separate_experts: bool = True) -> None:
+        config, index = MIXTRAL
+        inventory = profile_inventory(seed)
+        workload = Workload(
+            max_context_tokens=CONTEXT_TOKENS,
+            max_concurrency=STREAMS,
+            objective="throughput",
+            separate_experts=separate_experts,
+        )
+        places = places_of(inventory)
+        kv_bytes = STREAMS * CONTEXT_TOKENS * footprint(config, index, "bf16").kv_bytes_per_token
+        self.placing = Placing(
+            config, index, inventory, workload, places, ["bf16"] * len(places), kv_bytes=kv_bytes
+        )
+        self.found = SpeedPlanner(self.placing, workload).found
+
+    def ours(self) -> float:
+        """Tokens per second of our plan, with its own number of micro-batches."""
+        assert self.found is not None
+        problem, route = self.found
+        return self._simulated(problem, route, -(-STREAMS // problem.step_tokens), STREAMS)
+
+    def baselines(self, *, any_batches: bool = False) -> dict[str, float]:
+        """Of those baselines whose layout fits; one micro-batch a stage, as is the default, or
+        with `any_batches` as many as are best for each."""
+        found = {}
+        for name, layout in BASELINES.items():
+            chains = layout(self.placing.problem(1))
+            if chains:
+                found[name] = self._chains(chains, any_batches=any_batches)
+        return found
+
+    def _chains(
+        self, chains: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], *, any_batches: bool
+    ) -> float:
+        """Chains beside each other share the streams by how fast each goes around."""
+        problem = self.placing.problem(1)
+        routes = [evaluate(problem, sites, ends) for sites, ends in chains]
+        rates = [1 / route.round_trip_s for route in routes]
+        total = 0.0
+        for route, rate in zip(routes, rates, strict=True):
+            streams = round(STREAMS * rate / sum(rates))
+            if not streams:
+                continue
+            stages = len(route.sites)
+            counts = range(1, min(stages, streams) + 1) if any_batches else [stages]
+            total += max(self._simulated(problem, route, m, streams) for m in counts)
+        return total
+
+    def _simulated(self, problem: Problem, route: Route, micro: int, streams: int) -> float:
+        spans = zip(route.sites, route.members, route.starts, route.ends, strict=True)
+        servers = [self._server(problem, *span) for span in spans]
+        links = [
+            self.placing.link(a, b)
+            for a, b in zip(route.sites, (*route.sites[1:], route.sites[0]), strict=True)
+        ]
+        hidden = self.placing.cost(0).hidden_bytes
+
+        def hops_s(at: int, tokens: int) -> float:
+            return hop_s(tokens * (256 if at == len(links) - 1 else hidden), links[at])
+
+        load = Load(prompts=LOAD.prompts, outputs=LOAD.outputs, streams=streams)
+        policy = Steps(micro_batches=micro)
+        return steps_tokens_per_s(servers, hops_s, load, policy, num_steps=1200 * micro)
+
+    def _server(self, problem: Problem, home: int, members: int, start: int, end: int) -> Server:
+        placing, cost, speed = self.placing, self.placing.cost(home), self.placing.speed(home)
+        layers = end - start
+        times = []
+        if members == 1 << home:
+            times = [layers * experts_s(cost, start, speed, tokens=n) for n in _GRID]
+        else:
+            variant = (start == 0) + 2 * (end == problem.num_layers)
+            split = placing.split(home, members, problem.step_tokens)
+            counts, repeats = np.unique(split.counts(variant, layers), axis=0, return_counts=True)
+            held, seats = in_turn(counts, cost.num_experts), placing.seats(home, members)
+            times = [float(hosts_s(cost, start, seats, held, tokens=n) @ repeats) for n in _GRID]
+        for at, n in enumerate(_GRID):
+            times[at] += layers * attention_s(cost, start, speed, tokens=n, context_tokens=0)
+        touched = layers * kv_touch_bytes(cost, tokens=1, context_tokens=CONTEXT_TOKENS // 4)
+        is_last = end == problem.num_layers
+
+        @cache
+        def step_s(decodes: int, prompt: int) -> float:
+            seconds = float(np.interp(decodes + prompt, _GRID, times))
+            seconds += decodes * touched / (speed.read_gbps * 1e9)
+            return seconds + is_last * output_s(cost, speed, tokens=max(1, decodes))
+
+        return Server(step_s=step_s, kv_tokens=float("inf"))
