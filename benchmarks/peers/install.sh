@@ -1,5 +1,6 @@
 #!/bin/sh
 # Makes an environment for every peer of engine.py:  sh benchmarks/peers/install.sh [DIR] [PEER...]
+# and for harness.py with the peer lm-eval, which is installed only where it is named.
 # llama.cpp is compiled for this machine, which took ten minutes on two busy cores.
 set -eu
 dir=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/magnetar-benchmarks/peers}
@@ -21,6 +22,7 @@ for peer in ${*:-transformers llama vllm}; do
             # None of them loads beside the CPU build of torch, and text needs none.
             $pip uninstall -y torchvision torchaudio torchcodec
             ;;
-        *) echo "no peer $peer; there are transformers, llama and vllm" >&2; exit 2 ;;
+        lm-eval) $pip install 'torch==2.13.*' 'transformers>=5,<6' 'lm_eval[api,hf]>=0.4.9' ;;
+        *) echo "no peer $peer; there are transformers, llama, vllm and lm-eval" >&2; exit 2 ;;
     esac
 done

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from magnetar.benchmarks.peers.runner import Task, claim_stdout, serve
+from magnetar.benchmarks.peers.runner import Request, Task, claim_stdout, serve, served
 
 MAX_STREAMS = 32
 NUM_CONTEXT = 8192
@@ -38,6 +38,18 @@ def quantised(bf16: Path, dtype: str) -> Path:
             raise SystemExit(f"llama.cpp could not quantise {bf16}")
         part.rename(file)
     return file
+
+
+class Slot:
+    """A request of a load that is being answered."""
+
+    def __init__(self, number: int, request: Request) -> None:
+        self.number = number
+        self.request = request
+        self.left = list(request.prompt)
+        self.position = 0
+        self.token = 0
+        self.num_made = 0
 
 
 class Peer:
@@ -67,6 +79,8 @@ class Peer:
 
     def measure(self, task: Task) -> dict[str, Any]:
         """See `Task`."""
+        if task.kind == "load":
+            return self._serve(task.requests(self._vocab_size))
         api = self._api
         api.llama_memory_clear(api.llama_get_memory(self._context), True)
         prompts = task.prompts(self._vocab_size)
@@ -94,6 +108,50 @@ class Peer:
                 ]
             )
         return sampled[0]
+
+    def _serve(self, requests: list[Request]) -> dict[str, Any]:
+        """As llama.cpp's own server does: a batch has the next token of every answer, and as much
+        of the waiting prompts as there is room for."""
+        api = self._api
+        memory = api.llama_get_memory(self._context)
+        api.llama_memory_clear(memory, True)
+        waiting = list(enumerate(requests))
+        free = list(range(MAX_STREAMS))
+        slots: dict[int, Slot] = {}
+        first_token_s = [0.0] * len(requests)
+        began = time.perf_counter()
+        while waiting or slots:
+            now = time.perf_counter() - began
+            while waiting and free and waiting[0][1].arrival_s <= now:
+                number, request = waiting.pop(0)
+                slots[free.pop()] = Slot(number, request)
+            if not slots:
+                time.sleep(waiting[0][1].arrival_s - now)
+                continue
+            rows: list[tuple[int, int, int, bool]] = []
+            asked: list[int] = []
+            for stream, slot in sorted(slots.items(), key=lambda item: bool(item[1].left)):
+                tokens = slot.left[: NUM_BATCH - len(rows)] if slot.left else [slot.token]
+                del slot.left[: len(tokens)]
+                rows += [
+                    (token, slot.position + at, stream, False) for at, token in enumerate(tokens)
+                ]
+                slot.position += len(tokens)
+                if tokens and not slot.left:
+                    rows[-1] = (*rows[-1][:3], True)
+                    asked.append(stream)
+            sampled = self._decode(rows)
+            now = time.perf_counter() - began
+            for stream, token in zip(asked, sampled, strict=True):
+                slot = slots[stream]
+                if slot.num_made == 0:
+                    first_token_s[slot.number] = now - slot.request.arrival_s
+                slot.token, slot.num_made = token, slot.num_made + 1
+                if slot.num_made == slot.request.num_tokens:
+                    api.llama_memory_seq_rm(memory, stream, -1, -1)
+                    free.append(stream)
+                    del slots[stream]
+        return served(requests, time.perf_counter() - began, first_token_s)
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
         """Token, position, stream, whether to sample: the most likely next tokens."""

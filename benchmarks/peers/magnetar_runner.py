@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magnetar.benchmarks.peers.runner import Task, claim_stdout, serve
+from magnetar.benchmarks.peers.runner import Request, Task, claim_stdout, serve, served
 from magnetar.cluster.link import LinkListener, dial
 from magnetar.fetcher.checkpoint.release import FolderReader, ReleaseFacts, read_release
 from magnetar.fetcher.config import ReleaseHints
@@ -152,6 +152,8 @@ class Ring:
 
     async def measure(self, task: Task) -> dict[str, Any]:
         """See `Task`."""
+        if task.kind == "load":
+            return await self._serve(task.requests(self.config.vocab_size))
         prompts = task.prompts(self.config.vocab_size)
         if task.kind == "prefill":
             began = time.perf_counter()
@@ -185,6 +187,18 @@ class Ring:
             "busy": [round(ratio, 3) for ratio in busy],
             "gap_p50_s": gaps[len(gaps) // 2],
         }
+
+    async def _serve(self, requests: list[Request]) -> dict[str, Any]:
+        began = time.perf_counter()
+
+        async def answer(request: Request) -> float:
+            await asyncio.sleep(request.arrival_s - (time.perf_counter() - began))
+            times: list[float] = []
+            await self._stream(request.prompt, request.num_tokens, times, asyncio.Event())
+            return times[0] - began - request.arrival_s
+
+        first_token_s = await asyncio.gather(*map(answer, requests))
+        return served(requests, time.perf_counter() - began, first_token_s)
 
     async def _stream(
         self, prompt: list[int], num_tokens: int, times: list[float], started: asyncio.Event

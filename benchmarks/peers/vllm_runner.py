@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from magnetar.benchmarks.peers.runner import Task, claim_stdout, serve
+from magnetar.benchmarks.peers.runner import Request, Task, claim_stdout, serve, served
 
 KV_GIB = 1
 
@@ -38,24 +38,14 @@ class Peer:
 
     def measure(self, task: Task) -> dict[str, Any]:
         """See `Task`."""
-        from vllm import SamplingParams
-
+        if task.kind == "load":
+            return self._serve(task.requests(self._vocab_size))
         spare = task.num_streams if task.kind == "decode" else 0
         num_tokens = 1 if task.kind == "prefill" else 1 + 2 * task.num_tokens + spare
-        wish = SamplingParams(
-            temperature=0.0,
-            max_tokens=num_tokens,
-            min_tokens=num_tokens,
-            ignore_eos=True,
-            detokenize=False,
-        )
         counts: dict[str, int] = {}
         began = time.perf_counter()
         for prompt in task.prompts(self._vocab_size):
-            self._num_requests += 1
-            name = str(self._num_requests)
-            counts[name] = 0
-            self._engine.add_request(name, {"prompt_token_ids": prompt}, wish)
+            counts[self._add(prompt, num_tokens)] = 0
         self._until(counts, 1)
         if task.kind == "prefill":
             return {"seconds": time.perf_counter() - began, "num_tokens": task.num_prompt}
@@ -68,6 +58,41 @@ class Peer:
         while self._engine.has_unfinished_requests():
             self._engine.step()
         return {"seconds": seconds, "num_tokens": made}
+
+    def _add(self, prompt: list[int], num_tokens: int) -> str:
+        """A request of so many tokens; its name."""
+        from vllm import SamplingParams
+
+        wish = SamplingParams(
+            temperature=0.0,
+            max_tokens=num_tokens,
+            min_tokens=num_tokens,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        self._num_requests += 1
+        name = str(self._num_requests)
+        self._engine.add_request(name, {"prompt_token_ids": prompt}, wish)
+        return name
+
+    def _serve(self, requests: list[Request]) -> dict[str, Any]:
+        numbers: dict[str, int] = {}
+        first_token_s = [0.0] * len(requests)
+        began = time.perf_counter()
+        while len(numbers) < len(requests) or self._engine.has_unfinished_requests():
+            now = time.perf_counter() - began
+            while len(numbers) < len(requests) and requests[len(numbers)].arrival_s <= now:
+                request = requests[len(numbers)]
+                numbers[self._add(request.prompt, request.num_tokens)] = len(numbers)
+            if not self._engine.has_unfinished_requests():
+                time.sleep(requests[len(numbers)].arrival_s - now)
+                continue
+            for output in self._engine.step():
+                number = numbers[output.request_id]
+                if not first_token_s[number]:
+                    now = time.perf_counter() - began
+                    first_token_s[number] = now - requests[number].arrival_s
+        return served(requests, time.perf_counter() - began, first_token_s)
 
     def _until(self, counts: dict[str, int], target: int) -> None:
         """Step until every request has so many tokens, or all it asked for."""
