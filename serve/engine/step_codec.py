@@ -59,20 +59,9 @@ def decode_plan(step_id: int, body: bytes, known: Known | None = None) -> StepPl
 
 
 def encode_result(result: StepResult) -> bytes:
-    """The samples."""
+    """The samples; most are only a token."""
     return _dump(
-        [
-            [
-                sample.request_id,
-                sample.token_id,
-                sample.logprob,
-                sample.top_logprobs,
-                [[s.token_id, s.logprob, s.rank, s.top_logprobs] for s in sample.scored],
-                sample.vector,
-                int(sample.is_finite),
-            ]
-            for sample in result.samples
-        ]
+        [[sample.request_id, sample.token_id, *_sample_extras(sample)] for sample in result.samples]
     )
 
 
@@ -104,6 +93,7 @@ def decode_error(body: bytes) -> str:
 
 
 _AS_BEFORE = 0
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def _sampling(row: StepRow, known: Known) -> list[Any] | int | None:
@@ -219,7 +209,29 @@ def _sampling_params(value: Any) -> SamplingParams:
     )
 
 
+def _sample_extras(sample: Sample) -> list[Any]:
+    """What few samples have."""
+    if (
+        sample.logprob is None
+        and not sample.top_logprobs
+        and not sample.scored
+        and not sample.vector
+        and sample.is_finite
+    ):
+        return []
+    return [
+        sample.logprob,
+        sample.top_logprobs,
+        [[s.token_id, s.logprob, s.rank, s.top_logprobs] for s in sample.scored],
+        sample.vector,
+        int(sample.is_finite),
+    ]
+
+
 def _sample(value: Any) -> Sample:
+    if len(_list(value)) == 2:
+        request_id, token_id = value
+        return Sample(request_id=_count(request_id), token_id=_count(token_id))
     request_id, token_id, logprob, top_logprobs, scored, vector, is_finite = _list(value, 7)
     if is_finite not in (0, 1):
         _refuse(is_finite)
@@ -250,7 +262,7 @@ def _pairs(value: Any) -> tuple[tuple[int, float], ...]:
 
 
 def _dump(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def _load(body: bytes) -> Any:
