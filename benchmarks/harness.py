@@ -5,7 +5,8 @@
 
 The demo's model is served by two stages and asked by lm-eval as any service that speaks OpenAI's
 completions (``--model local-completions``); then lm-eval loads the same release itself
-(``--model hf``), both in bf16. The tasks are made here, and nothing is fetched: a choice between
+(``--model hf``), both in fp32: in bf16 one of sixteen choices is so near a tie that it fell the
+other way. The tasks are made here, and nothing is fetched: a choice between
 continuations, and the rolling perplexity of Python's manual. Prints one JSON object per number.
 """
 
@@ -26,7 +27,7 @@ from magnetar.benchmarks.peers.magnetar_runner import Ring, facts_of
 from magnetar.benchmarks.up import machine
 
 NUM_STAGES = 2
-TOLERANCE = 0.01
+TOLERANCE = 0.001
 """Of a perplexity, relative; of an accuracy, absolute."""
 TIMEOUT_S = 1200.0
 MODEL = "demo"
@@ -100,7 +101,7 @@ def served(release: Path) -> Iterator[str]:
     from magnetar.serve.text.load import load_tokenizer
 
     facts = facts_of(release)
-    ring = Ring(release, num_stages=NUM_STAGES, dtype="bf16", threads=os.cpu_count() or 1)
+    ring = Ring(release, num_stages=NUM_STAGES, dtype="fp32", threads=os.cpu_count() or 1)
     app = create_app(
         engine=ring.engine,
         tokenizer=load_tokenizer(release, facts),
@@ -160,7 +161,7 @@ def rows(python: Path, release: Path) -> list[dict[str, Any]]:
                 "num_concurrent": 4,
             }
             ours = evaluate(python, tasks, "local-completions", api)
-        theirs = evaluate(python, tasks, "hf", {"pretrained": release, "dtype": "bfloat16"})
+        theirs = evaluate(python, tasks, "hf", {"pretrained": release, "dtype": "float32"})
     found = []
     for name, value in ours.items():
         reference = theirs[name]
@@ -171,7 +172,7 @@ def rows(python: Path, release: Path) -> list[dict[str, Any]]:
                 "ours": value,
                 "reference": reference,
                 "ratio": round(value / reference, 5),
-                "goal": f"within {TOLERANCE:.0%}",
+                "goal": f"within {TOLERANCE:.1%}",
                 "holds": apart <= TOLERANCE,
             }
         )
