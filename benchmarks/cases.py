@@ -20,7 +20,7 @@ class Engine:
     dtype: str = "bf16"
     stages: int = 1
     threads: int = 0
-    """Of all its stages together; 0: every core has one."""
+    """Of each stage; 0: one for every core."""
 
     @property
     def label(self) -> str:

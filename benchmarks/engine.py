@@ -110,7 +110,7 @@ class Bench:
         A stage begins with cold caches whenever its turn comes, so that the same layers take longer
         in three processes than in one: ``details`` tells that part.
         """
-        engines = [Engine(model="tiny", stages=n, threads=n) for n in (1, HOP_STAGES)]
+        engines = [Engine(model="tiny", stages=n, threads=1) for n in (1, HOP_STAGES)]
         runners = self._loaded(engines)
         task = Task(kind="decode", num_tokens=200)
         added_ms, computing_ms = [], []

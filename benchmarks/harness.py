@@ -6,8 +6,8 @@
 The demo's model is served by two stages and asked by lm-eval as any service that speaks OpenAI's
 completions (``--model local-completions``); then lm-eval loads the same release itself
 (``--model hf``), both in fp32: in bf16 one of sixteen choices is so near a tie that it fell the
-other way. The tasks are made here, and nothing is fetched: a choice between
-continuations, and the rolling perplexity of Python's manual. Prints one JSON object per number.
+other way. The tasks are made here, and nothing is fetched: a choice between continuations, and the
+rolling perplexity of Python's manual. Prints one JSON object per number.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TOLERANCE = 0.001
 """Of a perplexity, relative; of an accuracy, absolute."""
 TIMEOUT_S = 1200.0
 MODEL = "demo"
-TOPICS = ("naming", "try", "import", "yield")
+TOPICS = ("naming", "yield")
 FACTS = (
     ("The capital of France is", ("Paris", "Berlin", "Madrid", "Rome"), 0),
     ("The capital of Japan is", ("Kyoto", "Osaka", "Tokyo", "Seoul"), 2),

@@ -120,12 +120,12 @@ def stages_by_memory(
     seats = [place for place, count in seating for _ in range(count)]
     starts = (0, *ends[:-1])
     taken: dict[tuple[str, str], int] = {}
-    stages_of_host: dict[str, int] = {}
+    devices_of_host: dict[str, set[str]] = {}
     for place, start, end in zip(seats, starts, ends, strict=True):
         device = (place.node.host, place.device_name)
         used = sum(costs[start:end]) + (end - start) * kv_bytes + overhead
         taken[device] = taken.get(device, 0) + used
-        stages_of_host[place.node.host] = stages_of_host.get(place.node.host, 0) + 1
+        devices_of_host.setdefault(place.node.host, set()).add(place.device_name)
     return tuple(
         StagePlan(
             index=number,
@@ -136,7 +136,8 @@ def stages_by_memory(
             has_embeddings=number == 0,
             has_output=number == len(ends) - 1,
             dtype=dtype,
-            num_threads=max(1, place.node.num_cpus // stages_of_host[place.node.host]),
+            # Stages of one device take turns, see `Plan.steps_at_once`.
+            num_threads=max(1, place.node.num_cpus // len(devices_of_host[place.node.host])),
             weights_bytes=sum(costs[start:end]),
             kv_bytes=(end - start) * kv_bytes,
             free_bytes=place.device.memory_bytes - taken[place.node.host, place.device_name],

@@ -99,7 +99,7 @@ class PipelineGroup:
             links=self._links(plan, self._gateway_host),
             folder=folder,
             facts_json=facts_json,
-            num_stages=plan.num_micro_batches or len(plan.stages),
+            num_stages=plan.steps_at_once,
             num_kv_blocks=plan.num_kv_blocks,
             max_context_tokens=plan.max_context_tokens,
             max_running=spec.running_limit,

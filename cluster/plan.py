@@ -218,7 +218,12 @@ class Plan:
     prediction: Prediction | None = None
     """None where no speed is known."""
     num_micro_batches: int | None = None
-    """Steps that decoding is cut into at a time; None: one a stage."""
+    """Steps that decoding is cut into at a time; None: `steps_at_once` decides."""
+
+    @property
+    def steps_at_once(self) -> int:
+        """Steps that decoding is cut into at a time: of stages on one device only one computes."""
+        return self.num_micro_batches or len({(each.host, each.device) for each in self.stages})
 
     @property
     def hosts(self) -> tuple[str, ...]:

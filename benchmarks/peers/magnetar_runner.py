@@ -118,7 +118,7 @@ class Ring:
             ours, theirs = context.Pipe()
             context.Process(
                 target=run_stage,
-                args=(folder, layers, dtype, max(1, threads // num_stages), blocks, theirs),
+                args=(folder, layers, dtype, threads, blocks, theirs),
                 daemon=True,
             ).start()
             theirs.close()  # so that a stage that dies is an end of file here
@@ -137,7 +137,7 @@ class Ring:
             max_context_tokens=self.config.max_context_tokens,
             max_running=64,
             max_waiting=256,
-            num_stages=num_stages,
+            num_stages=1,  # those of one machine take turns, as plans have it
             downstream=downstream,
             upstream=upstream,
             eos_token_ids=(),

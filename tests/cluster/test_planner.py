@@ -50,16 +50,18 @@ def test_a_machine_that_holds_everything_gets_one_stage() -> None:
     assert stage.num_threads == 8
 
 
-def test_four_stages_on_one_machine_share_its_memory_and_cores() -> None:
+def test_four_stages_on_one_machine_share_its_memory_and_take_turns_on_its_cores() -> None:
     found = plan(*MIXTRAL, cluster(node("a", 128)), asked(num_stages=4))
     assert layers(found) == [8, 8, 8, 8]
-    assert {stage.num_threads for stage in found.stages} == {2}
+    assert {stage.num_threads for stage in found.stages} == {8}
+    assert found.steps_at_once == 1
     assert len({stage.free_bytes for stage in found.stages}) == 1
 
 
-def test_there_is_a_thread_for_every_stage_however_few_cores() -> None:
-    found = plan(*SMALL, cluster(node("a", 16, cpus=2)), asked(num_stages=4))
-    assert {stage.num_threads for stage in found.stages} == {1}
+def test_stages_on_several_machines_decode_at_once() -> None:
+    found = plan(*MIXTRAL, cluster(node("a", 64), node("b", 64)), asked(num_stages=4))
+    assert {stage.num_threads for stage in found.stages} == {8}
+    assert found.steps_at_once == 2
 
 
 def test_takes_as_few_nodes_as_fit_and_says_why_the_others_idle() -> None:
