@@ -15,6 +15,7 @@ MagnetarError                    1  something failed
 │   │   └── UnsafePickleError    1  a pickle that asks for more than tensors
 │   └── TokenizerError           1  a tokenizer that does not fit the model
 ├── DownloadError                1  the swarm or the disk failed
+│   └── DiskFullError            1  the disk has no room for what arrives
 ├── VerifyError                  1  bytes that do not have the published hash
 ├── StageLostError               1  a stage or its link died
 ├── QueueFullError               1  too many requests wait already
@@ -93,6 +94,10 @@ class TokenizerError(ReleaseError):
 
 class DownloadError(MagnetarError):
     """The swarm or the disk failed; what was downloaded is kept."""
+
+
+class DiskFullError(DownloadError):
+    """The disk has no room for what arrives; what arrived is kept."""
 
 
 class VerifyError(MagnetarError):

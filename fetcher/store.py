@@ -16,6 +16,7 @@ Every file but the data is replaced as a whole, so that a crash leaves the old o
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -26,7 +27,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import DownloadError, PreflightError, ReleaseError
+from ..errors import DiskFullError, DownloadError, PreflightError, ReleaseError
 from .torrent.metainfo import MAX_PIECES, Metainfo, parse_metainfo
 
 RECORD_VERSION = 1
@@ -251,7 +252,7 @@ def replace_file(path: Path, data: bytes) -> None:
     """Writes a file so that after a crash either the old or the new content is there.
 
     Raises:
-        DownloadError: the disk did not take it.
+        DownloadError: the disk did not take it; DiskFullError: for want of room.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -264,7 +265,8 @@ def replace_file(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink()
-        raise DownloadError(
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else DownloadError
+        raise kind(
             f"{path} could not be written ({error.strerror}): make room and run it again"
         ) from error
 

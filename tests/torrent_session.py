@@ -31,6 +31,8 @@ class FakeTorrentSession:
     priorities: list[list[int]] = field(default_factory=list)
     flushes: list[float] = field(default_factory=list)
     answers_flush: bool = True
+    rechecks_s: list[float] = field(default_factory=list)
+    is_held: bool = False
     is_closed: bool = False
 
     def clock(self) -> float:
@@ -73,7 +75,14 @@ class FakeTorrentSession:
         self.resumes_s.append(self.now_s)
         self.events.append(ResumeData(b"resume"))
 
+    def hold(self) -> None:
+        self.is_held = True
+
+    def go_on(self) -> None:
+        self.is_held = False
+
     def recheck(self) -> None:
+        self.rechecks_s.append(self.now_s)
         self.events.append(Checked())
 
     def remove(self) -> None:

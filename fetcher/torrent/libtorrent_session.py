@@ -179,6 +179,14 @@ class LibtorrentSession:
         flags = self._lt.save_resume_flags_t
         self._handle.save_resume_data(flags.flush_disk_cache)
 
+    def hold(self) -> None:
+        self._handle.set_flags(self._lt.torrent_flags.upload_mode)
+
+    def go_on(self) -> None:
+        self._handle.clear_error()
+        flags = self._lt.torrent_flags
+        self._handle.unset_flags(flags.upload_mode | flags.paused)
+
     def recheck(self) -> None:
         # libtorrent counts from zero after it.
         self._earlier_bytes = self._status.downloaded_bytes if self._status else 0

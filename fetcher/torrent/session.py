@@ -249,6 +249,14 @@ class TorrentSession(Protocol):
         """Flushes and makes resume data; ResumeData follows."""
         ...
 
+    def hold(self) -> None:
+        """Asks nobody for anything more, and goes on serving; until `go_on`."""
+        ...
+
+    def go_on(self) -> None:
+        """Downloads again, also after a disk error."""
+        ...
+
     def recheck(self) -> None:
         """Hashes everything on disk again; Checked follows."""
         ...

@@ -1,14 +1,16 @@
 """One torrent moving: waiting for it, telling about it, and giving up with the reason."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ...errors import DownloadError, InterruptedByUserError, TimedOutError
+from ...errors import DiskFullError, DownloadError, InterruptedByUserError, TimedOutError
 from ..progress import Phase, Progress, ProgressSink
 from ..waves import Waves
 from .contacts import Contacts
+from .disk_room import DiskRoom
 from .session import (
     Address,
     Checked,
@@ -31,6 +33,8 @@ RECONNECT_S = 2.0
 RESUME_S = 30.0
 PUBLISH_S = 0.5
 """New pieces are made readable at most this often: each time the write queue is emptied."""
+LOOK_S = 1.0
+"""How often the disk is asked for its room."""
 FRESH_S = 2.0
 COUNT_S = 1.5
 ANSWER_S = 60.0
@@ -57,6 +61,7 @@ class Swarm:
         stop: threading.Event,
         node: str,
         clock: Callable[[], float] = time.monotonic,
+        free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
         self._session = session
         self._contacts = contacts
@@ -68,6 +73,10 @@ class Swarm:
         self._stop = stop
         self._node = node
         self._clock = clock
+        self._free_bytes = free_bytes
+        self._room = DiskRoom()
+        self._looked_s = clock()
+        self._save_path: Path | None = None
         self._metadata: bytes | None = None
         self._seen: set[type] = set()
         self._reconnected_s = clock()
@@ -138,6 +147,7 @@ class Swarm:
 
     def add(self, job: TorrentJob) -> TorrentStatus:
         """Adds a torrent and waits until what is on disk is known."""
+        self._save_path = job.save_path
         self._seen.discard(Checked)
         self._published, self._being_flushed = (), None
         self._session.add(job)
@@ -162,6 +172,8 @@ class Swarm:
 
         Meanwhile `on_readable` hears of those that are.
 
+        While the disk is short of room it says so and waits for that too.
+
         Raises:
             StalledError: nothing arrived for `patience_s`, if that is given. TimedOutError: nor for
             the time of the constructor. DownloadError: the disk failed. InterruptedByUserError:
@@ -182,12 +194,17 @@ class Swarm:
             self._publish(have)
             return front == len(waves.waves)
 
-        self._wait(is_there, phase=phase, doing=doing, patience_s=patience_s)
-        status = self._session.status()
-        assert status is not None
-        self.flush()
-        self._on_readable(status.have)
-        return status
+        while True:
+            self._wait(is_there, phase=phase, doing=doing, patience_s=patience_s)
+            status = self._session.status()
+            assert status is not None
+            try:
+                self.flush()
+            except DiskFullError:
+                self._ran_full()
+                continue
+            self._on_readable(status.have)
+            return status
 
     def verified(self) -> tuple[bool, ...]:
         """By piece, whether it has the right hash as far as is known; `flush` comes after it."""
@@ -265,15 +282,14 @@ class Swarm:
             self._listens.append(event.address)
         elif isinstance(event, Flushed):
             flushed, self._being_flushed = self._being_flushed, None
-            if flushed is not None:
+            if flushed is not None and not self._room.has_failed:
                 self._on_readable(flushed)
         elif isinstance(event, ResumeData) and event.data:
             self._on_resume_data(event.data)
         elif isinstance(event, StorageFailed):
             where = f" at {Path(event.path).name}" if event.path else ""
             if event.is_full:
-                self._report("download", f"the disk is full{where}")
-                raise DownloadError(
+                raise DiskFullError(
                     f"the disk is full{where}; what arrived is kept: make room and run it again"
                 )
             raise DownloadError(
@@ -296,10 +312,18 @@ class Swarm:
                     "stopped; what arrived is kept: run the same command again to go on"
                 )
             for event in self._session.poll(POLL_S):
-                self._take(event)
+                try:
+                    self._take(event)
+                except DiskFullError:
+                    if not self._has_files:
+                        raise
+                    self._ran_full()
+            now_s = self._clock()
+            if self._waits_for_room(phase, now_s):
+                moved_s = now_s
+                continue
             if is_done():
                 return
-            now_s = self._clock()
             status = self._session.status()
             if (mark := _moving_parts(status)) != last:
                 last, moved_s = mark, now_s
@@ -318,6 +342,36 @@ class Swarm:
                     doing_now = doing
                 self._report(phase, doing_now)
             self._keep_up(now_s)
+
+    def _ran_full(self) -> None:
+        self._session.hold()
+        self._room.ran_full(self._clock())
+
+    def _waits_for_room(self, phase: Phase, now_s: float) -> bool:
+        """Holds the download while the disk is short of room, and lets it go on by itself."""
+        status = self._session.status()
+        if status is None or self._save_path is None or self._is_checking or not self._has_files:
+            return False
+        if now_s - self._looked_s < LOOK_S:
+            return self._room.is_short
+        self._looked_s = now_s
+        was_short, has_failed = self._room.is_short, self._room.has_failed
+        missing = status.wanted_bytes - status.wanted_done_bytes
+        free = self._free_bytes(self._save_path)
+        if self._room.look(free, missing, now_s):
+            if not was_short:
+                self._session.hold()
+            self._report(
+                phase,
+                f"paused: {missing / 1e6:,.1f} MB are to come and {free / 1e6:,.1f} MB are free; "
+                f"make room on the disk of {self._save_path}, and it goes on by itself",
+            )
+        elif was_short:
+            self._session.go_on()
+            if has_failed:
+                # A piece can have passed its hash in memory and failed to reach the disk.
+                self.recheck()
+        return self._room.is_short
 
     def _keep_up(self, now_s: float) -> None:
         if self._is_checking:

@@ -8,6 +8,8 @@ import pytest
 from magnetar.errors import DownloadError, InterruptedByUserError, TimedOutError
 from magnetar.fetcher.progress import Progress
 from magnetar.fetcher.torrent.contacts import Contacts
+from magnetar.fetcher.torrent.disk_room import RESERVE_BYTES
+from magnetar.fetcher.torrent.metainfo import Metainfo
 from magnetar.fetcher.torrent.session import (
     Checked,
     Flushed,
@@ -23,7 +25,18 @@ from magnetar.fetcher.torrent.swarm import PUBLISH_S, RESUME_S, STALL_S, Swarm
 from magnetar.fetcher.waves import Waves
 from magnetar.tests.torrent_session import FakeTorrentSession
 
+METAINFO = Metainfo(
+    info_hash="a" * 40,
+    info_hashes=("a" * 40,),
+    name="tiny",
+    files=(),
+    piece_length=16_384,
+    num_pieces=2,
+    total_bytes=20_000,
+    raw=b"",
+)
 JOB = TorrentJob(info_hash="a" * 40, save_path=Path("unused"))
+JOB_WITH_FILES = replace(JOB, metainfo=METAINFO)
 PEER = ("127.0.0.1", 6881)
 MOVING = TorrentStatus(state="active", have=(False, False), wanted_bytes=100)
 
@@ -37,6 +50,7 @@ class Scene:
         self.told: list[Progress] = []
         self.resume_data: list[bytes] = []
         self.readable: list[tuple[float, tuple[bool, ...]]] = []
+        self.free_bytes = 1 << 40
         self.swarm = Swarm(
             session=self.session,
             contacts=Contacts(
@@ -50,6 +64,7 @@ class Scene:
             stop=self.stop,
             node="n1",
             clock=self.session.clock,
+            free_bytes=lambda folder: self.free_bytes,
         )
 
     def play(self, step: Callable[[FakeTorrentSession], None]) -> None:
@@ -198,6 +213,52 @@ def test_a_failing_disk_ends_it_with_the_reason(event: StorageFailed, said: str)
     scene.session.events.append(event)
     with pytest.raises(DownloadError, match=said):
         scene.fetch()
+
+
+def test_a_full_disk_pauses_it_until_there_is_room() -> None:
+    scene = Scene(timeout_s=4)
+    scene.session.reading = replace(MOVING, wanted_done_bytes=40)
+    scene.swarm.add(JOB_WITH_FILES)
+    scene.free_bytes = 30
+    scene.session.events.append(StorageFailed("/store/weights.bin", "No space left", True))
+
+    def play(session: FakeTorrentSession) -> None:
+        if session.now_s > 20:
+            scene.free_bytes = 60
+        there = session.now_s > 30
+        session.reading = replace(MOVING, have=(there, False), wanted_done_bytes=40 + 60 * there)
+        if session.now_s < 20 and not session.is_held and session.now_s > 1:
+            session.events.append(StorageFailed("", "No space left", True))
+
+    scene.play(play)
+    with pytest.raises(TimedOutError):  # Of waiting for room no time counts, afterwards it does.
+        scene.fetch()
+    assert 24 < scene.session.now_s < 26
+    assert scene.session.rechecks_s
+    assert 20 < scene.session.rechecks_s[0] < 22
+    assert (
+        "paused: 0.0 MB are to come and 0.0 MB are free; make room on the disk" in scene.messages()
+    )
+
+
+def test_it_pauses_before_the_disk_is_full() -> None:
+    scene = Scene()
+    missing = 3 * RESERVE_BYTES
+    reading = replace(MOVING, wanted_bytes=missing)
+    scene.session.reading = reading
+    scene.swarm.add(JOB_WITH_FILES)
+    held: list[tuple[float, bool]] = []
+
+    def play(session: FakeTorrentSession) -> None:
+        held.append((session.now_s, session.is_held))
+        scene.free_bytes = RESERVE_BYTES - 1 if 5 < session.now_s < 15 else missing
+        session.reading = replace(reading, have=(session.now_s > 20, False))
+
+    scene.play(play)
+    scene.fetch()
+    assert {is_held for now_s, is_held in held if now_s < 5 or now_s > 16.5} == {False}
+    assert {is_held for now_s, is_held in held if 6.5 < now_s < 15} == {True}
+    assert scene.session.rechecks_s == []
 
 
 def test_stop_ends_it_at_once() -> None:

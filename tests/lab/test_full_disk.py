@@ -1,0 +1,59 @@
+"""A disk that runs full under a download, in a small file system of its own. Needs root."""
+
+import contextlib
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from magnetar.fetcher.fetch import Fetch
+from magnetar.fetcher.progress import Progress
+from magnetar.tests.fetcher.test_fetch import WEIGHTS, WEIGHTS_BYTES, write_files
+from magnetar.tests.seeder import seeding
+
+pytestmark = pytest.mark.lab
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, *, num_bytes: int) -> Iterator[None]:
+    folder.mkdir()
+    size = f"size={num_bytes}"
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)])
+    if made.returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("num_bytes", [200_000, WEIGHTS_BYTES // 2, WEIGHTS_BYTES])
+def test_a_download_waits_for_room_and_loses_nothing(tmp_path: Path, num_bytes: int) -> None:
+    folder, store = write_files(tmp_path / "shared" / "tiny-release"), tmp_path / "store"
+    told: list[Progress] = []
+    make_room = ["mount", "-o", f"remount,size={8 * WEIGHTS_BYTES}", str(store)]
+
+    def on_progress(progress: Progress) -> None:
+        told.append(progress)
+        if progress.message.startswith("paused: "):
+            subprocess.run(make_room, check=True)
+
+    with small_disk(store, num_bytes=num_bytes), seeding(folder) as info:
+        with Fetch(
+            kind="magnet",
+            location=info.magnet,
+            store=store,
+            timeout_s=30,
+            on_progress=on_progress,
+            stop=threading.Event(),
+        ) as fetch:
+            found = fetch.download()
+            fetch.verify()
+        assert (found / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    paused = [progress for progress in told if progress.message.startswith("paused")]
+    assert paused
+    # All may have arrived before a write failed, but what lay on the disk came once.
+    total = sum(file.stat().st_size for file in folder.iterdir())
+    assert fetch.received_bytes <= 2 * total - num_bytes // 2
