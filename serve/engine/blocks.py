@@ -97,6 +97,17 @@ class BlockPool:
             self._digests[block_id] = digest
             self._by_digest[digest] = block_id
 
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """Share these blocks with nobody any more: what they hold is of no use."""
+        for block_id in block_ids:
+            digest = self._digests[block_id]
+            if digest is not None:
+                del self._by_digest[digest]
+                self._digests[block_id] = None
+                if block_id in self._kept:
+                    del self._kept[block_id]
+                    self._blank.append(block_id)
+
     def free(self, block_ids: Sequence[int]) -> None:
         """End the reading of a request's blocks; ValueError when nobody reads one of them."""
         for block_id in reversed(block_ids):

@@ -408,6 +408,9 @@ class Scheduler:
 
     def _append(self, request: Request, sample: Sample) -> TokenEvent:
         if not sample.is_finite:
+            # Numbers that are not finite spread to all tokens of a row, also to those before, which
+            # others would take for their own.
+            self._pool.forget(request.block_ids)
             self._remove(request)
             return TokenEvent(token_id=0, finish_reason="abort", is_finite=False)
         request.token_ids.append(sample.token_id)

@@ -150,3 +150,14 @@ def test_every_block_is_free_or_read_and_keeps_what_it_was_published_with(
         elif held:
             pool.free(held.pop(len(path) % len(held)))
         pool.check_integrity(block_id for block_ids in held for block_id in block_ids)
+
+
+def test_a_forgotten_block_is_found_by_nobody_whether_it_is_read_or_free() -> None:
+    pool = BlockPool(4)
+    read, given_back = filled(pool, b"a"), filled(pool, b"x")
+    pool.free(given_back)
+    pool.forget([*read, *given_back])
+    assert (pool.match([b"a"]), pool.match([b"x"])) == ([], [])
+    pool.check_integrity(read)
+    pool.free(read)
+    pool.check_integrity([])
