@@ -69,11 +69,11 @@ def test_a_request_that_overflows_fails_and_the_others_go_on(
 
     stages = Pipeline(CONFIG, overflowing_source(), bounds=bounds, dtype=dtype).stages
     like_bad = Pipeline(CONFIG, overflowing_source(), dtype=dtype)
-    fresh = like_bad.generate(0, bad[:20] + [6, 6], 6, PLAIN.sampling)
+    fresh = like_bad.generate(0, [*bad[:20], 6, 6], 6, PLAIN.sampling)
     with running_engine(stages, num_kv_blocks=256, config=CONFIG) as (engine, _):
         alone = asyncio.run(run(engine, with_bad=False))
         together = asyncio.run(run(engine, with_bad=True))
-        again = [asyncio.run(answer(engine, bad[:20] + [6, 6], PLAIN))]
+        again = [asyncio.run(answer(engine, [*bad[:20], 6, 6], PLAIN))]
         assert engine.stats().kv_blocks_free == 256
     assert together[: len(good)] == alone
     # Nothing of what overflowed is left for those that begin alike.
