@@ -137,7 +137,8 @@ def _stretch(x_LGD: torch.Tensor, first_position: int, start: int) -> torch.Tens
     end = min(start + STRETCH, first_position + len(x_LGD))
     there = x_LGD.narrow(0, first - first_position, end - first).transpose(0, 1).float()
     missing = (0, 0, first - start, start + STRETCH - end)
-    return torch.nn.functional.pad(there, missing).contiguous()
+    padded = torch.nn.functional.pad(there, missing)
+    return torch.clone(padded, memory_format=torch.contiguous_format)
 
 
 @functools.cache

@@ -41,11 +41,13 @@ class LoopExperts:
         """[A, C]"""
         num_tokens, num_chosen = experts_TK.shape
         if num_tokens == 1:
-            return torch.cat([self.experts[e].forward(x_TC) for e in experts_TK[0].tolist()])
+            return torch.cat([self.experts[e].forward(x_TC) for e in experts_TK.flatten().tolist()])
         experts_A = experts_TK.flatten()
         order_A = experts_A.argsort(stable=True)
         x_AC = x_TC.index_select(0, order_A // num_chosen)
-        counts = torch.bincount(experts_A, minlength=len(self.experts)).tolist()
+        counts = [0] * len(self.experts)
+        for expert in experts_A.tolist():
+            counts[expert] += 1
         parts = zip(self.experts, torch.split(x_AC, counts), strict=True)
         y_AC = torch.cat([expert.forward(part) for expert, part in parts if len(part)])
         return torch.empty_like(y_AC).index_copy_(0, order_A, y_AC)

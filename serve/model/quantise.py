@@ -93,8 +93,8 @@ def _round_int4(w_NK: torch.Tensor) -> tuple[torch.Tensor, ...]:
     scales_NG1 = ((largest_NG1 - least_NG1) / 15).bfloat16()
     zeros_NG1 = torch.add(least_NG1, scales_NG1.float(), alpha=8).bfloat16()
     q_NGI = ((w_NGI - zeros_NG1) / _divisor(scales_NG1)).add_(8).round_().clamp_(0, 15)
-    q_NHP = q_NGI.to(torch.uint8).view(len(w_NK), -1, 2)
-    return q_NHP[..., 0] | q_NHP[..., 1] << 4, scales_NG1.squeeze(2), zeros_NG1.squeeze(2)
+    even_NH, odd_NH = q_NGI.to(torch.uint8).view(len(w_NK), -1, 2).unbind(dim=2)
+    return even_NH | odd_NH << 4, scales_NG1.squeeze(2), zeros_NG1.squeeze(2)
 
 
 def _divisor(scales: torch.Tensor) -> torch.Tensor:

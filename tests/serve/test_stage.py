@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from magnetar.fetcher.config import ModelConfig
-from magnetar.fetcher.tensors import TensorIndex
-from magnetar.serve.engine.stage import Stage
 from magnetar.serve.engine.step import StepPlan, StepResult, StepRow
 from magnetar.tests.stages import GREEDY, MemorySource, Pipeline, random_tensors
 
@@ -104,81 +101,3 @@ def test_hidden_states_travel_in_the_compute_dtype(dtype: str) -> None:
     assert isinstance(hidden, torch.Tensor)
     assert hidden.dtype is first.hidden_dtype is last.hidden_dtype
     assert isinstance(last.step(plan, hidden), StepResult)
-
-
-class FakeSource:
-    """Tensors without contents, for a `FakeTensorMode`."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-        self._index = MemorySource(tensors).index
-
-    @property
-    def index(self) -> TensorIndex:
-        return self._index
-
-    def read(self, name: str) -> torch.Tensor:
-        stored = self._tensors[name]
-        return torch.empty(stored.shape, dtype=stored.dtype)
-
-
-STEPS = (
-    plan_of(
-        row_of(0, *PROMPT[:20], blocks=(2, 0)),
-        StepRow(request_id=2, position=0, token_ids=(4,), new_block_ids=(1,), sampling=GREEDY),
-    ),
-    plan_of(row_of(20, *PROMPT[20:30])),
-    plan_of(row_of(30, 7)),
-)
-"""A whole prompt beside a single token, a chunk with a prefix, a decoding step."""
-
-
-def test_the_whole_forward_pass_stays_on_a_fake_cuda_device(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # In a build without CUDA the method asks for a device guard that is not there; the operator
-    # under it does not. Inference mode hides the copies to the device from the fake mode, so the
-    # pass runs without it here.
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, x: torch.ops.aten.copy_(to, x))
-    source = FakeSource(random_tensors(CONFIG))
-    with FakeTensorMode(), torch.no_grad():
-        stage = Stage.load(
-            config=CONFIG,
-            source=source,
-            first_layer=0,
-            end_layer=2,
-            has_embeddings=True,
-            has_output=True,
-            dtype="bf16",
-            device="cuda:0",
-            num_kv_blocks=8,
-            on_layer=None,
-        )
-        for plan in STEPS:
-            logits = stage._forward(plan, None)
-            assert logits.device == torch.device("cuda:0")
-            assert logits.dtype is torch.bfloat16
-            assert logits.shape == (len(plan.rows), CONFIG.vocab_size)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("bf16", 0.1), ("fp16", 0.02)])
-def test_a_cuda_device_gives_the_logits_of_the_cpu(dtype: str, tolerance: float) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    logits = {}
-    for device in ("cpu", "cuda:0"):
-        stage = Stage.load(
-            config=CONFIG,
-            source=MemorySource(random_tensors(CONFIG)),
-            first_layer=0,
-            end_layer=2,
-            has_embeddings=True,
-            has_output=True,
-            dtype=dtype if device != "cpu" else "fp32",
-            device=device,
-            num_kv_blocks=8,
-            on_layer=None,
-        )
-        logits[device] = torch.cat([stage.forward(plan, None).float().cpu() for plan in STEPS])
-    torch.testing.assert_close(logits["cuda:0"], logits["cpu"], atol=tolerance, rtol=tolerance)
