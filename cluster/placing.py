@@ -28,10 +28,14 @@ from .cost import (
 )
 from .expert_cost import Array, Seat, hosts_s
 from .expert_split import Split, spreads
-from .footprint import Footprint, footprint
+from .footprint import STEP_TOKENS, Footprint, footprint
 from .place import Place
 from .plan import ComputeDtype, Inventory, Link, Workload
 from .problem import Matrix, Problem, Site
+
+PROMPT_TOKENS = 1.0
+"""Of prompts for every token that is generated, where many streams are planned for. They travel in
+chunks through the same stages and over the same links; conversations have up to three."""
 
 
 class Placing:
@@ -119,8 +123,10 @@ class Placing:
 
     def _site(self, number: int, tokens: int) -> Site:
         cost, weights, speed = self.cost(number), self._weights(number), self.speed(number)
+        prompts = self._chunks(tokens)
         seconds = [
             layer_s(cost, layer, speed, tokens=tokens, context_tokens=self._context_tokens)
+            + prompts * prefill_layer_s(cost, layer, speed, tokens=STEP_TOKENS)
             for layer in range(len(weights.layer_bytes))
         ]
         needs = [each + self.kv_bytes for each in weights.layer_bytes]
@@ -135,6 +141,13 @@ class Placing:
             span=self._spans.get(self.places[number].node.host),
         )
 
+    def _chunks(self, tokens: int) -> float:
+        """Full chunks of prompts that come with a decode step of so many tokens, on average; one
+        stream alone has none."""
+        if self._workload.objective != "throughput":
+            return 0.0
+        return PROMPT_TOKENS * tokens / STEP_TOKENS
+
     @property
     def _context_tokens(self) -> int:
         return max(1, self._workload.max_context_tokens // 2)
@@ -143,9 +156,11 @@ class Placing:
         """[u, v]: seconds of a stage whose members share the experts of layers [u, v)."""
         site, split = self.problem(tokens).sites[home], self.split(home, members, tokens)
         cost, speed = self.cost(home), self.speed(home)
+        prompts = self._chunks(tokens)
         attention = _prefix(
             [
                 attention_s(cost, layer, speed, tokens=tokens, context_tokens=self._context_tokens)
+                + prompts * attention_s(cost, layer, speed, tokens=STEP_TOKENS, context_tokens=0)
                 for layer in range(len(cost.expert_bytes))
             ]
         )
@@ -166,6 +181,8 @@ class Placing:
         counts_OH = spreads(cost.num_experts, self._solo_HN(cost, layer, seats, tokens))
         held_OHE = in_turn(counts_OH, cost.num_experts)
         seconds_O = hosts_s(cost, layer, seats, held_OHE, tokens=tokens)
+        if prompts := self._chunks(tokens):
+            seconds_O += prompts * hosts_s(cost, layer, seats, held_OHE, tokens=STEP_TOKENS)
         layers = np.arange(len(cost.expert_bytes) + 1)
         used = layers * (max(cost.attention_bytes) + self.kv_bytes)
         ends = [0.0, site.first_bytes, site.last_bytes, site.first_bytes + site.last_bytes]

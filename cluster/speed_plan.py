@@ -7,7 +7,7 @@ from functools import cached_property
 from .cost import assumed_link, device_speed, hop_s
 from .expert_hosts import add_copies, choose_experts
 from .moves import improved
-from .placing import Placing, helpers_of
+from .placing import PROMPT_TOKENS, Placing, helpers_of
 from .plan import (
     ComputeDtype,
     ExpertHost,
@@ -298,6 +298,8 @@ class SpeedPlanner:
 
     def _assumed(self, sites: list[int]) -> tuple[str, ...]:
         said = [f"half of the context ({self._workload.max_context_tokens // 2} tokens) is in use"]
+        if self._workload.objective == "throughput":
+            said.append(f"{PROMPT_TOKENS:g} token of prompts comes with every token generated")
         if missing := self._placing.unmeasured(sites):
             link = assumed_link("a", "b")
             said.append(
