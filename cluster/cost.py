@@ -30,6 +30,8 @@ class Speed:
 
     read_gbps: float
     gemm_gflops: float = float("inf")
+    layer_overhead_s: float = 0.0
+    """What a layer takes in every step whatever its size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +97,11 @@ def device_speed(device: Device, dtype: ComputeDtype) -> Speed | None:
     if read is None:
         return None
     gflops = dict(device.dtype_gemm_gflops).get(dtype, device.gemm_gflops)
-    return Speed(read_gbps=read, gemm_gflops=float("inf") if gflops is None else gflops)
+    return Speed(
+        read_gbps=read,
+        gemm_gflops=float("inf") if gflops is None else gflops,
+        layer_overhead_s=device.layer_overhead_s,
+    )
 
 
 def roofline_s(num_bytes: float, num_flops: float, speed: Speed) -> float:
@@ -125,10 +131,11 @@ def kv_touch_bytes(model: ModelCost, *, tokens: int, context_tokens: int) -> int
 def attention_s(
     model: ModelCost, layer: int, speed: Speed, *, tokens: int, context_tokens: int
 ) -> float:
-    """Attention of one layer and all else that every token goes through."""
+    """Attention of one layer, all else that every token goes through, and the layer's overhead."""
     weights = model.attention_bytes[layer]
     touched = kv_touch_bytes(model, tokens=tokens, context_tokens=context_tokens)
-    return roofline_s(weights + touched, _flops(model, weights) * tokens, speed)
+    computed = roofline_s(weights + touched, _flops(model, weights) * tokens, speed)
+    return speed.layer_overhead_s + computed
 
 
 def experts_s(

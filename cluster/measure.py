@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +24,8 @@ DTYPES: Final[Mapping[DeviceKind, tuple[ComputeDtype, ...]]] = {
 class Gauge(Protocol):
     """Measures the kernels that stages use. Calls block, each for a second at most."""
 
-    def read_gbps(
-        self, dtype: ComputeDtype, device: str, num_threads: Sequence[int]
-    ) -> tuple[float, ...]:
-        """Gigabytes of weights per second while one token is computed, by number of threads."""
+    def read_gbps(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
+        """Gigabytes of weights per second while one token is computed."""
         ...
 
     def gemm_gflops(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
@@ -69,11 +67,9 @@ def measure_speeds(node: Node, gauge: Gauge, *, again: bool = False) -> Node:
 def _measure(device: Device, num_threads: int, gauge: Gauge) -> dict[str, Any]:
     where = "cpu" if device.kind == "cpu" else f"cuda:{device.index}"
     dtypes = DTYPES[device.kind]
-    reads = {dtype: gauge.read_gbps(dtype, where, (num_threads, 1)) for dtype in dtypes}
     layer_s, step_s = gauge.overhead_s("bf16", where, num_threads)
     return {
-        "read_gbps": {dtype: rates[0] for dtype, rates in reads.items()},
-        "thread_read_gbps": {dtype: rates[1] for dtype, rates in reads.items()},
+        "read_gbps": {dtype: gauge.read_gbps(dtype, where, num_threads) for dtype in dtypes},
         "gemm_gflops": {dtype: gauge.gemm_gflops(dtype, where, num_threads) for dtype in dtypes},
         "layer_overhead_s": layer_s,
         "step_overhead_s": step_s,
@@ -93,7 +89,6 @@ def _with_row(device: Device, row: dict[str, Any] | None) -> Device:
         dtype_read_gbps=others(row["read_gbps"]),
         gemm_gflops=row["gemm_gflops"]["bf16"],
         dtype_gemm_gflops=others(row["gemm_gflops"]),
-        thread_read_gbps=(tuple(row["thread_read_gbps"].items()) if device.kind == "cpu" else ()),
         layer_overhead_s=row["layer_overhead_s"],
         step_overhead_s=row["step_overhead_s"],
     )

@@ -110,11 +110,13 @@ class Placing:
         def shared(home: int, members: int) -> Matrix:
             return self.shared_LL(home, members, tokens)
 
+        # A step leaves a stage when what surrounds its layers is done too.
+        around = np.array([[place.device.step_overhead_s] for place in self.places])
         has_experts = bool(next(iter(self.costs.values())).num_experts)
         return Problem(
             sites=tuple(self._site(number, tokens) for number in count),
-            hop_s=np.array([[hop_s(hidden, link) for link in row] for row in links]),
-            return_s=np.array([[hop_s(ids, link) for link in row] for row in links]),
+            hop_s=around + np.array([[hop_s(hidden, link) for link in row] for row in links]),
+            return_s=around + np.array([[hop_s(ids, link) for link in row] for row in links]),
             transfer_s=np.array([[transfer_s(hidden, link) for link in row] for row in links]),
             step_tokens=tokens,
             streams=self._workload.max_concurrency,

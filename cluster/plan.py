@@ -30,8 +30,6 @@ class Device:
     """Billions of floating-point operations per second in large products; None: no limit known."""
     dtype_gemm_gflops: tuple[tuple[ComputeDtype, float], ...] = ()
     """The same where it depends on the dtype; counts before `gemm_gflops`."""
-    thread_read_gbps: tuple[tuple[ComputeDtype, float], ...] = ()
-    """What one thread alone reads; of a processor that stages share, each has a few threads."""
     layer_overhead_s: float = 0.0
     """What a layer takes in every step whatever its size."""
     step_overhead_s: float = 0.0

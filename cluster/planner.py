@@ -115,8 +115,7 @@ def _best(
     )
     if workload.objective == "fit" or not speeds_known(inventory, model.dtype):
         return placed
-    fast = _speed_planner(model, inventory, workload, None)
-    return fast.predicted(placed)
+    return _speed_planner(model, inventory, workload, None).predicted(placed)
 
 
 def _by_speed(model: _Model, fast: SpeedPlanner, inventory: Inventory, workload: Workload) -> Plan:

@@ -6,6 +6,7 @@ some of its experts. Its members, home included, are a bit mask over sites; no s
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -126,7 +127,7 @@ def evaluate(
     ends: Sequence[int],
     members: Sequence[int] | None = None,
 ) -> Route:
-    """A given route with its times; of stages on one site, memory is not checked."""
+    """A given route with its times. Stages on one site take turns; memory is not checked."""
     starts = (0, *ends[:-1])
     masks = tuple(members) if members is not None else tuple(1 << site for site in sites)
     stages = []
@@ -135,6 +136,9 @@ def evaluate(
             stages.append(_stage_s(problem.sites[home], start, end, problem.num_layers))
         else:
             stages.append(float(problem.stage_LL(home, mask)[start, end]))
+    busy: defaultdict[int, float] = defaultdict(float)
+    for home, seconds in zip(sites, stages, strict=True):
+        busy[home] += seconds
     pairs = list(pairwise(sites))
     hops = [float(problem.hop_s[i, j]) for i, j in pairs]
     transfers = [float(problem.transfer_s[i, j]) for i, j in pairs]
@@ -145,7 +149,7 @@ def evaluate(
         ends=tuple(ends),
         stages_s=tuple(stages),
         round_trip_s=sum(stages) + sum(hops) + back,
-        bottleneck_s=max(stages + transfers),
+        bottleneck_s=max([*busy.values(), *transfers]),
     )
 
 

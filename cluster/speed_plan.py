@@ -166,7 +166,7 @@ class SpeedPlanner:
 
     def predicted(self, plan: Plan) -> Plan:
         """`plan` with its times, of stages without helpers or those of the best route. Stages that
-        share a device count as if each had it alone."""
+        share a device take turns there."""
         number_of = {(p.node.host, p.device_name): n for n, p in enumerate(self._places)}
         seats = [
             [(s.host, s.device), *((h.host, h.device) for h in s.helpers)] for s in plan.stages

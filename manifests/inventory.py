@@ -55,9 +55,6 @@ class DeviceEntry(Part):
     gemm_by_dtype: dict[ComputeDtype, Rate] = Field(
         default_factory=dict, description="The same for single number formats."
     )
-    read_per_thread: dict[ComputeDtype, Rate] = Field(
-        default_factory=dict, description="What one thread alone reads, in gigabytes per second."
-    )
     layer_overhead_microseconds: Overhead = Field(
         default=0.0, description="What a layer takes in every step whatever its size."
     )
@@ -97,7 +94,6 @@ class DeviceEntry(Part):
             dtype_read_gbps=tuple(self.read_by_dtype.items()),
             gemm_gflops=computes,
             dtype_gemm_gflops=tuple(self.gemm_by_dtype.items()),
-            thread_read_gbps=tuple(self.read_per_thread.items()),
             layer_overhead_s=self.layer_overhead_microseconds / 1e6,
             step_overhead_s=self.step_overhead_microseconds / 1e6,
         )
@@ -274,8 +270,6 @@ def _device_value(device: PlanDevice) -> dict[str, Any]:
         value["gemmGflops"] = float(f"{device.gemm_gflops:.4g}")
     if device.dtype_gemm_gflops:
         value["gemmByDtype"] = rounded(device.dtype_gemm_gflops)
-    if device.thread_read_gbps:
-        value["readPerThread"] = rounded(device.thread_read_gbps)
     for name, seconds in (
         ("layerOverheadMicroseconds", device.layer_overhead_s),
         ("stepOverheadMicroseconds", device.step_overhead_s),

@@ -7,7 +7,7 @@ models so small that nothing else is left of them.
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ..cluster.plan import ComputeDtype
@@ -34,13 +34,11 @@ class ModelGauge:
         # As stages do, whose weights lie in huge pages; torch reads this before its first tensor.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-    def read_gbps(
-        self, dtype: ComputeDtype, device: str, num_threads: Sequence[int]
-    ) -> tuple[float, ...]:
-        """Gigabytes of weights per second, as they are held at this dtype, by number of threads."""
+    def read_gbps(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
+        """Gigabytes of weights per second, as they are held at this dtype."""
         import torch
 
-        with torch.inference_mode():
+        with _Threads(num_threads), torch.inference_mode():
             held = READ_WIDTH * READ_WIDTH * _bits(dtype) / 8
             products = _products(dtype, device, max(1, int(READ_BYTES / held)))
             token = torch.ones(1, READ_WIDTH, dtype=_compute_dtype(dtype), device=device)
@@ -49,11 +47,7 @@ class ModelGauge:
                 for product in products:
                     product(token)
 
-            rates = []
-            for number in num_threads:
-                with _Threads(number):
-                    rates.append(len(products) * held / min(_seconds(once, device)) / 1e9)
-            return tuple(rates)
+            return len(products) * held / min(_seconds(once, device)) / 1e9
 
     def gemm_gflops(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
         """Billions of operations per second with as many rows as a chunk of a prompt has."""

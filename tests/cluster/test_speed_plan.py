@@ -141,3 +141,19 @@ def test_every_byte_fits_where_the_search_places_it() -> None:
             assert stage.free_bytes >= 0.1 * device.memory_bytes - 1
         total = sum(stage.weights_bytes for stage in found.stages)
         assert total == footprint(*MIXTRAL, "bf16").weights_bytes
+
+
+def test_overheads_of_layers_and_steps_add_to_the_time_of_a_step() -> None:
+    (plain,) = (node("a", 200, 100),)
+    slow = dataclasses.replace(
+        plain,
+        devices=(
+            dataclasses.replace(plain.devices[0], layer_overhead_s=0.001, step_overhead_s=0.01),
+        ),
+    )
+    trips = []
+    for each in (plain, slow):
+        found = plan(*MIXTRAL, Inventory(nodes=(each,)), Workload(max_context_tokens=512))
+        assert found.prediction is not None
+        trips.append(found.prediction.round_trip_s)
+    assert trips[1] - trips[0] == pytest.approx(32 * 0.001 + 0.01)

@@ -29,7 +29,6 @@ def test_a_measured_inventory_survives_the_file(tmp_path: Path) -> None:
             dtype_read_gbps=(("fp32", 20.25),),
             gemm_gflops=310.0,
             dtype_gemm_gflops=(("fp32", 155.5),),
-            thread_read_gbps=(("bf16", 15.5), ("fp32", 10.5)),
             layer_overhead_s=0.00015,
             step_overhead_s=0.0002,
         ),

@@ -18,9 +18,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES["cpu"])
 def test_every_dtype_of_a_processor_can_be_measured(dtype: ComputeDtype) -> None:
-    rates = ModelGauge().read_gbps(dtype, "cpu", (1, 2))
-    assert all(0.001 < rate < 10_000 for rate in rates)
-    assert len(rates) == 2
+    assert 0.001 < ModelGauge().read_gbps(dtype, "cpu", 1) < 10_000
     assert 0.001 < ModelGauge().gemm_gflops(dtype, "cpu", 1) < 1_000_000
 
 
@@ -35,13 +33,13 @@ def test_the_number_of_threads_is_as_before() -> None:
     import torch
 
     before = torch.get_num_threads()
-    ModelGauge().read_gbps("bf16", "cpu", (before + 1,))
+    ModelGauge().read_gbps("bf16", "cpu", before + 1)
     assert torch.get_num_threads() == before
 
 
 def test_a_processor_is_measured_within_ten_seconds() -> None:
-    # Reading with all threads and with one, multiplying, and two small models.
-    num_slices = 3 * len(DTYPES["cpu"]) + 2
+    # Reading, multiplying, and two small models.
+    num_slices = 2 * len(DTYPES["cpu"]) + 2
     assert num_slices * _SLICE_S < 5
 
 
