@@ -84,8 +84,9 @@ class LibtorrentSession:
             loaded = lt.load_torrent_buffer(job.metainfo.raw)
             _refuse_disagreement(loaded.ti, job.metainfo)
             params = loaded
-            if job.resume is not None:
-                params = lt.read_resume_data(job.resume)
+            resumed = None if job.resume is None else self._read_resume(job.resume)
+            if resumed is not None:
+                params = resumed
                 params.ti = loaded.ti
                 if not job.trusts_resume:
                     params.have_pieces = params.verified_pieces = []
@@ -117,6 +118,13 @@ class LibtorrentSession:
                 0 if layout.file_path(i) in job.unwanted else 4 for i in range(layout.num_files())
             ]
         return params
+
+    def _read_resume(self, data: bytes) -> Any:
+        """None for damaged data: the files are then checked, as if there were none."""
+        try:
+            return self._lt.read_resume_data(data)
+        except RuntimeError:
+            return None
 
     def poll(self, timeout_s: float) -> list[Event]:
         now_s = time.monotonic()

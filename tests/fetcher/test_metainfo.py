@@ -184,3 +184,15 @@ def test_agrees_with_libtorrent_about_newer_torrents(tmp_path: Path, kind: str, 
         hashes.insert(0, str(loaded.info_hashes.v1))
     assert list(metainfo.info_hashes) == hashes
     assert metainfo.total_bytes == sum(length for length, _ in theirs.values())
+
+
+def test_refuses_names_that_are_one_on_some_disks_and_absurd_numbers_of_files_and_pieces() -> None:
+    two = [{b"length": 1, b"path": [name]} for name in (b"Weights.pth", b"weights.PTH")]
+    with pytest.raises(ReleaseError, match="comes twice"):
+        parse_metainfo(torrent(files=two, pieces=b"\0" * 20))
+    many = [{b"length": 1, b"path": [b"%d" % number]} for number in range(100_000)]
+    with pytest.raises(ReleaseError, match="more than 20000 files"):
+        parse_metainfo(torrent(files=many, pieces=b"\0" * 20))
+    huge = [{b"length": PIECE << 31, b"path": [b"a"]}]
+    with pytest.raises(ReleaseError, match="piece hashes for 2147483648 pieces"):
+        parse_metainfo(torrent(files=huge, pieces=b"\0" * 20))

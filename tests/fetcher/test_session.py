@@ -172,6 +172,26 @@ def test_a_check_after_a_crash_finds_what_a_magnet_brought(
     assert [piece for piece, there in enumerate(status.have) if there] == list(wanted)[:-1]
 
 
+def test_resume_data_cut_anywhere_means_a_check(
+    tmp_path: Path, folder: Path, session: LibtorrentSession
+) -> None:
+    metainfo = torrent_of(folder, "v1")
+    job = TorrentJob(info_hash=metainfo.info_hash, save_path=folder.parent, metainfo=metainfo)
+    session.add(job)
+    wait_for(session, Checked)
+    session.request_resume_data()
+    resume = wait_for(session, ResumeData)
+    assert isinstance(resume, ResumeData)
+    for length in range(len(resume.data)):
+        assert session._read_resume(resume.data[:length]) is None
+    session.remove()
+    wait_for(session, Removed)
+
+    session.add(dataclasses.replace(job, resume=resume.data[: len(resume.data) // 2]))
+    wait_for(session, Checked)
+    assert all(wait_until(session, lambda status: status.state == "active").have)
+
+
 def test_recheck_finds_the_damaged_piece(
     tmp_path: Path, folder: Path, session: LibtorrentSession
 ) -> None:
