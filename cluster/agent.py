@@ -11,6 +11,7 @@ from ..errors import InterruptedByUserError
 from ..fetcher.checkpoint.checked_files import LoadChecks
 from ..fetcher.checkpoint.release import facts_to_json
 from ..fetcher.config import ReleaseHints
+from ..fetcher.division import Standing
 from ..fetcher.fetch import Fetch
 from ..fetcher.ownership import Member, Role
 from ..fetcher.piece_map import ByteRange
@@ -70,8 +71,11 @@ class NodeAgent:
         )
         return replace(node, held_bytes=next(held, 0))
 
-    def metadata(self, source: SourceSpec) -> str | None:
-        """Learn what the release consists of; its info-hash, None for a plain folder."""
+    def metadata(self, source: SourceSpec, torrent: bytes | None = None) -> str | None:
+        """Learn what the release consists of; its info-hash, None for a plain folder.
+
+        `torrent` is what the agent of another node found.
+        """
 
         def work() -> str | None:
             if self._fetch is None:
@@ -88,8 +92,19 @@ class NodeAgent:
                     node=self._host,
                     lan_address=self._lan_address,
                 )
+                if torrent is not None:
+                    self._fetch.adopt(torrent)
                 self._fetch.metadata()
             return self._fetch.info_hash
+
+        return self._run(work)
+
+    def torrent(self) -> bytes | None:
+        """The .torrent, for agents of other nodes; None for a plain folder. After `metadata`."""
+
+        def work() -> bytes | None:
+            metainfo = self._started().metadata()
+            return None if metainfo is None else metainfo.raw
 
         return self._run(work)
 
@@ -134,8 +149,16 @@ class NodeAgent:
         return self._run(lambda: self._started().join())
 
     def share(self, role: Role) -> None:
-        """Divide the download with the other nodes. After `join`."""
-        self._run(lambda: self._started().share(role))
+        """Divide the download with the other nodes, also in the middle of it. After `join`."""
+        self._started().share(role)
+
+    def member(self) -> Member | None:
+        """As `join`, as things are now; answers also during `download`. After `join`."""
+        return self._started().member()
+
+    def standing(self) -> Standing | None:
+        """How far the role is; answers also during `download`. After `join`."""
+        return self._started().standing()
 
     def download(self) -> None:
         """Bring all that is wanted; `wait` tells meanwhile what is there. After `metadata`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from ..errors import InterruptedByUserError
 from .config import ReleaseHints
+from .division import Standing
 from .folder_release import FolderRelease
 from .outlook import Outlook
 from .ownership import Member, Role
@@ -125,6 +126,15 @@ class Fetch:
         if self._found is not None:
             self._found.count()
 
+    def adopt(self, torrent: bytes) -> None:
+        """Spares `metadata` its search: another node has found this .torrent. Before it.
+
+        Raises:
+            ReleaseError: it is none, or not that of the link.
+        """
+        if self._source is not None:
+            self._source.adopt(torrent)
+
     def metadata(self) -> Metainfo | None:
         """Learns which files there are, from the store if it was there before; None for a folder.
 
@@ -205,8 +215,21 @@ class Fetch:
         """
         return self._release().join()
 
+    def member(self) -> Member | None:
+        """The same again, as things are now. For any thread, after `join`."""
+        assert self._found is not None, "join comes first"
+        return self._found.member()
+
+    def standing(self) -> Standing | None:
+        """How far the role is; None for a folder. For any thread, after `join`."""
+        assert self._found is not None, "join comes first"
+        return self._found.standing()
+
     def share(self, role: Role) -> None:
-        """Lets the next `download` divide the work with the others. After `join`."""
+        """Divides the work of `download` with the others, also while it runs; after `join`.
+
+        For any thread. After a download, the next one brings what the role owes to others.
+        """
         self._release().share(role)
 
     def verified(self) -> tuple[ByteRange, ...] | None:

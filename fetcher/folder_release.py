@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import NotFoundError, VerifyError
 from .config import ReleaseHints
+from .division import Standing
 from .folder_sums import FolderSums
 from .outlook import Outlook
 from .ownership import Member, Role
@@ -97,6 +98,12 @@ class FolderRelease:
     def join(self) -> Member | None:
         """None: there is no torrent to share."""
         return None
+
+    def member(self) -> Member | None:
+        """None, as `join`."""
+
+    def standing(self) -> Standing | None:
+        """None: nothing is divided."""
 
     def share(self, role: Role) -> None:
         """Does nothing."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DiskSpaceError, ReleaseError, VerifyError
 from .config import ReleaseHints
+from .division import Standing
 from .layout import Selection
 from .manifest import ManifestFile
 from .outlook import Outlook
@@ -148,8 +149,14 @@ class TorrentRelease:
         self._download.mend(frozenset(self._holding.piece_map.pieces_of(part)))
 
     def join(self) -> Member | None:
-        address, held = self._download.join()
-        return Member(host=self._node, address=address, wanted=self._holding.wanted(), held=held)
+        self._download.join()
+        return self.member()
+
+    def member(self) -> Member | None:
+        return self._download.member(self._node)
+
+    def standing(self) -> Standing | None:
+        return self._download.standing()
 
     def share(self, role: Role) -> None:
         self._download.share(role)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import NotFoundError, VerifyError
+from ..errors import NotFoundError, ReleaseError, VerifyError
 from .layout import Selection, select_files
 from .store import ReleaseFolder, Store
 from .torrent.bencode import decode, encode
@@ -65,6 +65,7 @@ class TorrentSource:
         self._dht = not self._peers if dht is None else dht
         self._lan_address = lan_address
         self._connect = connect
+        self._adopted: Metainfo | None = None
         self._place: ReleaseFolder | None = None
         self._connection: Connection | None = None
 
@@ -74,6 +75,20 @@ class TorrentSource:
         if self._magnet is not None:
             return self._magnet.info_hash
         return self._place.info_hash if self._place is not None else None
+
+    def adopt(self, torrent: bytes) -> None:
+        """Takes the .torrent that another node found for the same link, in place of a search.
+
+        Raises:
+            ReleaseError: it is none, or not that of the link.
+        """
+        metainfo = parse_metainfo(torrent)
+        if self._magnet is not None and self._magnet.info_hash not in metainfo.info_hashes:
+            raise ReleaseError(
+                f"another node found metadata with hash {metainfo.info_hash}, not "
+                f"{self._magnet.info_hash}: do all nodes fetch the same release?"
+            )
+        self._adopted = metainfo
 
     def find(self) -> tuple[ReleaseFolder, Metainfo, Selection, Connection]:
         """The locked place of the release, what is in it, what is wanted of it, and a session.
@@ -89,7 +104,7 @@ class TorrentSource:
             connection = self._connected(metainfo, is_private=metainfo.is_private)
         else:
             place = self._take_place(self._magnet.info_hash)
-            known = place.metainfo()
+            known = place.metainfo() or self._adopted
             connection = self._connected(
                 self._magnet, is_private=known is not None and known.is_private
             )

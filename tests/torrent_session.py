@@ -56,10 +56,15 @@ class FakeTorrentSession:
     def peers(self) -> list[PeerView]:
         return self.connected_peers
 
+    def begun(self) -> frozenset[int]:
+        return frozenset()
+
     def connect(self, peers: Iterable[Address]) -> None:
         self.connects.append((self.now_s, tuple(peers)))
 
     def only(self, hosts: Iterable[str] | None) -> None: ...
+
+    def reach_out(self, wanted: bool) -> None: ...
 
     def prioritize(self, priorities: Sequence[int]) -> None:
         self.priorities.append(list(priorities))

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from ..progress import ProgressSink
 from .contacts import Contacts, shown
 from .magnet import split_peer
-from .session import Address, SessionSettings, TorrentSession, is_local, own_interfaces
+from .session import Address, SessionSettings, TorrentSession, is_local, own_interfaces, routes
 from .swarm import Swarm
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,14 @@ class Connection:
         """Payload that went to others, at the last reading."""
         return self._swarm.sent_bytes if self._swarm is not None else self._sent_bytes
 
+    def has_way_out(self) -> bool:
+        """Whether there is a route to anybody of these sources; after `swarm`."""
+        sources = self.sources
+        urls = sources.trackers + sources.web_seeds
+        if any(map(_is_loopback, urls)):
+            return True
+        return bool(routes(self._addresses, reaches_out=sources.dht or bool(urls)))
+
     def swarm(self) -> Swarm:
         """The session, which listens from now on only where these sources reach it."""
         if self._swarm is not None:
@@ -121,8 +129,8 @@ def _settings(sources: Sources, addresses: tuple[Address, ...]) -> SessionSettin
         listen = [*(each for each in listen if each != ours), ours]
     return SessionSettings(
         listen=",".join(listen),
-        utp=not is_local_only,
-        utp_out=lan_address is None,
+        # Whoever tries uTP while it is shut out goes on for long, and takes us for connected.
+        utp=not is_local_only and lan_address is None,
         # Partners know each other by one address, and let nobody else in for a while.
         leaves_by=(lan_address or "") if is_local_only else "",
         # Nobody outside need learn which nodes there are.

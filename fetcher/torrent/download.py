@@ -10,18 +10,17 @@ from collections.abc import Collection, Sequence
 
 from ...errors import DownloadError, MagnetarError
 from ..arrival import Arrival
-from ..ownership import Role
+from ..division import Standing
+from ..ownership import Member, Role
 from ..progress import Phase
 from ..waves import Waves
 from .connection import Connection
 from .contacts import shown
 from .holding import Holding
 from .magnet import split_peer
-from .session import TorrentJob, TorrentStatus
-from .swarm import StalledError, Swarm
-
-PARTNER_PATIENCE_S = 30.0
-"""A partner that brings nothing for so long is given up; what it owes then comes from outside."""
+from .session import TorrentJob
+from .sharing import Sharing
+from .swarm import Swarm
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +35,12 @@ class Download:
         connection.on_readable = self._tell
         self.arrival = Arrival()
         """What may be read of the files."""
-        self._role: Role | None = None
+        self._sharing = Sharing()
         self._have: tuple[bool, ...] = ()
         self._is_open = False
         self._was_done = False
         self._has_joined = False
+        self._address = ""
         self.hashed_bytes = 0
         """Bytes that were read back from the disk to check their pieces."""
 
@@ -52,6 +52,7 @@ class Download:
     def fetch_pieces(self, needed: set[int]) -> set[int]:
         """Fetches these pieces and no others; returns all that may be read from the files."""
         swarm = self._open()
+        self._ask_everybody(swarm)
         if any(not self._have[piece] for piece in needed):
             self._was_done = False  # The files change now, by our own hand.
         status = swarm.fetch(
@@ -66,7 +67,7 @@ class Download:
     def complete(self, *, phase: Phase = "download") -> None:
         """Fetches what is missing of what is wanted, and records that it is right."""
         holding = self._holding
-        if holding.is_intact():
+        if holding.is_intact() and not (self._is_open and self._sharing.owes(self._have)):
             self.arrival.tell(holding.verified())
             return
         swarm = self._open()
@@ -76,22 +77,31 @@ class Download:
             self._tell(self._have)
         waves = holding.waves()
         self._was_done = False
-        status = self._fetch_shared(swarm, waves, phase) or swarm.fetch(
-            waves, phase=phase, doing=holding.metainfo.name
+        status = self._sharing.fetch(
+            swarm,
+            waves,
+            phase=phase,
+            doing=holding.metainfo.name,
+            timeout_s=self._connection.timeout_s,
         )
+        if status is None:
+            self._ask_everybody(swarm)
+            status = swarm.fetch(waves, phase=phase, doing=holding.metainfo.name)
         self._have = tuple(status.have)
         swarm.save_resume_data()
         self._remember(done=True)
 
-    def join(self) -> tuple[str, frozenset[int]]:
-        """Opens the torrent for partners, even where nothing is missing.
+    def join(self) -> str:
+        """Opens the torrent for partners, even where nothing is missing; ``HOST:PORT`` for them.
 
-        Returns ``HOST:PORT``, and the pieces that are there.
+        Nobody outside is asked any more, before there is a role that needs it.
 
         Raises:
             DownloadError: no partner could connect.
         """
-        swarm = self._open()
+        swarm = self._connection.swarm()
+        swarm.reach_out(False)
+        self._open()
         lan_address = self._connection.sources.lan_address
         address = swarm.address(lan_address)
         if address is None:
@@ -100,12 +110,36 @@ class Download:
                 "of this node?"
             )
         self._has_joined = True
-        return shown(address), self._there()
+        self._address = shown(address)
+        return self._address
 
     def share(self, role: Role) -> None:
-        """Divides the work with partners from now on; after `join`."""
-        self._role = role
-        self._open().join(tuple(split_peer(partner) for partner in role.partners))
+        """Divides the work with partners from now on; after `join`, for any thread.
+
+        Also in the middle of `complete`. After it, `complete` brings what the role owes.
+        """
+        # One of two calls the other: a second connection would be closed, and tried again.
+        called = [partner for partner in role.partners if self._address < partner]
+        self._connection.swarm().join(tuple(map(split_peer, called)))
+        self._sharing.give(role)
+
+    def member(self, host: str) -> Member:
+        """What this node wants and has at the moment; after `join`, for any thread."""
+        swarm = self._connection.swarm()
+        have = swarm.have() or self._have
+        return Member(
+            host=host,
+            address=self._address,
+            wanted=self._holding.wanted(),
+            held=frozenset(piece for piece, is_there in enumerate(have) if is_there),
+            begun=swarm.begun(),
+            has_way_out=self._connection.has_way_out(),
+        )
+
+    def standing(self) -> Standing:
+        """How far the role is; after `join`, for any thread."""
+        swarm = self._connection.swarm()
+        return self._sharing.standing(swarm.have() or self._have, swarm.received_bytes)
 
     def recheck(self) -> bool:
         """Hashes all files against the pieces; whether any piece was bad. `complete` mends it."""
@@ -161,39 +195,6 @@ class Download:
             # Often the very disk error that ended the download, which is what the user should see.
             logger.warning("what is on disk will be hashed again next time: %s", error)
 
-    def _fetch_shared(self, swarm: Swarm, waves: Waves, phase: Phase) -> TorrentStatus | None:
-        """First what is ours to bring, then what partners bring, from them alone.
-
-        None where there are no partners, or where they do not deliver.
-        """
-        role, self._role = self._role, None
-        wanted = waves.pieces
-        if role is None or not role.borrowed & wanted:
-            return None
-        doing = self._holding.metainfo.name
-        owned = waves.within(wanted - role.borrowed)
-        # Somebody waits for what is lent.
-        owned = Waves.of(role.lent & owned.pieces, *owned.waves)
-        swarm.fetch(owned, phase=phase, doing=doing)
-        self._have = tuple(swarm.verified()) or self._have
-        # What is left would come from outside too, a second time (measured: 1.15 to 1.38 times the
-        # bytes), unless nobody outside can be asked.
-        swarm.only([split_peer(partner)[0] for partner in role.partners])
-        patience_s = PARTNER_PATIENCE_S
-        if self._connection.timeout_s is not None:
-            patience_s = min(patience_s, self._connection.timeout_s / 2)
-        try:
-            return swarm.fetch(waves, phase=phase, doing=doing, patience_s=patience_s)
-        except StalledError:
-            logger.warning(
-                "%s: other nodes bring nothing for %.0f s; taking the rest from outside",
-                doing,
-                patience_s,
-            )
-            return None
-        finally:
-            swarm.only(None)
-
     def _open(self, *, damaged: Collection[int] = ()) -> Swarm:
         """The torrent in a session, with what is on disk known, and nothing wanted at first."""
         swarm = self._connection.swarm()
@@ -225,6 +226,10 @@ class Download:
         self._is_open = True
         self._have = tuple(status.have)
         return swarm
+
+    def _ask_everybody(self, swarm: Swarm) -> None:
+        swarm.reach_out(True)
+        swarm.only(None)
 
     def _keep_state(self, swarm: Swarm) -> None:
         if self._was_done:

@@ -38,6 +38,8 @@ from .session import (
 )
 
 STATUS_INTERVAL_S = 0.2
+_WRITING = 2
+"""`block_info::writing`; from this state on the bytes of a block are here."""
 
 
 class LibtorrentSession:
@@ -55,7 +57,8 @@ class LibtorrentSession:
         self._dht = settings.dht
         self._pex = settings.pex
         self._handle: Any = None
-        self._web_seeds: tuple[str, ...] = ()
+        self._job: TorrentJob | None = None
+        self._reaches_out = True
         self._status: TorrentStatus | None = None
         self._asked_s = 0.0
         self._earlier_bytes = 0
@@ -69,7 +72,7 @@ class LibtorrentSession:
         if job.upload_bytes_per_s:
             handle.set_upload_limit(job.upload_bytes_per_s)
         self._handle = handle
-        self._web_seeds = tuple(job.web_seeds)
+        self._job = job
         self._status = None
         self._asked_s = 0.0
         self._earlier_bytes = 0
@@ -101,15 +104,16 @@ class LibtorrentSession:
         if job.is_seed:
             flags |= lt.torrent_flags.seed_mode
         is_private = job.metainfo is not None and job.metainfo.is_private
-        if not self._dht or is_private:
+        if not (self._dht and self._reaches_out) or is_private:
             flags |= lt.torrent_flags.disable_dht
         if not self._pex or is_private:
             flags |= lt.torrent_flags.disable_pex
         params.flags = flags
         params.save_path = str(job.save_path)
-        params.trackers = list(job.trackers)
-        params.tracker_tiers = list(range(len(job.trackers)))
-        params.url_seeds = list(job.web_seeds)
+        trackers, web_seeds = (job.trackers, job.web_seeds) if self._reaches_out else ((), ())
+        params.trackers = list(trackers)
+        params.tracker_tiers = list(range(len(trackers)))
+        params.url_seeds = list(web_seeds)
         params.peers = list(job.peers)
         params.piece_priorities = list(job.piece_priorities)
         if job.metainfo is not None:
@@ -154,6 +158,21 @@ class LibtorrentSession:
             if not peer.flags & (flags.connecting | flags.handshake)
         ]
 
+    def begun(self) -> frozenset[int]:
+        # The alert with the same has no Python form in 2.1.1.
+        handle = self._handle
+        if handle is None:
+            return frozenset()
+        try:
+            queue = handle.get_download_queue()
+        except RuntimeError:
+            return frozenset()  # It was removed just now.
+        return frozenset(
+            piece["piece_index"]
+            for piece in queue
+            if any(block["state"] >= _WRITING for block in piece["blocks"])
+        )
+
     def connect(self, peers: Iterable[Address]) -> None:
         for peer in peers:
             self._handle.connect_peer(peer)
@@ -167,11 +186,29 @@ class LibtorrentSession:
             for host in hosts:
                 lists.add_rule(host, host, 0)
         self._session.set_ip_filter(lists)
-        for url in self._web_seeds:
-            if hosts is None:
+
+    def reach_out(self, wanted: bool) -> None:
+        if wanted == self._reaches_out:
+            return
+        self._reaches_out = wanted
+        if self._handle is None or self._job is None:
+            return
+        # Its trackers hear that we have stopped.
+        self._handle.replace_trackers(
+            [{"url": url, "tier": tier} for tier, url in enumerate(self._job.trackers) if wanted]
+        )
+        for url in self._job.web_seeds:
+            if wanted:
                 self._handle.add_url_seed(url)
             else:
                 self._handle.remove_url_seed(url)
+        no_dht = self._lt.torrent_flags.disable_dht
+        metainfo = self._job.metainfo
+        is_private = metainfo is not None and metainfo.is_private
+        if wanted and self._dht and not is_private:
+            self._handle.unset_flags(no_dht)
+        else:
+            self._handle.set_flags(no_dht)
 
     def prioritize(self, priorities: Sequence[int]) -> None:
         self._handle.prioritize_pieces(list(priorities))
@@ -306,7 +343,7 @@ def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
         "enable_upnp": False,
         "enable_natpmp": False,
         "enable_incoming_utp": settings.utp,
-        "enable_outgoing_utp": settings.utp and settings.utp_out,
+        "enable_outgoing_utp": settings.utp,
         "upload_rate_limit": settings.upload_bytes_per_s,
         "unchoke_slots_limit": -1,
         # Several nodes may share one address, and nodes that have finished stay in touch.
@@ -327,8 +364,8 @@ def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
         # For checking what is on the disk; pieces that arrive are hashed by other threads.
         "hashing_threads": len(os.sched_getaffinity(0)),
         # A named peer that is not up yet is asked again soon.
-        "min_reconnect_time": 1,
-        "max_failcount": 1000,
+        "min_reconnect_time": 1 if settings.seeks else 60,
+        "max_failcount": 1000 if settings.seeks else 3,
         "stop_tracker_timeout": 1,
         "user_agent": f"Magnetar libtorrent/{lt.__version__}",
     }

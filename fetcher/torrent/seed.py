@@ -153,6 +153,7 @@ def seed(
             listen=shown((host, port)),
             utp=not is_local(host),
             dht=False,
+            seeks=False,
             leaves_by="" if host in ("0.0.0.0", "::") else host,
             upload_bytes_per_s=limits.upload_bytes_per_s,
         )

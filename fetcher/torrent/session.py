@@ -27,8 +27,8 @@ class SessionSettings:
     utp: bool
     """uTP crawls on fast links (8.5 MB/s on loopback against 67-125), but passes through NAT."""
     dht: bool
-    utp_out: bool = True
-    """Whether connections that we open may be uTP; without, only those that others open."""
+    seeks: bool = True
+    """Whether lost peers are asked again within seconds; else it is for them to come back."""
     leaves_by: str = ""
     """IP address from which connections are opened; empty leaves it to the routing table."""
     pex: bool = True
@@ -222,14 +222,22 @@ class TorrentSession(Protocol):
         """The connected peers; blocks for a moment."""
         ...
 
+    def begun(self) -> frozenset[int]:
+        """Pieces of which only a part is there; for any thread, blocks for a moment."""
+        ...
+
     def connect(self, peers: Iterable[Address]) -> None:
         """Asks these peers (again)."""
         ...
 
     def only(self, hosts: Iterable[str] | None) -> None:
-        """Keeps to peers with these IP addresses, and drops all others and the web seeds.
+        """Keeps to peers with these IP addresses, and drops all others. None lets everybody in."""
+        ...
 
-        None lets everybody in again.
+    def reach_out(self, wanted: bool) -> None:
+        """Whether trackers, the DHT and web seeds are asked, from now on or from the next `add` on.
+
+        Without, nobody new learns of us. At first they are.
         """
         ...
 
@@ -278,9 +286,21 @@ def is_local(address: str) -> bool:
 
 def own_interfaces(peers: Iterable[Address], *, reaches_out: bool) -> str:
     """Where to listen: only on the addresses from which these peers, or the world, are reached."""
+    found = [
+        f"[{address}]:0" if ":" in address else f"{address}:0"
+        for address in routes(peers, reaches_out=reaches_out)
+    ]
+    return ",".join(found) or "127.0.0.1:0"
+
+
+def routes(peers: Iterable[Address], *, reaches_out: bool) -> list[str]:
+    """Our addresses from which these peers, or the world, are reached; empty without a route.
+
+    Only the routing table is asked: a firewall on the way does not show.
+    """
     targets = [host for host, _ in peers]
     if reaches_out or not targets:
-        # Addresses of documentation networks: only the routing table is asked, nothing is sent.
+        # Addresses of documentation networks: nothing is sent.
         targets += ["192.0.2.1", "2001:db8::1"]
     found: dict[str, None] = {}
     for target in targets:
@@ -288,11 +308,10 @@ def own_interfaces(peers: Iterable[Address], *, reaches_out: bool) -> str:
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.connect((target, 9))
-                address = str(probe.getsockname()[0])
+                found[str(probe.getsockname()[0])] = None
         except OSError:
             continue  # No route there: nothing could reach us by it either.
-        found[f"[{address}]:0" if ":" in address else f"{address}:0"] = None
-    return ",".join(found) or "127.0.0.1:0"
+    return list(found)
 
 
 def listening_address(session: TorrentSession, timeout_s: float = 10.0) -> Address:

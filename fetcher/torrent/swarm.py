@@ -125,13 +125,27 @@ class Swarm:
         return matching()
 
     def join(self, partners: tuple[Address, ...]) -> None:
-        """Stays connected with these peers besides the named ones."""
+        """Stays connected with these peers besides the named ones. For any thread."""
         self._named_peers = tuple(dict.fromkeys(self._named_peers + partners))
         self._session.connect(partners)
 
     def only(self, hosts: Iterable[str] | None) -> None:
-        """See `TorrentSession.only`."""
+        """See `TorrentSession.only`; who is let in again is asked at once."""
         self._session.only(hosts)
+        self._session.connect(self._named_peers)
+
+    def reach_out(self, wanted: bool) -> None:
+        """See `TorrentSession.reach_out`."""
+        self._session.reach_out(wanted)
+
+    def have(self) -> Sequence[bool]:
+        """By piece, whether it has the right hash, at the last reading; for any thread."""
+        status = self._session.status()
+        return status.have if status is not None and not self._is_checking else ()
+
+    def begun(self) -> frozenset[int]:
+        """Pieces of which only a part is there; for any thread."""
+        return self._session.begun()
 
     def fetch_metadata(self, job: TorrentJob) -> bytes:
         """Adds a torrent known by its hash only, waits for the info dictionary, removes it again.
@@ -166,7 +180,7 @@ class Swarm:
         urgent: tuple[int, ...] = (),
         phase: Phase,
         doing: str,
-        patience_s: float | None = None,
+        gives_up: Callable[[float], bool] | None = None,
     ) -> TorrentStatus:
         """Waits until every piece of the waves is verified and in the files; no other is wanted.
 
@@ -175,9 +189,9 @@ class Swarm:
         While the disk is short of room it says so and waits for that too.
 
         Raises:
-            StalledError: nothing arrived for `patience_s`, if that is given. TimedOutError: nor for
-            the time of the constructor. DownloadError: the disk failed. InterruptedByUserError:
-            `stop` was set.
+            StalledError: `gives_up` said so, asked with the seconds in which nothing arrived.
+            TimedOutError: nothing arrived for the time of the constructor. DownloadError: the disk
+            failed. InterruptedByUserError: `stop` was set.
         """
         front = -1
 
@@ -195,7 +209,7 @@ class Swarm:
             return front == len(waves.waves)
 
         while True:
-            self._wait(is_there, phase=phase, doing=doing, patience_s=patience_s)
+            self._wait(is_there, phase=phase, doing=doing, gives_up=gives_up)
             status = self._session.status()
             assert status is not None
             try:
@@ -302,7 +316,7 @@ class Swarm:
         *,
         phase: Phase,
         doing: str,
-        patience_s: float | None = None,
+        gives_up: Callable[[float], bool] | None = None,
     ) -> None:
         moved_s = reported_s = self._clock()
         last: object = None
@@ -328,7 +342,7 @@ class Swarm:
             if (mark := _moving_parts(status)) != last:
                 last, moved_s = mark, now_s
             idle_s = now_s - moved_s
-            if patience_s is not None and idle_s >= patience_s:
+            if gives_up is not None and gives_up(idle_s):
                 raise StalledError
             if self._timeout_s is not None and idle_s >= self._timeout_s and not self._is_checking:
                 raise self._timed_out(doing, status)

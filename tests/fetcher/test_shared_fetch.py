@@ -13,7 +13,7 @@ from magnetar.fetcher.fetch import Fetch
 from magnetar.fetcher.ownership import Role, assign_roles
 from magnetar.fetcher.piece_map import ByteRange, PieceMap
 from magnetar.fetcher.progress import Progress
-from magnetar.fetcher.torrent import download
+from magnetar.fetcher.torrent import sharing
 from magnetar.fetcher.torrent.metainfo import parse_metainfo
 from magnetar.fetcher.torrent.seed import SeedInfo
 from magnetar.tests.seeder import seeding
@@ -126,7 +126,7 @@ def test_what_a_partner_does_not_bring_comes_from_outside(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(download, "PARTNER_PATIENCE_S", 1.0)
+    monkeypatch.setattr(sharing, "PATIENCE_S", 1.0)
     everything = [ByteRange(WEIGHTS, 0, WEIGHTS_BYTES)]
     with nodes(seed, tmp_path, [everything, everything]) as fetches:
         roles = roles_of(fetches)

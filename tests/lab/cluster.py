@@ -1,17 +1,21 @@
 """Nodes of the lab that fetch one release together, as the nodes of a deployment do."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from magnetar.cluster.foreman import Foreman
 from magnetar.cluster.spec import SourceSpec
-from magnetar.fetcher.ownership import assign_roles
 from magnetar.fetcher.piece_map import ByteRange
 
 from .network import Place
 from .node import Node
+
+POLL_S = 0.1
+DOWNLOAD_S = 60.0
 
 Share = tuple[ByteRange, ...] | None
 """Bytes of the weights that a node wants; None: all."""
@@ -21,25 +25,54 @@ class LabCluster:
     """Node processes, and what the controller does with them."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
+        # Loopback has a way out everywhere; only a user could say otherwise.
+        self._inside = {node.host: 0.0 for node in nodes if node.place.wan is None}
         self.nodes = {node.host: node for node in nodes}
+        self.foreman = Foreman(self._call)
         self._counted_before = 0
 
-    def prepare(self, source: SourceSpec, shares: Mapping[str, Share]) -> None:
-        """Lets each node learn what the release is, and say what it wants."""
-        self.all("metadata", source)
+    def prepare(
+        self,
+        source: SourceSpec,
+        shares: Mapping[str, Share],
+        *,
+        sources: Mapping[str, SourceSpec] | None = None,
+    ) -> None:
+        """Lets each node learn what the release is from the first, and say what it wants.
+
+        `sources` are those of hosts that know others than `source` names.
+        """
+        first, *others = self.nodes.values()
+        first.call("metadata", source)
+        torrent = first.call("torrent")
+        self._call(
+            "metadata",
+            {node.host: ((sources or {}).get(node.host, source), torrent) for node in others},
+        )
         for host, share in shares.items():
             self.nodes[host].call("restrict", share)
 
-    def divide(self) -> None:
+    def divide(self, *, wan_mbps: Mapping[str, float] | None = None) -> None:
         """Opens the torrents to each other and hands out the work; counts from here."""
+        self.foreman = Foreman(self._call, wan_mbps=self._inside | dict(wan_mbps or {}))
         self._counted_before = self._counted()
-        roles = assign_roles(tuple(self.all("join").values()))
-        for host, role in roles.items():
-            self.nodes[host].call("share", role)
+        self.foreman.divide(self.all("join"))
 
-    def download(self) -> None:
-        """Brings to each node what it wants, and checks it."""
-        self.all("download")
+    def download(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Brings to each node that stays alive what it wants, and checks it."""
+        running = {host: node.start("download") for host, node in self.nodes.items()}
+        deadline_s = time.monotonic() + DOWNLOAD_S
+        while running and time.monotonic() < deadline_s:
+            wait(running.values(), timeout=POLL_S, return_when=FIRST_COMPLETED)
+            for host in [host for host, future in running.items() if future.done()]:
+                future = running.pop(host)
+                if self.nodes[host].is_alive():
+                    future.result()
+            for host in self.foreman.look() - running.keys():
+                running[host] = self.nodes[host].start("download")
+            if meanwhile is not None:
+                meanwhile()
+        assert not running, f"{', '.join(running)} did not end"
         self.all("verify")
 
     def outside_bytes(self) -> int:
@@ -53,11 +86,23 @@ class LabCluster:
         return counted - self._counted_before if counted else None
 
     def all(self, method: str, *arguments: object) -> dict[str, Any]:
-        """Calls a method on every node at once."""
-        asked: dict[str, Future[Any]] = {
-            host: node.start(method, *arguments) for host, node in self.nodes.items()
+        """Calls a method on every living node at once."""
+        return self._call(method, dict.fromkeys(self.nodes, arguments))
+
+    def _call(self, method: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """A `Crew`."""
+        asked = {
+            host: self.nodes[host].start(method, *of_host)
+            for host, of_host in arguments.items()
+            if self.nodes[host].is_alive()
         }
-        return {host: future.result(60) for host, future in asked.items()}
+        answers = {}
+        for host, future in asked.items():
+            try:
+                answers[host] = future.result(60)
+            except ConnectionError:
+                continue  # It died under way.
+        return answers
 
     def _counted(self) -> int:
         places = [node.place for node in self.nodes.values()]

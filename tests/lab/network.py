@@ -28,7 +28,7 @@ class Place:
 
     name: str
     lan: str
-    """Address in the local network."""
+    """Address in the local network; empty outside."""
     wan: str | None
     """Address outside; None without a way out."""
     prefix: tuple[str, ...] = ()
@@ -59,12 +59,12 @@ class Network(Protocol):
         down_bytes_per_s: int = 0,
         up_bytes_per_s: int = 0,
         has_way_out: bool = True,
+        is_outside: bool = False,
     ) -> Place:
-        """A new host; the rates are those of its card to the outside, 0 for no limit."""
-        ...
+        """A new host, of the local network unless `is_outside`.
 
-    def cut_off(self, place: Place) -> None:
-        """From now on nothing passes between this host and the outside."""
+        The rates are those of its card to the outside, 0 for no limit.
+        """
         ...
 
 
@@ -83,6 +83,7 @@ class Loopback:
         down_bytes_per_s: int = 0,
         up_bytes_per_s: int = 0,
         has_way_out: bool = True,
+        is_outside: bool = False,
     ) -> Place:
         self._num_hosts += 1
         address = f"127.77.0.{self._num_hosts}"
@@ -92,9 +93,6 @@ class Loopback:
             wan=address if has_way_out else None,
             rate_bytes_per_s=up_bytes_per_s,
         )
-
-    def cut_off(self, place: Place) -> None:
-        raise NotImplementedError("loopback has no links to cut")
 
 
 class Namespaces:
@@ -125,12 +123,13 @@ class Namespaces:
         down_bytes_per_s: int = 0,
         up_bytes_per_s: int = 0,
         has_way_out: bool = True,
+        is_outside: bool = False,
     ) -> Place:
         number = len(self._places) + 1
         own = f"{self._tag}-{name}"
         place = Place(
             name=name,
-            lan=f"10.77.{number >> 8}.{number & 255}",
+            lan="" if is_outside else f"10.77.{number >> 8}.{number & 255}",
             # libtorrent and we treat private addresses as near; these are outside.
             wan=f"11.77.{number >> 8}.{number & 255}" if has_way_out else None,
             prefix=("nsenter", f"--net=/run/netns/{own}"),
@@ -139,7 +138,7 @@ class Namespaces:
         self._places.append(place)
         _ip("link set lo up", namespace=own)
         for network, address in (("lan", place.lan), ("wan", place.wan)):
-            if address is None:
+            if not address:
                 continue
             port = f"{network}{number}"
             _ip(
@@ -156,10 +155,6 @@ class Namespaces:
             _shape(own, "wan", up_bytes_per_s)
             _shape(self._switch, f"wan{number}", down_bytes_per_s)
         return place
-
-    def cut_off(self, place: Place) -> None:
-        number = self._places.index(place) + 1
-        _ip(f"link set wan{number} down", namespace=self._switch)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,10 @@ class Node:
         """The same, and waits for its result."""
         return self.start(method, *arguments).result(timeout_s)
 
+    def is_alive(self) -> bool:
+        """Whether its process runs."""
+        return self.process.poll() is None
+
     def kill(self) -> None:
         """Ends it as a crash would."""
         self.process.kill()
@@ -57,7 +61,7 @@ class Node:
 
     def close(self) -> None:
         """Ends it in an orderly way, if it still runs."""
-        if self.process.poll() is None:
+        if self.is_alive():
             with self._lock:
                 self._connection.send(None)
             try:

@@ -1,10 +1,12 @@
 """The other programs of the lab, each in a process of its own: tracker, web seed, worse links."""
 
 import contextlib
+import signal
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from .network import Place
@@ -24,12 +26,25 @@ def web_seed(place: Place, folder: Path) -> Iterator[str]:
         yield f"http://{_outside(place)}:{port}/"
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A proxy outside that passes connections on."""
+
+    address: str
+    """``HOST:PORT`` on which it listens."""
+    process: subprocess.Popen[str]
+
+    def freeze(self) -> None:
+        """From now on nothing passes, and no connection ends."""
+        self.process.send_signal(signal.SIGSTOP)
+
+
 @contextlib.contextmanager
-def proxy(place: Place, to: str, *, delay_s: float, stall_bytes: int) -> Iterator[str]:
-    """Where a proxy listens in the local network that passes on to ``HOST:PORT``."""
+def link(place: Place, to: str, *, delay_s: float = 0.0, stall_bytes: int = 0) -> Iterator[Link]:
+    """A way to ``HOST:PORT`` that leads through a worse network."""
     options = ["--delay-s", str(delay_s), "--stall-bytes", str(stall_bytes)]
-    with _running(place, "proxy", place.lan, to, *options) as port:
-        yield f"{place.lan}:{port}"
+    with _started(place, "proxy", _outside(place), to, *options) as (process, port):
+        yield Link(f"{_outside(place)}:{port}", process)
 
 
 def read(place: Place, url: str) -> bytes:
@@ -51,6 +66,14 @@ def _outside(place: Place) -> str:
 @contextlib.contextmanager
 def _running(place: Place, program: str, *arguments: str) -> Iterator[int]:
     """The port that the program prints; it ends with the block."""
+    with _started(place, program, *arguments) as (_, port):
+        yield port
+
+
+@contextlib.contextmanager
+def _started(
+    place: Place, program: str, *arguments: str
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
     command = [*place.prefix, sys.executable, "-m", f"{__package__}.{program}", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -58,6 +81,6 @@ def _running(place: Place, program: str, *arguments: str) -> Iterator[int]:
             line = process.stdout.readline()
             if not line:
                 raise RuntimeError(f"{program} ended with {process.wait()}")
-            yield int(line)
+            yield process, int(line)
         finally:
             process.kill()

@@ -1,7 +1,9 @@
 """What a cluster takes from outside; by the count of the kernel too, where there are namespaces."""
 
+import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from magnetar.fetcher.torrent.metainfo import parse_metainfo
 from magnetar.fetcher.torrent.seed import SeedInfo
 from magnetar.tests.lab.cluster import LabCluster, Share, lab_cluster
 from magnetar.tests.lab.network import Network, network
+from magnetar.tests.lab.programs import link, read, tracker, web_seed
 from magnetar.tests.seeder import seeding
 
 pytestmark = pytest.mark.lab
@@ -43,7 +46,7 @@ def lab() -> Iterator[Network]:
 
 @pytest.fixture
 def seed(lab: Network, release: Path) -> Iterator[SeedInfo]:
-    place = lab.host("seed", up_bytes_per_s=UPLINK_BYTES_PER_S)
+    place = lab.host("seed", is_outside=True, up_bytes_per_s=UPLINK_BYTES_PER_S)
     listen = f"{place.wan}:0"
     with seeding(
         release, listen=listen, prefix=place.prefix, upload_bytes_per_s=place.rate_bytes_per_s
@@ -57,8 +60,10 @@ def cluster(lab: Network, tmp_path: Path) -> Iterator[LabCluster]:
         yield nodes
 
 
-def source(seed: SeedInfo) -> SourceSpec:
-    return SourceSpec(kind="magnet", location=seed.magnet, timeout_s=40)
+def source(seed: SeedInfo, *peers: str) -> SourceSpec:
+    """The magnet; with `peers`, it names those in place of the seeder."""
+    link = seed.magnet.partition("&x.pe")[0] if peers else seed.magnet
+    return SourceSpec(kind="magnet", location=link, peers=peers, timeout_s=40)
 
 
 def quarters() -> dict[str, Share]:
@@ -94,3 +99,107 @@ def test_every_byte_comes_from_outside_once(
     if full:
         whole = (release / WEIGHTS).read_bytes()
         assert all(weights(tmp_path / host, seed) == whole for host in HOSTS)
+
+
+def test_what_a_killed_owner_owed_is_divided_among_the_others(
+    seed: SeedInfo, cluster: LabCluster, release: Path, tmp_path: Path
+) -> None:
+    cluster.prepare(source(seed), dict.fromkeys(HOSTS, None))
+    cluster.divide()
+    lost = cluster.nodes["n2"]
+
+    def kill_once_it_has_something() -> None:
+        if lost.is_alive() and lost.call("standing").received_bytes > WEIGHTS_BYTES // 16:
+            lost.kill()
+
+    cluster.download(kill_once_it_has_something)
+
+    assert not lost.is_alive()
+    # The count of the survivors: what they had from the lost one looks as if it came from outside.
+    unique = unique_bytes(seed)
+    assert 3 / 4 * unique <= cluster.outside_bytes() <= GOAL * unique
+    whole = (release / WEIGHTS).read_bytes()
+    assert all(weights(tmp_path / host, seed) == whole for host in HOSTS if host != "n2")
+
+
+def test_an_owner_whose_link_freezes_takes_from_the_others_what_it_owed(
+    lab: Network, seed: SeedInfo, cluster: LabCluster, release: Path, tmp_path: Path
+) -> None:
+    with link(lab.host("far", is_outside=True), seed.address) as frozen:
+        # This one does not know the seeder itself, only the link to it.
+        theirs = {"n2": source(seed, frozen.address)}
+        cluster.prepare(source(seed), dict.fromkeys(HOSTS, None), sources=theirs)
+        cluster.divide()
+        stalled = cluster.nodes["n2"]
+
+        def freeze_once_it_has_something() -> None:
+            if stalled.call("standing").received_bytes > WEIGHTS_BYTES // 16:
+                frozen.freeze()
+
+        cluster.download(freeze_once_it_has_something)
+        assert not cluster.foreman.roles["n2"].owned
+        # A piece of which it had a part comes again.
+        assert cluster.outside_bytes() <= (GOAL + 0.1) * unique_bytes(seed)
+    whole = (release / WEIGHTS).read_bytes()
+    assert all(weights(tmp_path / host, seed) == whole for host in HOSTS)
+
+
+def test_a_node_without_a_way_out_gets_everything_from_inside(
+    lab: Network, seed: SeedInfo, release: Path, tmp_path: Path
+) -> None:
+    hosts = ("n1", "n2", "n3")
+    places = [lab.host(name, has_way_out=name != "n3") for name in hosts]
+    with lab_cluster(places, tmp_path) as cluster:
+        half = WEIGHTS_BYTES // 2
+        cluster.prepare(
+            source(seed),
+            {
+                "n1": (ByteRange(WEIGHTS, 0, half),),
+                "n2": (ByteRange(WEIGHTS, 0, 1),),
+                "n3": (ByteRange(WEIGHTS, half, WEIGHTS_BYTES - half),),
+            },
+        )
+        cluster.divide()
+        assert not cluster.foreman.roles["n3"].owned
+        cluster.download()
+        assert cluster.outside_bytes() <= GOAL * unique_bytes(seed)
+        shares = cluster.all("fetched")
+    assert shares["n3"].received_bytes >= half
+    assert weights(tmp_path / "n3", seed)[half:] == (release / WEIGHTS).read_bytes()[half:]
+
+
+def test_only_owners_announce_themselves_outside(
+    lab: Network, seed: SeedInfo, tmp_path: Path
+) -> None:
+    outside = lab.host("tracker", is_outside=True)
+    with (
+        tracker(outside) as url,
+        lab_cluster([lab.host(n) for n in HOSTS[:3]], tmp_path) as cluster,
+    ):
+        announced = SourceSpec(kind="magnet", location=f"{seed.magnet}&tr={url}", timeout_s=40)
+        cluster.prepare(announced, {host: None for host in cluster.nodes})
+        # As a user does who knows that it should bring nothing.
+        cluster.divide(wan_mbps={"n3": 0})
+        assert not cluster.foreman.roles["n3"].owned
+        cluster.download()
+        seen = set(json.loads(read(outside, url.replace("announce", "peers"))))
+        outer = {host: node.place.wan for host, node in cluster.nodes.items()}
+    assert {outer["n1"], outer["n2"]} <= seen
+    assert outer["n3"] not in seen
+
+
+def test_a_worse_link_and_a_web_seed_bring_the_same_bytes(
+    lab: Network, seed: SeedInfo, release: Path, tmp_path: Path
+) -> None:
+    far = lab.host("far", is_outside=True)
+    with (
+        link(far, seed.address, delay_s=0.03, stall_bytes=1 << 20) as slow,
+        web_seed(far, release.parent) as url,
+        lab_cluster([lab.host("n1")], tmp_path) as cluster,
+    ):
+        magnet = source(seed, slow.address)
+        cluster.prepare(replace(magnet, location=f"{magnet.location}&ws={url}"), {"n1": None})
+        cluster.download()
+        sent = int(read(far, f"{url}sent"))
+    assert sent > 0
+    assert weights(tmp_path / "n1", seed) == (release / WEIGHTS).read_bytes()
