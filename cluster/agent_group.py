@@ -1,15 +1,15 @@
 """The agents of a deployment: one on every node, asked together."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_from_json
-from ..fetcher.ownership import assign_roles
 from ..fetcher.piece_map import ByteRange
 from ..fetcher.progress import ProgressSink
 from .agent import NodeAgent
 from .arrivals import agent_name
+from .foreman import Foreman
 from .link_cache import remembered_links
 from .plan import Inventory
 from .ray_calls import call, gather
@@ -42,6 +42,7 @@ class AgentGroup:
         self._home = home
         self._on_progress = on_progress
         self._stop = stop
+        self._foreman: Foreman | None = None
         self._cursors = {node.host: 0 for node in nodes}
         actor = ray.remote(NodeAgent)
         self._agents: dict[str, Any] = {
@@ -77,8 +78,13 @@ class AgentGroup:
         return Inventory(nodes=nodes, links=remembered_links(nodes))
 
     def metadata(self, hosts: Sequence[str], source: SourceSpec) -> None:
-        """Let the agents of `hosts` learn what the release consists of."""
-        self._all({host: self._agents[host].metadata.remote(source) for host in hosts})
+        """Let the agents of `hosts` learn what the release consists of. After `read_facts`."""
+        torrent = None
+        if source.kind == "magnet":
+            # Some nodes may have no way out to ask for it, and none needs to ask again.
+            lead = self._agents[self._home]
+            torrent = self._all({self._home: lead.torrent.remote()})[self._home]
+        self._all({host: self._agents[host].metadata.remote(source, torrent) for host in hosts})
 
     def restrict(self, shares: Mapping[str, tuple[ByteRange, ...] | None]) -> None:
         """Let each host want these bytes of the weights alone; None: the whole release."""
@@ -98,16 +104,28 @@ class AgentGroup:
         """Raise DiskSpaceError where a share does not fit, before any of it is downloaded."""
         self._all({host: self._agents[host].check_disk.remote() for host in hosts})
 
-    def divide(self, hosts: Sequence[str]) -> None:
-        """Let the next `download` bring each piece from outside once, and share it inside."""
-        joined = self._all({host: self._agents[host].join.remote() for host in hosts})
-        members = [member for member in joined.values() if member is not None]
-        roles = assign_roles(members)
-        self._all({host: self._agents[host].share.remote(role) for host, role in roles.items()})
+    def divide(self, hosts: Sequence[str], wan_mbps: Mapping[str, float]) -> None:
+        """Let the next `download` bring each piece from outside once, and share it inside.
+
+        `wan_mbps` is how fast hosts get bytes from outside, where that is known; 0: not at all.
+        """
+        self._foreman = Foreman(self._crew, wan_mbps=wan_mbps)
+        self._foreman.divide(self._crew("join", dict.fromkeys(hosts, ())))
 
     def download(self, hosts: Sequence[str]) -> None:
         """Bring to each of `hosts` what it wants."""
-        self._all({host: self._agents[host].download.remote() for host in hosts})
+        again: list[Any] = []
+
+        def look() -> None:
+            """Whoever is done but has something new to bring begins once more."""
+            if self._foreman is not None:
+                again.extend(self._agents[host].download.remote() for host in self._foreman.look())
+
+        refs = {host: self._agents[host].download.remote() for host in hosts}
+        self._all(refs, meanwhile=look)
+        while again:
+            batch, again = again, []
+            gather(batch, who="an agent", stop=self._stop, meanwhile=look)
 
     def verify(self, hosts: Sequence[str]) -> None:
         """Check the release's own checksums on all of `hosts`."""
@@ -140,13 +158,32 @@ class AgentGroup:
             ray.kill(agent)
         self._agents = {}
 
-    def _all(self, refs: dict[str, Any], *, timeout_s: float | None = None) -> dict[str, Any]:
+    def _crew(self, method: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """A `Crew`; one that dies ends the deployment."""
+        refs = [
+            getattr(self._agents[host], method).remote(*of_host)
+            for host, of_host in arguments.items()
+        ]
+        results = gather(refs, who=f"an agent of {', '.join(arguments)}", stop=self._stop)
+        return dict(zip(arguments, results, strict=True))
+
+    def _all(
+        self,
+        refs: dict[str, Any],
+        *,
+        timeout_s: float | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        def tell() -> None:
+            self._relay(refs)
+            meanwhile()
+
         results = gather(
             list(refs.values()),
             who=f"the agent on {', '.join(refs)}",
             stop=self._stop,
             timeout_s=timeout_s,
-            meanwhile=lambda: self._relay(refs),
+            meanwhile=tell,
         )
         self._relay(refs)
         return dict(zip(refs, results, strict=True))

@@ -180,7 +180,7 @@ class Controller:
         self._agents.order({host: tuple(map(ranges_of, each)) for host, each in steps.items()})
         self._agents.check_disks(hosts)
         if len(hosts) > 1 and self._spec.source.kind != "folder":
-            self._agents.divide(hosts)
+            self._agents.divide(hosts, self._spec.wan_mbps)
         return self._agents.folders(hosts)
 
     def _fetch(self, hosts: Sequence[str]) -> None:

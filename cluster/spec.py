@@ -1,5 +1,6 @@
 """What a deployment is asked to be: the input of the controller, free of file formats."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -63,6 +64,8 @@ class DeploymentSpec:
     """0 takes a free one."""
     api_key_file: str | None = None
     """Needed to listen on anything but loopback."""
+    wan_mbps: Mapping[str, float] = field(default_factory=dict)
+    """By host, Mbit/s from outside, where that is known; 0: no way out."""
     fetch_full: bool = False
     """Every node of the plan brings the whole release, so that a later plan needs no download."""
 

@@ -217,6 +217,11 @@ class Placement(Part):
         description="Folder for releases on every node, `{host}` for the node's label; relative "
         "to the manifest.",
     )
+    wan_mbps: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict,
+        description="Mbit/s that nodes get from outside, by host label, so that the faster ones "
+        "bring more; 0: that node has no way out, and others bring what it needs.",
+    )
 
 
 class Serve(Part):
@@ -313,6 +318,7 @@ class Deployment(Part):
             batch_invariant=model.batch_invariant,
             num_stages=placement.stages,
             objective=placement.objective,
+            wan_mbps=placement.wan_mbps,
             node_wishes=tuple(use.to_wish() for use in placement.nodes),
             expert_pins=tuple(experts.to_pin() for experts in placement.experts),
             max_context_tokens=model.max_context_tokens,

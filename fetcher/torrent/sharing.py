@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from ..division import Standing
 from ..ownership import Role

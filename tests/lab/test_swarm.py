@@ -176,7 +176,7 @@ def test_only_owners_announce_themselves_outside(
         tracker(outside) as url,
         lab_cluster([lab.host(n) for n in HOSTS[:3]], tmp_path) as cluster,
     ):
-        announced = SourceSpec(kind="magnet", location=f"{seed.magnet}&tr={url}", timeout_s=40)
+        announced = replace(source(seed), trackers=(url,))
         cluster.prepare(announced, {host: None for host in cluster.nodes})
         # As a user does who knows that it should bring nothing.
         cluster.divide(wan_mbps={"n3": 0})
@@ -197,8 +197,8 @@ def test_a_worse_link_and_a_web_seed_bring_the_same_bytes(
         web_seed(far, release.parent) as url,
         lab_cluster([lab.host("n1")], tmp_path) as cluster,
     ):
-        magnet = source(seed, slow.address)
-        cluster.prepare(replace(magnet, location=f"{magnet.location}&ws={url}"), {"n1": None})
+        both = replace(source(seed, slow.address), web_seeds=(url,))
+        cluster.prepare(both, {"n1": None})
         cluster.download()
         sent = int(read(far, f"{url}sent"))
     assert sent > 0
