@@ -115,9 +115,10 @@ def test_what_a_killed_owner_owed_is_divided_among_the_others(
     cluster.download(kill_once_it_has_something)
 
     assert not lost.is_alive()
-    # The count of the survivors: what they had from the lost one looks as if it came from outside.
-    unique = unique_bytes(seed)
-    assert 3 / 4 * unique <= cluster.outside_bytes() <= GOAL * unique
+    # What went down with it, a quarter at most, came once more. Without a kernel that counts on the
+    # cards, what the survivors had from it looks as if it came from outside.
+    if (counted := cluster.counted_bytes()) is not None:
+        assert counted <= (GOAL + OVERHEAD + 1 / 4) * unique_bytes(seed)
     whole = (release / WEIGHTS).read_bytes()
     assert all(weights(tmp_path / host, seed) == whole for host in HOSTS if host != "n2")
 
