@@ -54,7 +54,7 @@ STREAMS = 8
 
 def row(case: str, ours: float, reference: float, goal: str, holds: bool) -> dict[str, Any]:
     """One case as it is printed."""
-    ratio = ours / reference if reference else math.nan
+    ratio = ours / reference if reference else 1.0
     return {
         "case": case,
         "ours": float(f"{ours:.5g}"),
@@ -365,14 +365,14 @@ def main() -> None:
         layers_or_experts(),
         helix(120 if args.quick else 360),
         against_other_planners(30 if args.quick else 200),
-        against_brute_force(60 if args.quick else 300),
+        against_brute_force(24 if args.quick else 300),
     )
-    for case in cases:
+    # Row by row, so that a run that is stopped keeps what it found.
+    keep = args.output.open("w", encoding="utf-8") if args.output else None
+    for case in itertools.chain(rows, cases):
         print(json.dumps(case), flush=True)
-        rows.append(case)
-    if args.output:
-        text = "\n".join(json.dumps(each) for each in rows)
-        args.output.write_text(text + "\n", encoding="utf-8")
+        if keep is not None:
+            print(json.dumps(case), file=keep, flush=True)
 
 
 if __name__ == "__main__":
