@@ -101,7 +101,21 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="plan for the machines of this file, as `magnetar nodes -o yaml` writes it",
     )
-    _add_output(plan)
+    plan.add_argument(
+        "--diff",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="print what would move of the deployment that runs (of this name, else of the "
+        "manifest's or the model's)",
+    )
+    plan.add_argument(
+        "-o",
+        "--output",
+        choices=("table", "json", "yaml", "svg"),
+        default="table",
+        help="form of what is printed; svg is a picture",
+    )
 
     nodes = verb(
         "nodes",

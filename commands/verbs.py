@@ -19,6 +19,7 @@ from ..settings import default_store
 from .console import Console
 from .demo import demo
 from .nodes import nodes
+from .plan_output import shown_plan
 from .serving import need_importable_package, serving, status_table
 
 if TYPE_CHECKING:
@@ -50,18 +51,20 @@ def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
         inventory = load_inventory(Path(args.inventory).expanduser(), environment=os.environ)
     elif ray_address is not None:
         need_importable_package()
-    from ..cluster.plan_view import plan_json, plan_table
-    from ..serve.launch import plan_only
+    from ..serve.launch import plan_only, running_plan
 
+    running = None
+    if args.diff is not None:
+        running = running_plan(args.diff or spec.name, ray_address=ray_address)
     preview = plan_only(
         spec,
         ray_address=ray_address,
         inventory=inventory,
+        running=running,
         on_progress=console.progress,
         stop=stop,
     )
-    json_wanted = args.output == "json"
-    console.data(_json(plan_json(preview.plan)) if json_wanted else plan_table(preview.plan))
+    console.data(shown_plan(preview, running, name=spec.name, output=args.output))
 
 
 def fetch(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:

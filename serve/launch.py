@@ -29,7 +29,7 @@ from .session import (
     start_controller,
 )
 
-__all__ = ["Endpoint", "PlanPreview", "down", "plan_only", "status", "up"]
+__all__ = ["Endpoint", "PlanPreview", "down", "plan_only", "running_plan", "status", "up"]
 
 
 class Endpoint:
@@ -144,6 +144,22 @@ def status(name: str | None = None, *, ray_address: str | None = None) -> list[d
     if name is not None and not found:
         raise _not_found(name, ray_address)
     return found
+
+
+def running_plan(name: str, *, ray_address: str | None = None) -> Plan:
+    """The plan by which a deployment runs.
+
+    Raises:
+        NotFoundError: there is none called `name`, or it has no plan yet.
+    """
+    record = deployment_record(name).read()
+    if record is None and ray_address is None:
+        raise _not_found(name, ray_address)
+    with joined_ray(ray_address or str((record or {})["address"])):
+        status = Session(find_controller(name)).poll().status
+    if status.plan is None:
+        raise NotFoundError(f"{name!r} has no plan yet: it is at the phase {status.phase}")
+    return status.plan
 
 
 def down(name: str, *, ray_address: str | None = None) -> None:

@@ -9,6 +9,7 @@ from ..cluster.agent_group import AgentGroup
 from ..cluster.expert_pins import pin_experts
 from ..cluster.inventory import host_label, probe_node
 from ..cluster.plan import Inventory, Plan
+from ..cluster.plan_diff import with_memory_of
 from ..cluster.planner import plan as place_model
 from ..cluster.ray_runtime import home_node, joined_ray, ray_nodes
 from ..cluster.spec import DeploymentSpec
@@ -32,13 +33,15 @@ def plan_only(
     *,
     ray_address: str | None = None,
     inventory: Inventory | None = None,
+    running: Plan | None = None,
     on_progress: ProgressSink,
     stop: threading.Event,
 ) -> PlanPreview:
     """Where `up` would place the model; fetches no more than what describes it.
 
     With `inventory` the machines are those, whether they exist or not. Without it and without
-    `ray_address` this machine alone is looked at, and no Ray is started.
+    `ray_address` this machine alone is looked at, and no Ray is started. The memory that `running`
+    holds counts as free.
 
     Raises:
         InfeasiblePlanError: no placement fits.
@@ -65,6 +68,8 @@ def plan_only(
                 inventory = agents.inventory(info_hash)
             finally:
                 agents.stop()
+    if running is not None:
+        inventory = with_memory_of(running, inventory)
     workload = workload_of(spec, facts.config)
     plan = place_model(facts.config, facts.index, inventory, workload)
     plan = pin_experts(plan, spec.expert_pins, facts.config, facts.index, inventory)

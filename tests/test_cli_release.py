@@ -9,8 +9,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 from magnetar.commands.demo import Seed, seeded
 from magnetar.errors import MagnetarError
@@ -164,6 +166,16 @@ def test_plan_prints_the_placement_as_a_table_and_as_json(release: Path, tmp_pat
     assert layers[0][0] == 0
     assert layers[0][1] == layers[1][0]
     assert len(layers) == 2
+    assert yaml.safe_load(data_of("plan", *wanted, "-o", "yaml")).keys() == plan.keys()
+    picture = ElementTree.fromstring(data_of("plan", *wanted, "-o", "svg"))
+    assert picture.tag.endswith("svg")
+
+
+def test_a_difference_needs_a_deployment_that_runs(release: Path, tmp_path: Path) -> None:
+    wanted = [str(release), f"--store={tmp_path}", *FACTS, "--progress=none"]
+    done = run("plan", *wanted, "--diff=nothing-of-that-name")
+    assert done.returncode == 4
+    assert "nothing-of-that-name" in done.stderr
 
 
 def test_plan_from_a_manifest_fetches_nothing_but_the_description(

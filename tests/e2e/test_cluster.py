@@ -94,6 +94,14 @@ def test_up_status_and_down_are_separate_commands(address: str, tmp_path: Path) 
     assert again.returncode == 2
     assert "magnetar down tiny" in again.stderr
 
+    wishes = (f"--max-concurrency={CONCURRENCY}", f"--store={tmp_path}/store-{{host}}")
+    plan = ("plan", seed.magnet, f"--ray-address={address}", "--timeout=20", "--diff=tiny", *wishes)
+    same = run(*plan)
+    assert same.stdout.startswith("no changes"), same.stdout + same.stderr
+    moves = json.loads(run(*plan, "--dtype=int8", "-o", "json").stdout)["moves"]
+    assert sum(move["end_layer"] - move["first_layer"] for move in moves) == 4
+    assert all(move["after"][0].endswith("int8") for move in moves)
+
     down = run("down", "tiny")
     assert down.returncode == 0, down.stderr
     assert status() == []

@@ -1,0 +1,120 @@
+"""What moves from one plan to another."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magnetar.cluster.plan import (
+    Device,
+    ExpertHost,
+    Inventory,
+    Node,
+    Plan,
+    StagePlan,
+)
+from magnetar.cluster.plan_diff import diff_table, plan_diff, with_memory_of
+from magnetar.tests.planning import GB, MIXTRAL
+
+CONFIG, INDEX = MIXTRAL
+
+
+def stage(index: int, host: str, first: int, end: int, **changes: object) -> StagePlan:
+    plain = StagePlan(
+        index=index,
+        host=host,
+        device="cpu",
+        first_layer=first,
+        end_layer=end,
+        has_embeddings=first == 0,
+        has_output=end == 32,
+        dtype="bf16",
+        num_threads=1,
+        weights_bytes=(end - first) * GB,
+        kv_bytes=GB,
+        free_bytes=2 * GB,
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def plan_of(*stages: StagePlan) -> Plan:
+    return Plan(stages=stages, num_kv_blocks=8, max_context_tokens=128, max_concurrency=1)
+
+
+def cut(*ends: int) -> Plan:
+    starts = (0, *ends[:-1])
+    spans = zip(starts, ends, strict=True)
+    return plan_of(*(stage(n, f"n{n}", *span) for n, span in enumerate(spans)))
+
+
+BEFORE = cut(10, 32)
+
+
+def test_the_same_plan_has_no_diff() -> None:
+    diff = plan_diff(BEFORE, BEFORE, INDEX)
+    assert diff.is_empty
+    assert not diff.nodes
+    assert diff_table(diff) == "no changes: the plan is the one that runs"
+
+
+def test_layers_that_move_together_are_one_move() -> None:
+    diff = plan_diff(BEFORE, cut(14, 32), INDEX)
+    (move,) = diff.moves
+    assert (move.first_layer, move.end_layer, move.experts) == (10, 14, None)
+    assert (move.before, move.after) == (("n1 cpu bf16",), ("n0 cpu bf16",))
+    four_layers = sum(e.num_bytes for layer in range(10, 14) for e in INDEX.layer(layer))
+    assert [(n.host, n.gained_bytes, n.dropped_bytes) for n in diff.nodes] == [
+        ("n0", four_layers, 0),
+        ("n1", 0, four_layers),
+    ]
+    assert "~ layers 10-13: n1 cpu bf16 -> n0 cpu bf16" in diff_table(diff)
+
+
+def test_experts_that_leave_for_a_helper_are_told_apart() -> None:
+    helper = ExpertHost(
+        host="h",
+        device="cpu",
+        num_threads=1,
+        weights_bytes=GB,
+        free_bytes=0,
+        experts=((6, 7),) * 22,
+    )
+    own = ((0, 1, 2, 3, 4, 5),) * 22
+    after = plan_of(BEFORE.stages[0], replace(BEFORE.stages[1], experts=own, helpers=(helper,)))
+    (move,) = plan_diff(BEFORE, after, INDEX).moves
+    assert (move.first_layer, move.end_layer, move.experts) == (10, 32, (6, 7))
+    assert move.after == ("h cpu bf16",)
+
+
+def test_another_dtype_moves_the_layers_but_fetches_nothing() -> None:
+    first, second = BEFORE.stages
+    diff = plan_diff(BEFORE, plan_of(first, replace(second, dtype="int8")), INDEX)
+    (move,) = diff.moves
+    assert (move.first_layer, move.end_layer) == (10, 32)
+    assert not diff.nodes
+
+
+def test_settings_are_told() -> None:
+    diff = plan_diff(BEFORE, replace(BEFORE, max_context_tokens=64), INDEX)
+    assert diff.settings == (("max_context_tokens", 128, 64),)
+    assert not diff.is_empty
+
+
+@given(st.integers(1, 31), st.integers(1, 31))
+def test_what_nodes_gain_and_drop_is_what_moves(a: int, b: int) -> None:
+    diff = plan_diff(cut(a, 32), cut(b, 32), INDEX)
+    moved = {layer for move in diff.moves for layer in range(move.first_layer, move.end_layer)}
+    assert moved == set(range(min(a, b), max(a, b)))
+    num_bytes = sum(e.num_bytes for layer in moved for e in INDEX.layer(layer))
+    assert sum(node.gained_bytes for node in diff.nodes) == num_bytes
+    assert sum(node.dropped_bytes for node in diff.nodes) == num_bytes
+
+
+def test_memory_of_the_running_plan_counts_as_free() -> None:
+    devices = (Device(kind="cpu", memory_bytes=GB),)
+    nodes = tuple(
+        Node(host=host, address="", num_cpus=1, devices=devices) for host in ("n0", "n1", "n2")
+    )
+    freed = with_memory_of(BEFORE, Inventory(nodes=nodes))
+    memory = {node.host: node.devices[0].memory_bytes for node in freed.nodes}
+    assert memory == {"n0": 13 * GB, "n1": 25 * GB, "n2": GB}
