@@ -38,7 +38,7 @@ from .plan import (
 from .speed_plan import SpeedPlanner, speeds_known
 from .units import gigabytes
 
-__all__ = ["MARGIN", "gigabytes", "plan"]
+__all__ = ["MARGIN", "gigabytes", "plan", "predicted"]
 
 _ALIKE_GBPS = 100.0
 """What every device is taken to read where nobody knows and pins leave something to choose."""
@@ -75,6 +75,31 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
         if found is not None:
             return _told(found, stored, index, config, inventory, workload)
     raise InfeasiblePlanError(_why_not(config, index, stored, allowed, workload))
+
+
+def predicted(
+    plan: Plan,
+    config: ModelConfig,
+    index: TensorIndex,
+    inventory: Inventory,
+    workload: Workload,
+) -> Plan:
+    """A plan, made for whatever, with the times that it would have for `workload`.
+
+    It comes back without times where a speed is not known.
+    """
+    model = _Model(config, index, workload.dtype or stored_dtype(index))
+    if not speeds_known(inventory, model.dtype):
+        return replace(plan, prediction=None)
+    dtype_of = {}
+    for stage in plan.stages:
+        dtype_of[stage.host, stage.device] = stage.dtype
+        dtype_of |= {(helper.host, helper.device): stage.dtype for helper in stage.helpers}
+    dtypes = tuple(
+        dtype_of.get((place.node.host, place.device_name), model.dtype)
+        for place in places_of(inventory)
+    )
+    return _speed_planner(model, inventory, workload, dtypes).predicted(plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,12 @@ def build_parser() -> argparse.ArgumentParser:
         "manifest's or the model's)",
     )
     plan.add_argument(
+        "--from-traffic",
+        action="store_true",
+        help="plan for the experts that the running deployment chose, and say what that gains; "
+        "implies --diff",
+    )
+    plan.add_argument(
         "-o",
         "--output",
         choices=("table", "json", "yaml", "svg"),

@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..cluster.plan import Plan
     from ..serve.launch import PlanPreview
 
 PlanOutput = Literal["table", "json", "yaml", "svg"]
 
 
-def shown_plan(
-    preview: "PlanPreview", running: "Plan | None", *, name: str, output: PlanOutput
-) -> str:
-    """The plan itself, or what it would change of `running`.
+def shown_plan(preview: "PlanPreview", *, name: str, output: PlanOutput) -> str:
+    """The plan itself, or what it would change of what runs.
 
     Raises:
         UsageError: a picture of a difference.
@@ -25,10 +22,10 @@ def shown_plan(
     from ..cluster.plan_picture import plan_svg
     from ..cluster.plan_view import plan_json, plan_table
 
-    if running is not None:
+    if preview.running is not None:
         if output == "svg":
             raise UsageError("there is no picture of a difference; leave out --diff or -o svg")
-        diff = plan_diff(running, preview.plan, preview.facts.index)
+        diff = plan_diff(preview.running, preview.plan, preview.facts.index)
         return diff_table(diff) if output == "table" else _document(diff_json(diff), output)
     if output == "svg":
         num_experts = preview.facts.config.num_experts

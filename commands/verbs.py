@@ -51,20 +51,21 @@ def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
         inventory = load_inventory(Path(args.inventory).expanduser(), environment=os.environ)
     elif ray_address is not None:
         need_importable_package()
-    from ..serve.launch import plan_only, running_plan
+    from ..serve.launch import plan_only, running
 
-    running = None
-    if args.diff is not None:
-        running = running_plan(args.diff or spec.name, ray_address=ray_address)
+    before = None
+    if args.diff is not None or args.from_traffic:
+        before = running(args.diff or spec.name, ray_address=ray_address)
     preview = plan_only(
         spec,
         ray_address=ray_address,
         inventory=inventory,
-        running=running,
+        running=before,
+        from_traffic=args.from_traffic,
         on_progress=console.progress,
         stop=stop,
     )
-    console.data(shown_plan(preview, running, name=spec.name, output=args.output))
+    console.data(shown_plan(preview, name=spec.name, output=args.output))
 
 
 def fetch(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:

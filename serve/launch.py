@@ -18,7 +18,7 @@ from ..errors import NotFoundError, StageLostError, TimedOutError, UsageError
 from ..fetcher.progress import ProgressSink
 from ..settings import data_dir
 from .api.server import bind
-from .preview import PlanPreview, plan_only
+from .preview import PlanPreview, Running, plan_only
 from .session import (
     POLL_S,
     STOP_TIMEOUT_S,
@@ -29,7 +29,7 @@ from .session import (
     start_controller,
 )
 
-__all__ = ["Endpoint", "PlanPreview", "down", "plan_only", "running_plan", "status", "up"]
+__all__ = ["Endpoint", "PlanPreview", "Running", "down", "plan_only", "running", "status", "up"]
 
 
 class Endpoint:
@@ -146,8 +146,8 @@ def status(name: str | None = None, *, ray_address: str | None = None) -> list[d
     return found
 
 
-def running_plan(name: str, *, ray_address: str | None = None) -> Plan:
-    """The plan by which a deployment runs.
+def running(name: str, *, ray_address: str | None = None) -> Running:
+    """The plan by which a deployment runs, and the traffic that it has seen.
 
     Raises:
         NotFoundError: there is none called `name`, or it has no plan yet.
@@ -156,10 +156,11 @@ def running_plan(name: str, *, ray_address: str | None = None) -> Plan:
     if record is None and ray_address is None:
         raise _not_found(name, ray_address)
     with joined_ray(ray_address or str((record or {})["address"])):
-        status = Session(find_controller(name)).poll().status
+        session = Session(find_controller(name))
+        status, expert_tokens = session.poll().status, session.expert_tokens()
     if status.plan is None:
         raise NotFoundError(f"{name!r} has no plan yet: it is at the phase {status.phase}")
-    return status.plan
+    return Running(plan=status.plan, expert_tokens=expert_tokens)
 
 
 def down(name: str, *, ray_address: str | None = None) -> None:

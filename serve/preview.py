@@ -2,7 +2,8 @@
 
 import contextlib
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..cluster.agent_group import AgentGroup
@@ -11,10 +12,14 @@ from ..cluster.inventory import host_label, probe_node
 from ..cluster.plan import Inventory, Plan
 from ..cluster.plan_diff import with_memory_of
 from ..cluster.planner import plan as place_model
+from ..cluster.planner import predicted
+from ..cluster.popularity import popularity_of
 from ..cluster.ray_runtime import home_node, joined_ray, ray_nodes
 from ..cluster.spec import DeploymentSpec
 from ..cluster.workload import workload_of
+from ..errors import NotFoundError
 from ..fetcher.checkpoint.release import ReleaseFacts
+from ..fetcher.config import ModelConfig
 from ..fetcher.fetch import Fetch
 from ..fetcher.progress import ProgressSink
 
@@ -26,6 +31,17 @@ class PlanPreview:
     facts: ReleaseFacts
     inventory: Inventory
     plan: Plan
+    running: Plan | None = None
+    """What runs now, with its times in the traffic that the plan was made for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Running:
+    """A deployment that runs."""
+
+    plan: Plan
+    expert_tokens: Mapping[int, tuple[int, ...]]
+    """By layer, the tokens that each expert was chosen for."""
 
 
 def plan_only(
@@ -33,7 +49,8 @@ def plan_only(
     *,
     ray_address: str | None = None,
     inventory: Inventory | None = None,
-    running: Plan | None = None,
+    running: Running | None = None,
+    from_traffic: bool = False,
     on_progress: ProgressSink,
     stop: threading.Event,
 ) -> PlanPreview:
@@ -41,10 +58,11 @@ def plan_only(
 
     With `inventory` the machines are those, whether they exist or not. Without it and without
     `ray_address` this machine alone is looked at, and no Ray is started. The memory that `running`
-    holds counts as free.
+    holds counts as free; `from_traffic` its experts are taken to be as popular as they were.
 
     Raises:
         InfeasiblePlanError: no placement fits.
+        NotFoundError: there was no traffic to plan from.
         MagnetarError: the release could not be read.
     """
     if inventory is not None:
@@ -69,11 +87,28 @@ def plan_only(
             finally:
                 agents.stop()
     if running is not None:
-        inventory = with_memory_of(running, inventory)
+        inventory = with_memory_of(running.plan, inventory)
     workload = workload_of(spec, facts.config)
-    plan = place_model(facts.config, facts.index, inventory, workload)
+    if running is not None and from_traffic:
+        workload = replace(workload, popularity=_popularity(running, facts.config))
+    model = (facts.config, facts.index, inventory, workload)
+    plan = place_model(*model)
     plan = pin_experts(plan, spec.expert_pins, facts.config, facts.index, inventory)
-    return PlanPreview(facts=facts, inventory=inventory, plan=plan)
+    return PlanPreview(
+        facts=facts,
+        inventory=inventory,
+        plan=plan,
+        running=None if running is None else predicted(running.plan, *model),
+    )
+
+
+def _popularity(running: Running, config: ModelConfig) -> tuple[tuple[float, ...], ...]:
+    if not any(map(any, running.expert_tokens.values())):
+        raise NotFoundError(
+            "the deployment has not counted any experts yet: send it requests first, or plan "
+            "without --from-traffic"
+        )
+    return popularity_of(running.expert_tokens, config)
 
 
 def _look_here(

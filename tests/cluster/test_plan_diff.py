@@ -12,8 +12,10 @@ from magnetar.cluster.plan import (
     Node,
     Plan,
     StagePlan,
+    Workload,
 )
 from magnetar.cluster.plan_diff import diff_table, plan_diff, with_memory_of
+from magnetar.cluster.planner import plan, predicted
 from magnetar.tests.planning import GB, MIXTRAL
 
 CONFIG, INDEX = MIXTRAL
@@ -118,3 +120,28 @@ def test_memory_of_the_running_plan_counts_as_free() -> None:
     freed = with_memory_of(BEFORE, Inventory(nodes=nodes))
     memory = {node.host: node.devices[0].memory_bytes for node in freed.nodes}
     assert memory == {"n0": 13 * GB, "n1": 25 * GB, "n2": GB}
+
+
+def test_a_plan_that_runs_is_told_its_times_in_other_traffic() -> None:
+    devices = (Device(kind="cpu", memory_bytes=60 * GB, read_gbps=50),)
+    inventory = Inventory(
+        nodes=tuple(
+            Node(host=host, address="", num_cpus=1, devices=devices) for host in ("n0", "n1")
+        )
+    )
+    wishes = Workload(max_context_tokens=512, max_concurrency=1, separate_experts=True)
+    runs = plan(CONFIG, INDEX, inventory, wishes)
+    again = predicted(replace(runs, prediction=None), CONFIG, INDEX, inventory, wishes)
+    assert again.prediction == runs.prediction
+    traffic = replace(wishes, popularity=((1.0, 0.4, *(0.1,) * 6),) * 32)
+    told = predicted(runs, CONFIG, INDEX, inventory, traffic)
+    assert told.prediction is not None
+    assert told.stages[0].experts == runs.stages[0].experts
+    unknown = replace(
+        inventory,
+        nodes=tuple(
+            replace(node, devices=(replace(devices[0], read_gbps=None),))
+            for node in inventory.nodes
+        ),
+    )
+    assert predicted(runs, CONFIG, INDEX, unknown, wishes).prediction is None

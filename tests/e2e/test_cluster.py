@@ -101,6 +101,7 @@ def test_up_status_and_down_are_separate_commands(address: str, tmp_path: Path) 
     moves = json.loads(run(*plan, "--dtype=int8", "-o", "json").stdout)["moves"]
     assert sum(move["end_layer"] - move["first_layer"] for move in moves) == 4
     assert all(move["after"][0].endswith("int8") for move in moves)
+    assert run(*plan, "--from-traffic").returncode == 0
 
     down = run("down", "tiny")
     assert down.returncode == 0, down.stderr
