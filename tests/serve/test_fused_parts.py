@@ -60,7 +60,7 @@ def moe(form: str) -> MoeLayer:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("num_tokens", [1, 2, 9, 70])
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 8000])
 @pytest.mark.parametrize("is_sparse", [True, False])
 def test_a_feed_forward_part_is_its_parts_to_the_bit(
     form: str, num_tokens: int, is_sparse: bool
