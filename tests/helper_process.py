@@ -29,7 +29,12 @@ TIMEOUT_S = 60.0
 
 @contextlib.contextmanager
 def helper_process(
-    config: ModelConfig, experts: Mapping[int, Sequence[int]], *, dtype: str, seed: int = 0
+    config: ModelConfig,
+    experts: Mapping[int, Sequence[int]],
+    *,
+    dtype: str,
+    batch_invariant: bool = False,
+    seed: int = 0,
 ) -> Iterator[tuple[subprocess.Popen[str], HelperLink]]:
     """A process that holds these experts of a model of `random_tensors`, and the link to it."""
     process = subprocess.Popen(
@@ -44,6 +49,7 @@ def helper_process(
         "config": asdict(config),
         "experts": [[layer, list(ids)] for layer, ids in experts.items()],
         "dtype": dtype,
+        "batch_invariant": batch_invariant,
         "seed": seed,
     }
     try:
@@ -67,7 +73,12 @@ def main() -> None:
     source = MemorySource(random_tensors(config, seed=wish["seed"]))
     experts = {layer: tuple(ids) for layer, ids in wish["experts"]}
     helper = Helper.load(
-        config=config, source=source, experts=experts, dtype=wish["dtype"], device="cpu"
+        config=config,
+        source=source,
+        experts=experts,
+        dtype=wish["dtype"],
+        device="cpu",
+        batch_invariant=wish["batch_invariant"],
     )
     assert all(name.split(".")[3] == "experts" for name in source.names_read)
     listener = LinkListener(host="127.0.0.1", secret=SECRET, deployment="test", epoch=1)

@@ -135,6 +135,23 @@ def test_a_stage_with_a_helper_process_gives_the_logits_of_one_node(dtype: str) 
             prompts = [[int(row.argmax())] for row in logits[0]]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int4"])
+def test_in_reproducible_mode_a_helper_process_changes_no_bit(dtype: str) -> None:
+    here, there = {0: (0, 1, 2), 1: range(8)}, {0: (3, 4, 5, 6, 7), 1: (0, 5, 6)}
+    alone = Pipeline(CONFIG, SOURCE, dtype=dtype, batch_invariant=True)
+    split = Pipeline(CONFIG, SOURCE, dtype=dtype, batch_invariant=True, held_experts=here)
+    with helper_process(CONFIG, there, dtype=dtype, batch_invariant=True) as (_, helper):
+        split.stages[0].join_helpers([(helper, there)])
+        prompts = [list(range(3, 90)), [7], [8, 9]]
+        for _ in range(3):
+            logits = [
+                pipeline.logits(*[pipeline.row(n, prompt) for n, prompt in enumerate(prompts)])
+                for pipeline in (alone, split)
+            ]
+            assert torch.equal(logits[0], logits[1])
+            prompts = [[int(row.argmax())] for row in logits[0]]
+
+
 def test_a_helper_that_dies_is_lost_with_its_name() -> None:
     there = {0: (4, 5, 6, 7), 1: (4, 5, 6, 7)}
     split = Pipeline(CONFIG, SOURCE, held_experts={0: range(4), 1: range(4)})
