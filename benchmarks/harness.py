@@ -5,9 +5,9 @@
 
 The demo's model is served by two stages and asked by lm-eval as any service that speaks OpenAI's
 completions (``--model local-completions``); then lm-eval loads the same release itself
-(``--model hf``), both in fp32: in bf16 one of sixteen choices is so near a tie that it fell the
-other way. The tasks are made here, and nothing is fetched: a choice between continuations, and the
-rolling perplexity of Python's manual. Prints one JSON object per number.
+(``--model hf``), both in fp32: in bf16 one of sixteen choices fell the other way, for a reason
+that was not looked into. The tasks are made here, and nothing is fetched: a choice between
+continuations, and the rolling perplexity of Python's manual. Prints one JSON object per number.
 """
 
 import argparse

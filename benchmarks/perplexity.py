@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from magnetar.benchmarks.up import machine
 from magnetar.cluster.plan import ComputeDtype
 from magnetar.fetcher.checkpoint.release import FolderReader, read_release
 from magnetar.fetcher.checkpoint.source import FileTensorSource
@@ -84,7 +85,8 @@ def main() -> None:
             )
             print(json.dumps(results[-1]), flush=True)
     if arguments.output is not None:
-        arguments.output.write_text("".join(f"{json.dumps(each)}\n" for each in results))
+        rows = [machine(), *results]
+        arguments.output.write_text("".join(f"{json.dumps(each)}\n" for each in rows))
         print(f"kept in {arguments.output}", file=sys.stderr)
 
 
