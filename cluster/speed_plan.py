@@ -177,8 +177,10 @@ class SpeedPlanner:
         members = [sum(1 << number_of[seat] for seat in stage) for stage in seats]
         ends = [stage.end_layer for stage in plan.stages]
         objective = self._workload.objective
-        crowd = self.found[0] if self.found else self._placing.problem(self._batch(len(sites)))
-        if objective != "throughput":
+        # Only the goal of throughput searches for the size of a step.
+        if objective == "throughput" and self.found is not None:
+            crowd = self.found[0]
+        else:
             crowd = self._placing.problem(self._batch(len(sites)))
         alone = self._placing.problem(1)
         together, single = (evaluate(each, sites, ends, members) for each in (crowd, alone))
