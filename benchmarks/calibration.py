@@ -19,10 +19,10 @@ from magnetar.benchmarks.cases import Engine
 from magnetar.benchmarks.engine_process import Runner, command, model_folder
 from magnetar.benchmarks.peers.runner import Task
 from magnetar.benchmarks.up import machine
-from magnetar.cluster.inventory import probe_node
-from magnetar.cluster.measure import measure_speeds
+from magnetar.cluster.inventory.inventory import probe_node
+from magnetar.cluster.inventory.measure import measure_speeds
 from magnetar.cluster.plan import Inventory, Node, Workload
-from magnetar.cluster.planner import plan
+from magnetar.cluster.planning.planner import plan
 from magnetar.fetcher.checkpoint.release import FolderReader, read_release
 from magnetar.fetcher.config import ReleaseHints
 from magnetar.serve.gauge import ModelGauge

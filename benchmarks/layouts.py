@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from magnetar.cluster.problem import Problem
+from magnetar.cluster.search.problem import Problem
 
 Chain = tuple[tuple[int, ...], tuple[int, ...]]
 """Sites in order and the end layer of each."""

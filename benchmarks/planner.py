@@ -28,7 +28,11 @@ import numpy as np
 from magnetar.benchmarks.closed_loop import Waiting
 from magnetar.benchmarks.helix import HelixCluster, Layout
 from magnetar.benchmarks.random_clusters import Cluster
-from magnetar.cluster.cost import (
+from magnetar.cluster.footprint import footprint
+from magnetar.cluster.inventory.profiles import profiles
+from magnetar.cluster.plan import Device, Inventory, Link, Node, Objective, Workload
+from magnetar.cluster.planning.planner import plan
+from magnetar.cluster.search.cost import (
     assumed_link,
     attention_s,
     device_speed,
@@ -36,13 +40,9 @@ from magnetar.cluster.cost import (
     model_cost,
     output_s,
 )
-from magnetar.cluster.footprint import footprint
-from magnetar.cluster.place import MARGIN
-from magnetar.cluster.plan import Device, Inventory, Link, Node, Objective, Workload
-from magnetar.cluster.planner import plan
-from magnetar.cluster.problem import Problem, Site
-from magnetar.cluster.profiles import profiles
-from magnetar.cluster.search import busiest, fastest
+from magnetar.cluster.search.place import MARGIN
+from magnetar.cluster.search.problem import Problem, Site
+from magnetar.cluster.search.search import busiest, fastest
 from magnetar.tests.cluster.test_expert_cost import BATCH_1_MS, LINKS
 from magnetar.tests.cluster.test_expert_plans import alike, planned
 from magnetar.tests.planning import MIXTRAL, model

@@ -9,15 +9,15 @@ import numpy as np
 
 from magnetar.benchmarks.closed_loop import Load, Server, Steps, steps_tokens_per_s
 from magnetar.benchmarks.layouts import exo_ring, petals, uniform, water_filling
-from magnetar.cluster.cost import attention_s, experts_s, hop_s, kv_touch_bytes, output_s
-from magnetar.cluster.expert_cost import hosts_s
 from magnetar.cluster.footprint import footprint
-from magnetar.cluster.place import places_of
-from magnetar.cluster.placing import Placing, in_turn
+from magnetar.cluster.inventory.profiles import profiles
 from magnetar.cluster.plan import Inventory, Link, Node, Workload
-from magnetar.cluster.problem import Problem, Route, evaluate
-from magnetar.cluster.profiles import profiles
-from magnetar.cluster.speed_plan import SpeedPlanner
+from magnetar.cluster.planning.speed_plan import SpeedPlanner
+from magnetar.cluster.search.cost import attention_s, experts_s, hop_s, kv_touch_bytes, output_s
+from magnetar.cluster.search.expert_cost import hosts_s
+from magnetar.cluster.search.place import places_of
+from magnetar.cluster.search.placing import Placing, in_turn
+from magnetar.cluster.search.problem import Problem, Route, evaluate
 from magnetar.tests.planning import MIXTRAL
 
 LINKS = {"Wi-Fi": (4.0, 0.03), "1 GbE": (0.3, 0.117), "10 GbE": (0.1, 1.17)}

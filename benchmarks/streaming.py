@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from magnetar.benchmarks.scheduler import machine
-from magnetar.cluster.link import LinkListener, TcpLink, dial
+from magnetar.cluster.links.link import LinkListener, TcpLink, dial
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.step import Sample, StepPlan, StepResult
 from magnetar.serve.text.sentencepiece_tokenizer import SentencePieceTokenizer

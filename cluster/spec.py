@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..fetcher.config import ReleaseHints
-from .expert_pins import ExpertPin
 from .plan import ComputeDtype, NodeWish, Objective
+from .planning.expert_pins import ExpertPin
 
 SourceKind = Literal["magnet", "torrent", "folder"]
 

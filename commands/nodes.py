@@ -24,9 +24,9 @@ def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
         inventory = _here(again=args.again)
     else:
         need_importable_package()
-        from ..cluster.link_cache import remember_links
-        from ..cluster.ray_runtime import joined_ray, ray_nodes
-        from ..cluster.survey import survey
+        from ..cluster.inventory.link_cache import remember_links
+        from ..cluster.runtime.ray_runtime import joined_ray, ray_nodes
+        from ..cluster.runtime.survey import survey
         from ..serve.gauge import ModelGauge
 
         with joined_ray(args.ray_address):
@@ -82,8 +82,8 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _here(*, again: bool) -> "Inventory":
-    from ..cluster.inventory import host_label, probe_node
-    from ..cluster.measure import measure_speeds
+    from ..cluster.inventory.inventory import host_label, probe_node
+    from ..cluster.inventory.measure import measure_speeds
     from ..cluster.plan import Inventory
     from ..serve.gauge import ModelGauge
 

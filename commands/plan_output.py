@@ -18,9 +18,9 @@ def shown_plan(preview: "PlanPreview", *, name: str, output: PlanOutput) -> str:
     Raises:
         UsageError: a picture of a difference.
     """
-    from ..cluster.plan_diff import diff_json, diff_table, plan_diff
-    from ..cluster.plan_picture import plan_svg
-    from ..cluster.plan_view import plan_json, plan_table
+    from ..cluster.planning.plan_diff import diff_json, diff_table, plan_diff
+    from ..cluster.planning.plan_picture import plan_svg
+    from ..cluster.planning.plan_view import plan_json, plan_table
 
     if preview.running is not None:
         if output == "svg":

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..cluster.inventory.profiles import profiles
 from ..cluster.plan import ComputeDtype, DeviceKind, Inventory, Link, Node
 from ..cluster.plan import Device as PlanDevice
-from ..cluster.profiles import profiles
 from ..errors import NotFoundError
 from .facts import Part
 from .load import read_manifest

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..cluster.expert_pins import ExpertPin
 from ..cluster.plan import ComputeDtype, NodeWish, Objective
+from ..cluster.planning.expert_pins import ExpertPin
 from ..cluster.spec import DeploymentSpec
 from ..errors import MagnetarError
 from ..fetcher.only import parse_only

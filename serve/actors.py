@@ -1,7 +1,8 @@
 """The two actors of a pipeline: a stage, and the gateway with the engine.
 
-They wrap the parts of this room for `cluster.pipeline_group`, which starts them on their nodes.
-Ray calls their methods from several threads; torch is imported when there is something to compute.
+They wrap the parts of this room for `cluster.deployment.pipeline_group`, which starts them on their
+nodes. Ray calls their methods from several threads; torch is imported when there is something to
+compute.
 """
 
 import asyncio
@@ -13,18 +14,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cluster.arrivals import AgentArrivals
-from ..cluster.assignment import GatewayAssignment, LinkSetup, StageAssignment, helper_name
+from ..cluster.deployment.arrivals import AgentArrivals
+from ..cluster.deployment.assignment import (
+    GatewayAssignment,
+    LinkSetup,
+    StageAssignment,
+    helper_name,
+)
+from ..cluster.deployment.shard import stage_shard, steps_of
+from ..cluster.deployment.status import StageLoad
 from ..cluster.plan import StagePlan
-from ..cluster.shard import stage_shard, steps_of
-from ..cluster.status import StageLoad
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_from_json
 from .api.server import Server, bind
 from .text.load import load_tokenizer
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from ..cluster.link import LinkListener, TcpLink
+    from ..cluster.links.link import LinkListener, TcpLink
     from .engine.engine import Engine
     from .engine.helper_link import HelperLink
     from .engine.stage import Stage
@@ -37,7 +43,7 @@ DRAIN_S = 5.0
 
 
 class StageActor:
-    """Plays `cluster.assignment.StageRole`."""
+    """Plays `cluster.deployment.assignment.StageRole`."""
 
     def __init__(self, assignment: StageAssignment) -> None:
         self._assignment = assignment
@@ -159,7 +165,7 @@ class StageActor:
 
 
 class GatewayActor:
-    """Plays `cluster.assignment.GatewayRole`."""
+    """Plays `cluster.deployment.assignment.GatewayRole`."""
 
     def __init__(self, host: str, port: int, api_key: str | None) -> None:
         self._wish = (host, port)
@@ -262,7 +268,7 @@ class GatewayActor:
 
 
 def _listen(links: LinkSetup) -> "LinkListener":
-    from ..cluster.link import LinkListener
+    from ..cluster.links.link import LinkListener
 
     return LinkListener(
         host=links.listen_host,
@@ -296,7 +302,7 @@ def _join_ring(
 
 
 def _dial(links: LinkSetup, address: str) -> "TcpLink":
-    from ..cluster.link import dial
+    from ..cluster.links.link import dial
 
     return dial(
         address,

@@ -1,4 +1,4 @@
-"""How fast a device runs the kernels and layers that stages use; plays `cluster.measure.Gauge`.
+"""How fast a device runs the kernels and layers of stages: `cluster.inventory.measure.Gauge`.
 
 Weights are read as decoding reads them: one token's vector times matrices that no cache holds. What
 a layer takes whatever its size (calls, threads that wait for each other) is the slope between two

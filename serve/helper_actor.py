@@ -5,13 +5,13 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cluster.arrivals import AgentArrivals
-from ..cluster.assignment import HelperAssignment, helper_name
-from ..cluster.shard import helper_shard, steps_of
+from ..cluster.deployment.arrivals import AgentArrivals
+from ..cluster.deployment.assignment import HelperAssignment, helper_name
+from ..cluster.deployment.shard import helper_shard, steps_of
 from ..fetcher.checkpoint.release import facts_from_json
 
 if TYPE_CHECKING:
-    from ..cluster.link import LinkListener
+    from ..cluster.links.link import LinkListener
     from .engine.helper import Helper
     from .engine.helper_worker import HelperWorker
 
@@ -20,7 +20,7 @@ LINK_TIMEOUT_S = 60.0
 
 
 class HelperActor:
-    """Plays `cluster.assignment.HelperRole`."""
+    """Plays `cluster.deployment.assignment.HelperRole`."""
 
     def __init__(self, assignment: HelperAssignment) -> None:
         self._assignment = assignment
@@ -67,7 +67,7 @@ class HelperActor:
 
     def listen(self) -> str:
         """Open the link of the stage."""
-        from ..cluster.link import LinkListener
+        from ..cluster.links.link import LinkListener
 
         links = self._assignment.links
         self._listener = LinkListener(

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..cluster.deployment.status import DeploymentStatus
 from ..cluster.journal import FileJournal, deployment_record, deployment_records
 from ..cluster.plan import Plan
-from ..cluster.process_mark import ProcessMark
-from ..cluster.ray_head import start_head, stop_head
-from ..cluster.ray_runtime import joined_ray, local_ray
+from ..cluster.runtime.process_mark import ProcessMark
+from ..cluster.runtime.ray_head import start_head, stop_head
+from ..cluster.runtime.ray_runtime import joined_ray, local_ray
 from ..cluster.spec import DeploymentSpec
-from ..cluster.status import DeploymentStatus
 from ..errors import NotFoundError, StageLostError, TimedOutError, UsageError
 from ..fetcher.progress import ProgressSink
 from ..settings import data_dir

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..cluster.agent_group import AgentGroup
-from ..cluster.expert_pins import pin_experts
-from ..cluster.inventory import host_label, probe_node
+from ..cluster.deployment.agent_group import AgentGroup
+from ..cluster.inventory.inventory import host_label, probe_node
 from ..cluster.plan import Inventory, Plan
-from ..cluster.plan_diff import with_memory_of
-from ..cluster.planner import plan as place_model
-from ..cluster.planner import predicted
-from ..cluster.popularity import popularity_of
-from ..cluster.ray_runtime import home_node, joined_ray, ray_nodes
+from ..cluster.planning.expert_pins import pin_experts
+from ..cluster.planning.plan_diff import with_memory_of
+from ..cluster.planning.planner import plan as place_model
+from ..cluster.planning.planner import predicted
+from ..cluster.planning.popularity import popularity_of
+from ..cluster.planning.workload import workload_of
+from ..cluster.runtime.ray_runtime import home_node, joined_ray, ray_nodes
 from ..cluster.spec import DeploymentSpec
-from ..cluster.workload import workload_of
 from ..errors import NotFoundError
 from ..fetcher.checkpoint.release import ReleaseFacts
 from ..fetcher.config import ModelConfig

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..cluster.assignment import PipelineRoles
-from ..cluster.controller import Controller
-from ..cluster.ray_calls import call
-from ..cluster.ray_runtime import NAMESPACE, home_node, ray_nodes
+from ..cluster.deployment.assignment import PipelineRoles
+from ..cluster.deployment.controller import Controller
+from ..cluster.deployment.status import DeploymentStatus, Report
+from ..cluster.runtime.ray_calls import call
+from ..cluster.runtime.ray_runtime import NAMESPACE, home_node, ray_nodes
 from ..cluster.spec import DeploymentSpec
-from ..cluster.status import DeploymentStatus, Report
 from ..errors import InterruptedByUserError, NotFoundError, StageLostError, UsageError
 from ..fetcher.progress import ProgressSink
 from .actors import GatewayActor, StageActor

@@ -5,8 +5,12 @@ import socket
 import threading
 from collections.abc import Mapping, Sequence
 
-from magnetar.cluster.assignment import GatewayAssignment, HelperAssignment, StageAssignment
-from magnetar.cluster.status import StageLoad
+from magnetar.cluster.deployment.assignment import (
+    GatewayAssignment,
+    HelperAssignment,
+    StageAssignment,
+)
+from magnetar.cluster.deployment.status import StageLoad
 from magnetar.errors import PortInUseError, StageLostError
 
 

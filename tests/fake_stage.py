@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from magnetar.cluster.link import LinkListener, TcpLink, dial
+from magnetar.cluster.links.link import LinkListener, TcpLink, dial
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.engine import Engine
 from magnetar.serve.engine.stage_worker import Executor, StageWorker

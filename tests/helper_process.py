@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 import torch
 
-from magnetar.cluster.link import LinkListener, dial
+from magnetar.cluster.links.link import LinkListener, dial
 from magnetar.errors import StageLostError
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.helper import Helper

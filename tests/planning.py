@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from magnetar.cluster.problem import Problem, Route, Site, evaluate
+from magnetar.cluster.search.problem import Problem, Route, Site, evaluate
 from magnetar.fetcher.config import ModelConfig
 from magnetar.fetcher.tensors import StoredDtype, TensorEntry, TensorIndex
 

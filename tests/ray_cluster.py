@@ -44,7 +44,7 @@ def ray_cluster(**megabytes: int) -> Iterator[str]:
 
 def main(hosts: list[str]) -> None:
     """Run until stdin ends."""
-    from magnetar.cluster.ray_runtime import HOST_LABEL, prepare_environment
+    from magnetar.cluster.runtime.ray_runtime import HOST_LABEL, prepare_environment
 
     prepare_environment()
     os.makedirs("/tmp/ray", exist_ok=True)  # Cluster() writes a file there whatever its temp_dir

@@ -13,12 +13,12 @@ from itertools import (
 
 import numpy as np
 
-from magnetar.cluster.cost import attention_s
-from magnetar.cluster.expert_cost import Seat, hosts_s
-from magnetar.cluster.place import places_of
-from magnetar.cluster.placing import Placing
 from magnetar.cluster.plan import Device, Inventory, Link, Node, Workload
-from magnetar.cluster.problem import Problem
+from magnetar.cluster.search.cost import attention_s
+from magnetar.cluster.search.expert_cost import Seat, hosts_s
+from magnetar.cluster.search.place import places_of
+from magnetar.cluster.search.placing import Placing
+from magnetar.cluster.search.problem import Problem
 from magnetar.tests.planning import model
 
 Stages = tuple[tuple[int, tuple[int, ...], int], ...]

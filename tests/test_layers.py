@@ -1,6 +1,7 @@
 """Imports look down only, and what must be light stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,15 @@ ALLOWED = {
     "serve": {"errors", "settings", "fetcher", "cluster"},
     "manifests": {"errors", "settings", "fetcher", "cluster"},
     "commands": {"__version__", "errors", "settings", "fetcher", "cluster", "serve", "manifests"},
+}
+# What each room of the cluster may import of the others; what lies beside them is for all.
+CLUSTER_ROOMS = {
+    "links": set[str](),
+    "inventory": {"links"},
+    "search": set[str](),
+    "planning": {"search"},
+    "runtime": {"inventory"},
+    "deployment": {"inventory", "planning", "runtime"},
 }
 HEAVY = ("torch", "ray", "libtorrent", "transformers", "starlette", "uvicorn", "numpy")
 LIGHT = (
@@ -58,6 +68,16 @@ def test_imports_look_down_only(room: str) -> None:
     for file in sorted((ROOT / room).rglob("*.py")):
         surplus = imported_parts(file) - ALLOWED[room] - {room}
         assert not surplus, f"{file.relative_to(ROOT)} imports {', '.join(sorted(surplus))}"
+
+
+@pytest.mark.parametrize("room", CLUSTER_ROOMS)
+def test_rooms_of_the_cluster_look_down_only(room: str) -> None:
+    others = CLUSTER_ROOMS.keys() - CLUSTER_ROOMS[room] - {room}
+    files = sorted((ROOT / "cluster" / room).glob("*.py"))
+    assert len(files) > 2
+    for file in files:
+        named = re.findall(r"from \.\.(\w+)", file.read_text())
+        assert not others & set(named), file.relative_to(ROOT)
 
 
 def test_errors_and_settings_import_nothing_of_the_package() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magnetar.benchmarks.peers.runner import Request, Task, claim_stdout, serve, served
-from magnetar.cluster.link import LinkListener, dial
+from magnetar.cluster.links.link import LinkListener, dial
 from magnetar.fetcher.checkpoint.release import FolderReader, ReleaseFacts, read_release
 from magnetar.fetcher.config import ReleaseHints
 from magnetar.settings import KV_BLOCK_TOKENS

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ...cluster.link import ALIVE_S, StageLink
+from ...cluster.links.link import ALIVE_S, StageLink
 from ...errors import NotFiniteError, QueueFullError, StageLostError, UsageError
 from ...fetcher.config import ModelConfig
 from .callers import Callers, Probe, Stream

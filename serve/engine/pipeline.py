@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ...cluster.link import ALIVE_S, SILENCE_S, Frame, StageLink
+from ...cluster.links.link import ALIVE_S, SILENCE_S, Frame, StageLink
 from ...errors import StageLostError
 from .step import StepPlan, StepResult
 from .step_codec import Known, decode_error, decode_result, decode_traffic, encode_plan

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.cluster.advice import least, most, sufficient_changes
 from magnetar.cluster.plan import Device, Inventory, Node, Workload
-from magnetar.cluster.planner import plan
+from magnetar.cluster.planning.advice import least, most, sufficient_changes
+from magnetar.cluster.planning.planner import plan
 from magnetar.errors import InfeasiblePlanError
 from magnetar.settings import KV_BLOCK_TOKENS
 from magnetar.tests.planning import GB, MIXTRAL, SMALL

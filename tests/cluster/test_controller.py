@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from magnetar.cluster.assignment import PipelineRoles
-from magnetar.cluster.controller import Controller
+from magnetar.cluster.deployment.assignment import PipelineRoles
+from magnetar.cluster.deployment.controller import Controller
+from magnetar.cluster.deployment.status import DeploymentStatus, Report
 from magnetar.cluster.journal import controller_journal
-from magnetar.cluster.ray_calls import call
-from magnetar.cluster.ray_runtime import NAMESPACE, home_node, local_ray, ray_nodes
+from magnetar.cluster.runtime.ray_calls import call
+from magnetar.cluster.runtime.ray_runtime import NAMESPACE, home_node, local_ray, ray_nodes
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
-from magnetar.cluster.status import DeploymentStatus, Report
 from magnetar.errors import NotFoundError, PortInUseError, StageLostError
 from magnetar.fetcher.progress import PHASES
 from magnetar.tests.fake_roles import FakeGateway, FakeHelper, FakeStage

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magnetar.cluster.expert_pins import ExpertPin, pin_experts
 from magnetar.cluster.footprint import footprint
-from magnetar.cluster.place import MARGIN
 from magnetar.cluster.plan import Device, Inventory, Node, Plan, Workload, check_experts
-from magnetar.cluster.planner import plan
+from magnetar.cluster.planning.expert_pins import ExpertPin, pin_experts
+from magnetar.cluster.planning.planner import plan
+from magnetar.cluster.search.place import MARGIN
 from magnetar.errors import InfeasiblePlanError, UsageError
 from magnetar.tests.planning import GB, model
 

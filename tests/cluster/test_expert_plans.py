@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from magnetar.cluster.footprint import footprint
-from magnetar.cluster.place import MARGIN
 from magnetar.cluster.plan import Device, Inventory, Link, Node, Plan, Workload, check_experts
-from magnetar.cluster.plan_view import plan_json
-from magnetar.cluster.planner import plan
+from magnetar.cluster.planning.plan_view import plan_json
+from magnetar.cluster.planning.planner import plan
+from magnetar.cluster.search.place import MARGIN
 from magnetar.tests.cluster.test_expert_cost import BATCH_1_MS, LINKS
 from magnetar.tests.planning import GB, MIXTRAL, POPULARITY
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from magnetar.cluster.inventory import (
+from magnetar.cluster.inventory.inventory import (
     cgroup_folders,
     cgroup_free_bytes,
     host_label,

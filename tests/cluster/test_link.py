@@ -13,15 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magnetar.cluster.frame import (
+from magnetar.cluster.links.frame import (
     HEADER_BYTES,
     MAX_BODY_BYTES,
     pack_alive,
     pack_header,
     parse_header,
 )
-from magnetar.cluster.handshake import HANDSHAKE_S, Membership, introduce, welcome
-from magnetar.cluster.link import Frame, LinkListener, TcpLink, dial
+from magnetar.cluster.links.handshake import HANDSHAKE_S, Membership, introduce, welcome
+from magnetar.cluster.links.link import Frame, LinkListener, TcpLink, dial
 from magnetar.errors import StageLostError
 from magnetar.tests.fake_stage import linked_pair
 

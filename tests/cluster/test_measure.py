@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from magnetar.cluster.inventory import probe_node
-from magnetar.cluster.link_cache import remember_links, remembered_links
-from magnetar.cluster.link_probe import Echo, probe_link
-from magnetar.cluster.measure import measure_speeds, with_known_speeds
+from magnetar.cluster.inventory.inventory import probe_node
+from magnetar.cluster.inventory.link_cache import remember_links, remembered_links
+from magnetar.cluster.inventory.link_probe import Echo, probe_link
+from magnetar.cluster.inventory.measure import measure_speeds, with_known_speeds
 from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node
-from magnetar.cluster.survey import rounds
+from magnetar.cluster.runtime.survey import rounds
 from magnetar.commands.nodes import nodes_table
 from magnetar.errors import StageLostError
 

@@ -5,7 +5,7 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.cluster.partition import Seat, partition
+from magnetar.cluster.planning.partition import Seat, partition
 
 
 def one_stage_seats(*capacities: int) -> list[Seat]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from magnetar.cluster.plan import ExpertHost, ExpertIds, Plan, StagePlan, check_experts
-from magnetar.cluster.plan_view import plan_json
+from magnetar.cluster.planning.plan_view import plan_json
 from magnetar.errors import InfeasiblePlanError
 
 HELPER = ExpertHost(

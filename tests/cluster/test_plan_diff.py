@@ -14,8 +14,8 @@ from magnetar.cluster.plan import (
     StagePlan,
     Workload,
 )
-from magnetar.cluster.plan_diff import diff_table, plan_diff, with_memory_of
-from magnetar.cluster.planner import plan, predicted
+from magnetar.cluster.planning.plan_diff import diff_table, plan_diff, with_memory_of
+from magnetar.cluster.planning.planner import plan, predicted
 from magnetar.tests.planning import GB, MIXTRAL
 
 CONFIG, INDEX = MIXTRAL

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from magnetar.cluster.plan import ExpertHost, Plan, Prediction, UnusedNode
-from magnetar.cluster.plan_picture import plan_svg
+from magnetar.cluster.planning.plan_picture import plan_svg
 from magnetar.tests.cluster.test_plan_diff import BEFORE, cut
 from magnetar.tests.planning import GB
 

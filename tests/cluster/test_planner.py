@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from magnetar.cluster.footprint import footprint, stored_dtype
 from magnetar.cluster.plan import Device, Inventory, Node, NodeWish, Plan, UnusedNode, Workload
-from magnetar.cluster.plan_view import plan_json, plan_table
-from magnetar.cluster.planner import MARGIN, plan
+from magnetar.cluster.planning.plan_view import plan_json, plan_table
+from magnetar.cluster.planning.planner import MARGIN, plan
 from magnetar.errors import InfeasiblePlanError, UsageError
 from magnetar.settings import KV_BLOCK_TOKENS
 from magnetar.tests.planning import GB, MIXTRAL, SMALL, model

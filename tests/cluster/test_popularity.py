@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magnetar.cluster.popularity import popularity_of
+from magnetar.cluster.planning.popularity import popularity_of
 from magnetar.tests.planning import model
 
 CONFIG, _ = model(n_layers=3, dim=128)

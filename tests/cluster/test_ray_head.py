@@ -8,14 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from magnetar.cluster.ray_head import start_head, stop_head
+from magnetar.cluster.runtime.ray_head import start_head, stop_head
 from magnetar.errors import InterruptedByUserError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 VISITOR = """
 import sys
-from magnetar.cluster.ray_runtime import home_node, joined_ray, ray_nodes
+from magnetar.cluster.runtime.ray_runtime import home_node, joined_ray, ray_nodes
 with joined_ray(sys.argv[1]):
     import ray
 

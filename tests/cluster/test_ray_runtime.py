@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from magnetar.cluster.process_mark import ProcessMark
-from magnetar.cluster.ray_runtime import joined_ray, token_file
+from magnetar.cluster.runtime.process_mark import ProcessMark
+from magnetar.cluster.runtime.ray_runtime import joined_ray, token_file
 from magnetar.errors import NotFoundError, UsageError
 
 
@@ -27,7 +27,7 @@ def in_a_fresh_process(code: str) -> str:
 def test_authentication_is_on_before_ray_is_imported() -> None:
     found = in_a_fresh_process(
         "import os; [os.environ.pop(n, None) for n in list(os.environ) if n.startswith('RAY_')]\n"
-        "from magnetar.cluster.ray_runtime import prepare_environment\n"
+        "from magnetar.cluster.runtime.ray_runtime import prepare_environment\n"
         "prepare_environment()\n"
         "import sys; assert 'ray' not in sys.modules\n"
         "print(os.environ['RAY_AUTH_MODE'], os.path.exists(os.environ['RAY_AUTH_TOKEN_PATH']))"
@@ -39,7 +39,7 @@ def test_a_ray_without_authentication_is_refused() -> None:
     found = in_a_fresh_process(
         "import os; os.environ.pop('RAY_AUTH_MODE', None)\n"
         "import sys, types; sys.modules['ray'] = types.ModuleType('ray')\n"
-        "from magnetar.cluster.ray_runtime import prepare_environment\n"
+        "from magnetar.cluster.runtime.ray_runtime import prepare_environment\n"
         "from magnetar.errors import UsageError\n"
         "try: prepare_environment()\n"
         "except UsageError: print('refused')"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from magnetar.cluster.plan import ComputeDtype, Objective, Plan, Workload
-from magnetar.cluster.planner import plan
+from magnetar.cluster.planning.planner import plan
 from magnetar.errors import InfeasiblePlanError
 from magnetar.manifests.inventory import load_inventory
 from magnetar.tests.planning import MIXTRAL, SMALL

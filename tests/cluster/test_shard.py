@@ -4,8 +4,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from magnetar.cluster.deployment.shard import loading_steps, shard_of
 from magnetar.cluster.plan import ExpertHost, ExpertIds, Plan, StagePlan
-from magnetar.cluster.shard import loading_steps, shard_of
 from magnetar.fetcher.tensors import TensorEntry, TensorIndex
 
 NAMES = (

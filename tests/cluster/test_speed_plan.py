@@ -6,8 +6,8 @@ import pytest
 
 from magnetar.cluster.footprint import footprint
 from magnetar.cluster.plan import Device, Inventory, Link, Node, Plan, Workload
-from magnetar.cluster.plan_view import plan_table
-from magnetar.cluster.planner import plan
+from magnetar.cluster.planning.plan_view import plan_table
+from magnetar.cluster.planning.planner import plan
 from magnetar.tests.planning import GB, MIXTRAL, SMALL
 
 

@@ -2,8 +2,14 @@
 
 import pytest
 
-from magnetar.cluster.progress_board import ProgressBoard
-from magnetar.cluster.status import PARTS, Condition, DeploymentStatus, Failure, with_condition
+from magnetar.cluster.deployment.progress_board import ProgressBoard
+from magnetar.cluster.deployment.status import (
+    PARTS,
+    Condition,
+    DeploymentStatus,
+    Failure,
+    with_condition,
+)
 from magnetar.errors import DiskSpaceError, MagnetarError, TimedOutError
 from magnetar.fetcher.progress import Progress
 

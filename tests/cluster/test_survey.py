@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from magnetar.cluster.ray_runtime import token_file
+from magnetar.cluster.runtime.ray_runtime import token_file
 from magnetar.manifests.inventory import load_inventory
 from magnetar.tests.ray_cluster import ray_cluster
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from magnetar.cluster.plan import NodeWish
+from magnetar.cluster.planning.workload import MIN_CONTEXT_TOKENS, workload_of
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
-from magnetar.cluster.workload import MIN_CONTEXT_TOKENS, workload_of
 from magnetar.errors import UsageError
 from magnetar.fetcher.config import ModelConfig
 from magnetar.manifests.schema import NodeUse

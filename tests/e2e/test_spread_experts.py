@@ -12,7 +12,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from magnetar.cluster.ray_runtime import token_file
+from magnetar.cluster.runtime.ray_runtime import token_file
 from magnetar.tests.command import END_S, magnetar
 from magnetar.tests.ray_cluster import ray_cluster
 from magnetar.tests.releases import write_release

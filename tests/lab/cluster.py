@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from magnetar.cluster.foreman import Foreman
+from magnetar.cluster.deployment.foreman import Foreman
 from magnetar.cluster.spec import SourceSpec
 from magnetar.fetcher.piece_map import ByteRange
 

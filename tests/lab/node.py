@@ -88,7 +88,7 @@ class Node:
 
 def main(path: str, host: str, address: str, store: str) -> None:
     """Serves calls until it is told to end or its driver is gone."""
-    from magnetar.cluster.agent import NodeAgent
+    from magnetar.cluster.deployment.agent import NodeAgent
 
     agent = NodeAgent(host=host, address=address, store=store, shares_lan=True)
     lock = threading.Lock()

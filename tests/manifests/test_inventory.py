@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from magnetar.cluster.inventory.profiles import profiles
 from magnetar.cluster.plan import Device, Inventory, Link, Node
-from magnetar.cluster.profiles import profiles
 from magnetar.errors import ManifestError, NotFoundError
 from magnetar.manifests.inventory import inventory_document, load_inventory
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from magnetar.cluster.link import Frame, TcpLink
+from magnetar.cluster.links.link import Frame, TcpLink
 from magnetar.errors import QueueFullError, StageLostError, UsageError
 from magnetar.serve.engine import stage_worker
 from magnetar.serve.engine.engine import Engine

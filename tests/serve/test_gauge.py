@@ -2,7 +2,7 @@
 
 import pytest
 
-from magnetar.cluster.measure import DTYPES
+from magnetar.cluster.inventory.measure import DTYPES
 from magnetar.cluster.plan import ComputeDtype
 from magnetar.serve import gauge
 from magnetar.serve.gauge import ModelGauge

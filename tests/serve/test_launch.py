@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from magnetar.cluster.journal import deployment_record
-from magnetar.cluster.process_mark import ProcessMark
+from magnetar.cluster.runtime.process_mark import ProcessMark
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.errors import InfeasiblePlanError, NotFoundError, UsageError
 from magnetar.serve.launch import down, plan_only, status, up

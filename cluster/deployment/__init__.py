@@ -1,0 +1,1 @@
+"""One deployment at work: its controller, the agents on its nodes, the actors of its pipeline."""

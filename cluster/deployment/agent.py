@@ -1,0 +1,218 @@
+"""What works for a deployment on one node: measures it and brings the release there."""
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from ...errors import InterruptedByUserError
+from ...fetcher.checkpoint.checked_files import LoadChecks
+from ...fetcher.checkpoint.release import facts_to_json
+from ...fetcher.config import ReleaseHints
+from ...fetcher.division import Standing
+from ...fetcher.fetch import Fetch
+from ...fetcher.ownership import Member, Role
+from ...fetcher.piece_map import ByteRange
+from ...fetcher.progress import Progress
+from ...fetcher.store import Store
+from ..inventory.inventory import probe_node
+from ..plan import Node
+from ..spec import SourceSpec
+from .progress_board import ProgressBoard
+from .status import FetchedShare
+
+T = TypeVar("T")
+
+
+class NodeAgent:
+    """Runs as a threaded Ray actor, one for each node and deployment.
+
+    Methods block until their work is done; `progress`, `stop` and what stages ask answer
+    meanwhile. Everything else runs in one thread of its own. Errors are `MagnetarError`s.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        address: str,
+        store: str,
+        memory_limit_bytes: int | None = None,
+        cpu_limit: int | None = None,
+        shares_lan: bool = False,
+    ) -> None:
+        """`shares_lan`: other nodes may fetch the same release, and find this one at `address`."""
+        self._host = host
+        self._address = address
+        self._store = Path(store.replace("{host}", host)).expanduser()
+        self._memory_limit_bytes = memory_limit_bytes
+        self._cpu_limit = cpu_limit
+        self._lan_address = address if shares_lan else None
+        self._board = ProgressBoard()
+        self._stop = threading.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
+        self._fetch: Fetch | None = None
+
+    def inventory(self, info_hash: str | None) -> Node:
+        """This machine, with the bytes that its store holds of the release."""
+        node = probe_node(
+            self._host,
+            self._address,
+            self._store,
+            memory_limit_bytes=self._memory_limit_bytes,
+            cpu_limit=self._cpu_limit,
+        )
+        held = (
+            release.num_bytes
+            for release in Store(self._store).releases()
+            if release.info_hash == info_hash
+        )
+        return replace(node, held_bytes=next(held, 0))
+
+    def metadata(self, source: SourceSpec, torrent: bytes | None = None) -> str | None:
+        """Learn what the release consists of; its info-hash, None for a plain folder.
+
+        `torrent` is what the agent of another node found.
+        """
+
+        def work() -> str | None:
+            if self._fetch is None:
+                self._fetch = Fetch(
+                    kind=source.kind,
+                    location=source.location,
+                    store=self._store,
+                    peers=source.peers,
+                    trackers=source.trackers,
+                    web_seeds=source.web_seeds,
+                    timeout_s=source.timeout_s,
+                    on_progress=self._publish,
+                    stop=self._stop,
+                    node=self._host,
+                    lan_address=self._lan_address,
+                )
+                if torrent is not None:
+                    self._fetch.adopt(torrent)
+                self._fetch.metadata()
+            return self._fetch.info_hash
+
+        return self._run(work)
+
+    def torrent(self) -> bytes | None:
+        """The .torrent, for agents of other nodes; None for a plain folder. After `metadata`."""
+
+        def work() -> bytes | None:
+            metainfo = self._started().metadata()
+            return None if metainfo is None else metainfo.raw
+
+        return self._run(work)
+
+    def facts(self, given: ReleaseHints, known: ReleaseHints) -> str:
+        """The release's facts as JSON, from the heads and tails of its files. After `metadata`."""
+        return self._run(lambda: facts_to_json(self._started().facts(given=given, known=known)))
+
+    def restrict(self, ranges: tuple[ByteRange, ...] | None) -> None:
+        """Want these bytes of the weights alone, or the whole release. After `metadata`."""
+        self._run(lambda: self._started().restrict(ranges))
+
+    def order(self, steps: tuple[tuple[ByteRange, ...], ...]) -> None:
+        """Bring the bytes of each step before those of the next. After `metadata`."""
+        self._run(lambda: self._started().order(steps))
+
+    def folder(self) -> str:
+        """The release folder on this node, which `download` fills. After `metadata`."""
+        return self._run(lambda: str(self._started().folder()))
+
+    def wait(self, ranges: tuple[ByteRange, ...], timeout_s: float) -> bool:
+        """Whether these bytes may be read, now or within the time. After `folder`."""
+        return self._running().wait(ranges, timeout_s)
+
+    def load_checks(self) -> LoadChecks:
+        """What tensors can be checked against as they are loaded. After `folder`."""
+        return self._running().load_checks()
+
+    def keep_sums(self, sums: Mapping[ByteRange, str]) -> None:
+        """Remember SHA-256 of tensors for the next time. After `folder`."""
+        self._running().keep_sums(sums)
+
+    def mend(self, part: ByteRange) -> None:
+        """Check the pieces of these bytes again and fetch bad ones anew; after `download`."""
+        self._run(lambda: self._started().mend(part))
+
+    def check_disk(self) -> None:
+        """Raise DiskSpaceError where the rest of what is wanted does not fit. After `metadata`."""
+        self._run(lambda: self._started().check_disk())
+
+    def join(self) -> Member | None:
+        """Open the torrent to the other nodes; None for a plain folder. After `restrict`."""
+        return self._run(lambda: self._started().join())
+
+    def share(self, role: Role) -> None:
+        """Divide the download with the other nodes, also in the middle of it. After `join`."""
+        self._started().share(role)
+
+    def member(self) -> Member | None:
+        """As `join`, as things are now; answers also during `download`. After `join`."""
+        return self._started().member()
+
+    def standing(self) -> Standing | None:
+        """How far the role is; answers also during `download`. After `join`."""
+        return self._started().standing()
+
+    def download(self) -> None:
+        """Bring all that is wanted; `wait` tells meanwhile what is there. After `metadata`."""
+        self._run(lambda: self._started().download())
+
+    def verify(self) -> None:
+        """Check the release's own checksums. After `download`."""
+        self._run(lambda: self._started().verify())
+
+    def fetched(self) -> FetchedShare:
+        """What was brought to this node. After `metadata`."""
+
+        def work() -> FetchedShare:
+            fetch = self._started()
+            fetch.count()
+            return FetchedShare(
+                host=self._host,
+                wanted_bytes=fetch.wanted_bytes,
+                received_bytes=fetch.received_bytes,
+                sent_bytes=fetch.sent_bytes,
+            )
+
+        return self._run(work)
+
+    def close(self) -> None:
+        """End the fetch and keep what resumes it; fine if there is none."""
+
+        def work() -> None:
+            fetch, self._fetch = self._fetch, None
+            if fetch is not None:
+                fetch.close()
+
+        self._run(work)
+
+    def stop(self) -> None:
+        """Make the method that is running raise InterruptedByUserError, and all later ones."""
+        self._stop.set()
+
+    def progress(self, cursor: int) -> tuple[tuple[Progress, ...], int]:
+        """What is new since `cursor`, and the next cursor."""
+        return self._board.since(cursor)
+
+    def _publish(self, progress: Progress) -> None:
+        self._board.publish(replace(progress, node=self._host))
+
+    def _run(self, work: Callable[[], T]) -> T:
+        return self._thread.submit(work).result()
+
+    def _running(self) -> Fetch:
+        """For any thread."""
+        if (fetch := self._fetch) is None:
+            raise InterruptedByUserError("the download has ended")
+        return fetch
+
+    def _started(self) -> Fetch:
+        assert self._fetch is not None, "metadata comes first"
+        return self._fetch

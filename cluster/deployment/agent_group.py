@@ -1,0 +1,197 @@
+"""The agents of a deployment: one on every node, asked together."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from ...fetcher.checkpoint.release import ReleaseFacts, facts_from_json
+from ...fetcher.piece_map import ByteRange
+from ...fetcher.progress import ProgressSink
+from ..inventory.link_cache import remembered_links
+from ..plan import Inventory
+from ..runtime.ray_calls import call, gather
+from ..runtime.ray_runtime import RayNode
+from ..spec import SourceSpec
+from .agent import NodeAgent
+from .arrivals import agent_name
+from .foreman import Foreman
+from .status import FetchedShare
+
+START_TIMEOUT_S: Final = 120.0
+CLOSE_TIMEOUT_S: Final = 20.0
+_METHODS_AT_ONCE: Final = 16
+"""More than a node has stages that wait for their layers."""
+
+
+class AgentGroup:
+    """Starts the agents in its constructor; `stop` ends them."""
+
+    def __init__(
+        self,
+        *,
+        deployment: str,
+        store: str,
+        nodes: Sequence[RayNode],
+        home: str,
+        detached: bool,
+        on_progress: ProgressSink,
+        stop: threading.Event,
+    ) -> None:
+        import ray
+
+        self._home = home
+        self._on_progress = on_progress
+        self._stop = stop
+        self._foreman: Foreman | None = None
+        self._cursors = {node.host: 0 for node in nodes}
+        actor = ray.remote(NodeAgent)
+        self._agents: dict[str, Any] = {
+            node.host: actor.options(
+                name=agent_name(deployment, node.host),
+                lifetime="detached" if detached else None,
+                num_cpus=0,
+                max_concurrency=_METHODS_AT_ONCE,
+                label_selector=node.selector,
+            ).remote(
+                host=node.host,
+                address=node.address,
+                store=store,
+                memory_limit_bytes=node.memory_bytes,
+                cpu_limit=node.num_cpus,
+                shares_lan=len(nodes) > 1,
+            )
+            for node in nodes
+        }
+
+    def read_facts(self, source: SourceSpec) -> tuple[ReleaseFacts, str | None]:
+        """What the release is and its info-hash, learnt by the agent of the home node."""
+        lead = self._agents[self._home]
+        info_hash = self._all({self._home: lead.metadata.remote(source)})[self._home]
+        facts = self._all({self._home: lead.facts.remote(source.given, source.known)})
+        return facts_from_json(facts[self._home]), info_hash
+
+    def inventory(self, info_hash: str | None) -> Inventory:
+        """Every node as its agent measured it, by host."""
+        refs = {host: agent.inventory.remote(info_hash) for host, agent in self._agents.items()}
+        found = self._all(refs, timeout_s=START_TIMEOUT_S)
+        nodes = tuple(found[host] for host in sorted(found))
+        return Inventory(nodes=nodes, links=remembered_links(nodes))
+
+    def metadata(self, hosts: Sequence[str], source: SourceSpec) -> None:
+        """Let the agents of `hosts` learn what the release consists of. After `read_facts`."""
+        torrent = None
+        if source.kind == "magnet":
+            # Some nodes may have no way out to ask for it, and none needs to ask again.
+            lead = self._agents[self._home]
+            torrent = self._all({self._home: lead.torrent.remote()})[self._home]
+        self._all({host: self._agents[host].metadata.remote(source, torrent) for host in hosts})
+
+    def restrict(self, shares: Mapping[str, tuple[ByteRange, ...] | None]) -> None:
+        """Let each host want these bytes of the weights alone; None: the whole release."""
+        self._all(
+            {host: self._agents[host].restrict.remote(ranges) for host, ranges in shares.items()}
+        )
+
+    def order(self, steps: Mapping[str, tuple[tuple[ByteRange, ...], ...]]) -> None:
+        """Let each host bring the bytes of each of its steps before those of the next."""
+        self._all({host: self._agents[host].order.remote(each) for host, each in steps.items()})
+
+    def folders(self, hosts: Sequence[str]) -> dict[str, str]:
+        """The release folder on each host, which `download` fills."""
+        return self._all({host: self._agents[host].folder.remote() for host in hosts})
+
+    def check_disks(self, hosts: Sequence[str]) -> None:
+        """Raise DiskSpaceError where a share does not fit, before any of it is downloaded."""
+        self._all({host: self._agents[host].check_disk.remote() for host in hosts})
+
+    def divide(self, hosts: Sequence[str], wan_mbps: Mapping[str, float]) -> None:
+        """Let the next `download` bring each piece from outside once, and share it inside.
+
+        `wan_mbps` is how fast hosts get bytes from outside, where that is known; 0: not at all.
+        """
+        self._foreman = Foreman(self._crew, wan_mbps=wan_mbps)
+        self._foreman.divide(self._crew("join", dict.fromkeys(hosts, ())))
+
+    def download(self, hosts: Sequence[str]) -> None:
+        """Bring to each of `hosts` what it wants."""
+        again: list[Any] = []
+
+        def look() -> None:
+            """Whoever is done but has something new to bring begins once more."""
+            if self._foreman is not None:
+                again.extend(self._agents[host].download.remote() for host in self._foreman.look())
+
+        refs = {host: self._agents[host].download.remote() for host in hosts}
+        self._all(refs, meanwhile=look)
+        while again:
+            batch, again = again, []
+            gather(batch, who="an agent", stop=self._stop, meanwhile=look)
+
+    def verify(self, hosts: Sequence[str]) -> None:
+        """Check the release's own checksums on all of `hosts`."""
+        self._all({host: self._agents[host].verify.remote() for host in hosts})
+
+    def fetched(self, hosts: Sequence[str]) -> tuple[FetchedShare, ...]:
+        """What was brought to each host."""
+        return tuple(
+            self._all({host: self._agents[host].fetched.remote() for host in hosts}).values()
+        )
+
+    def close_fetches(self) -> None:
+        """End all fetches and keep what resumes them."""
+        self._all({host: agent.close.remote() for host, agent in self._agents.items()})
+
+    def interrupt(self) -> None:
+        """Make whatever the agents are doing end with InterruptedByUserError, soon."""
+        for agent in self._agents.values():
+            agent.stop.remote()
+
+    def stop(self) -> None:
+        """End all work, keep what resumes it, end the agents; errors of dying ones are ignored."""
+        import ray
+
+        self.interrupt()
+        closed = [agent.close.remote() for agent in self._agents.values()]
+        if closed:
+            ray.wait(closed, num_returns=len(closed), timeout=CLOSE_TIMEOUT_S)
+        for agent in self._agents.values():
+            ray.kill(agent)
+        self._agents = {}
+
+    def _crew(self, method: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """A `Crew`; one that dies ends the deployment."""
+        refs = [
+            getattr(self._agents[host], method).remote(*of_host)
+            for host, of_host in arguments.items()
+        ]
+        results = gather(refs, who=f"an agent of {', '.join(arguments)}", stop=self._stop)
+        return dict(zip(arguments, results, strict=True))
+
+    def _all(
+        self,
+        refs: dict[str, Any],
+        *,
+        timeout_s: float | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        def tell() -> None:
+            self._relay(refs)
+            meanwhile()
+
+        results = gather(
+            list(refs.values()),
+            who=f"the agent on {', '.join(refs)}",
+            stop=self._stop,
+            timeout_s=timeout_s,
+            meanwhile=tell,
+        )
+        self._relay(refs)
+        return dict(zip(refs, results, strict=True))
+
+    def _relay(self, hosts: dict[str, Any]) -> None:
+        for host in hosts:
+            who = f"the agent on {host}"
+            news, cursor = call(self._agents[host].progress.remote(self._cursors[host]), who=who)
+            self._cursors[host] = cursor
+            for progress in news:
+                self._on_progress(progress)

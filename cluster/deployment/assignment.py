@@ -1,0 +1,192 @@
+"""What the actors of a pipeline are told at their start, and what they must be able to do.
+
+The classes themselves belong to a higher room and are handed in, so that this one needs no model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..plan import ComputeDtype, ExpertHost, StagePlan
+from .status import StageLoad
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkSetup:
+    """Common to all ends of the links of one incarnation of a pipeline."""
+
+    deployment: str
+    epoch: int
+    secret: bytes
+    """Key of the handshake; known to the actors alone."""
+    listen_host: str
+    """Address of this actor's node on which its upstream neighbour reaches it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageAssignment:
+    """One stage: what it holds and where it finds it."""
+
+    links: LinkSetup
+    stage: StagePlan
+    num_kv_blocks: int
+    folder: str
+    """The release on this node."""
+    agent: str
+    """The actor that brings it there, and knows which bytes have arrived."""
+    facts_json: str
+    batch_invariant: bool = False
+    """See `DeploymentSpec.batch_invariant`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HelperAssignment:
+    """Experts of one stage on another device: what it holds and where it finds it."""
+
+    links: LinkSetup
+    helper: ExpertHost
+    stage_index: int
+    first_layer: int
+    """Of the stage: the first row of the helper's experts."""
+    dtype: ComputeDtype
+    folder: str
+    agent: str
+    """As in `StageAssignment`, both."""
+    facts_json: str
+    batch_invariant: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayAssignment:
+    """The engine and the API."""
+
+    links: LinkSetup
+    folder: str
+    """The release on its node, whose config and tokenizer are there already."""
+    facts_json: str
+    num_stages: int
+    """Those that compute at once: `Plan.steps_at_once`."""
+    num_kv_blocks: int
+    max_context_tokens: int
+    max_running: int
+    """Requests that hold KV blocks at once."""
+    max_waiting: int
+    """Requests that wait for theirs; more are refused."""
+    model_name: str
+
+
+class StageRole(Protocol):
+    """An actor that holds one stage. Calls come in this order; `loaded`, `stop` any time."""
+
+    def __init__(self, assignment: StageAssignment) -> None: ...
+
+    def listen(self) -> str:
+        """Open the upstream link; its ``HOST:PORT``."""
+        ...
+
+    def load(self) -> int:
+        """Read the weights as they arrive; their bytes in memory. Blocks."""
+        ...
+
+    def loaded(self) -> StageLoad:
+        """How far `load` is."""
+        ...
+
+    def connect(self, downstream: str, helpers: Sequence[str]) -> None:
+        """Dial the next in the ring and the stage's helpers, and accept the one before.
+
+        `helpers` are the addresses of the plan's, in its order. Blocks until all links stand.
+        """
+        ...
+
+    def run(self) -> None:
+        """Return after `stop`; raise what ended the stage otherwise. Blocks all its life."""
+        ...
+
+    def stop(self) -> None:
+        """End the work and the links."""
+        ...
+
+
+class HelperRole(Protocol):
+    """An actor with some experts of a stage; calls come as for a `StageRole`."""
+
+    def __init__(self, assignment: HelperAssignment) -> None: ...
+
+    def load(self) -> int:
+        """As `StageRole.load`."""
+        ...
+
+    def loaded_bytes(self) -> int:
+        """How far `load` is."""
+        ...
+
+    def listen(self) -> str:
+        """Open the link of the stage; its ``HOST:PORT``."""
+        ...
+
+    def connect(self) -> None:
+        """Accept the stage; blocks until the link stands."""
+        ...
+
+    def run(self) -> None:
+        """As `StageRole.run`."""
+        ...
+
+    def stop(self) -> None:
+        """End the work and the link."""
+        ...
+
+
+class GatewayRole(Protocol):
+    """An actor with the engine and the API. Calls come in this order; `stop` any time."""
+
+    def __init__(self, host: str, port: int, api_key: str | None) -> None:
+        """Bind the port before anything else is done, so that a taken one is found out early."""
+        ...
+
+    def bind(self) -> int:
+        """The port; raises PortInUseError or UsageError where it cannot be had."""
+        ...
+
+    def listen(self, assignment: GatewayAssignment) -> str:
+        """Open the link on which the last stage answers; its ``HOST:PORT``."""
+        ...
+
+    def connect(self, downstream: str) -> None:
+        """Dial stage 0, accept the last one, start the engine; blocks until both stand."""
+        ...
+
+    def warm(self) -> float:
+        """Seconds that one token took through every stage."""
+        ...
+
+    def serve(self) -> str:
+        """Answer requests from now on; the URL."""
+        ...
+
+    def expert_tokens(self) -> Mapping[int, Sequence[int]]:
+        """By layer, the tokens that each expert was chosen for since the start; any time."""
+        ...
+
+    def run(self) -> None:
+        """As `StageRole.run`."""
+        ...
+
+    def stop(self) -> None:
+        """Let running requests end for a moment, then end everything."""
+        ...
+
+
+def helper_name(stage_index: int, helper: ExpertHost) -> str:
+    """What errors call it."""
+    return f"the helper on {helper.host} of stage {stage_index}"
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineRoles:
+    """The classes that play the roles; importable by name on every node."""
+
+    stage: type[Any]
+    helper: type[Any]
+    gateway: type[Any]

@@ -1,0 +1,1 @@
+"""What machines have and how fast it is: memory, rates, and what lies between two of them."""

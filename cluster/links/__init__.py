@@ -1,0 +1,1 @@
+"""The TCP links between the members of a pipeline."""

@@ -1,0 +1,174 @@
+"""Place a model by memory alone: whole layers, balanced by bytes, on as few devices as fit."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ...settings import KV_BLOCK_TOKENS
+from ..footprint import Footprint
+from ..plan import ComputeDtype, Inventory, StagePlan, UnusedNode, Workload
+from ..search.place import Place, Seating
+from ..units import gigabytes
+from .partition import Seat, partition
+
+
+def num_kv_blocks(workload: Workload) -> int:
+    return workload.max_concurrency * -(-workload.max_context_tokens // KV_BLOCK_TOKENS)
+
+
+def kv_bytes_of(weights: Footprint, workload: Workload) -> int:
+    """Of one layer."""
+    return num_kv_blocks(workload) * KV_BLOCK_TOKENS * weights.kv_bytes_per_token
+
+
+def _layer_costs(weights: Footprint) -> list[int]:
+    """Bytes of each layer; the ends of the model go with the first and the last one."""
+    costs = list(weights.layer_bytes)
+    costs[0] += weights.embeddings_bytes
+    costs[-1] += weights.output_bytes
+    return costs
+
+
+def place_by_memory(
+    weights: Footprint, inventory: Inventory, workload: Workload
+) -> tuple[Seating, tuple[int, ...]] | None:
+    """The first seating in order of preference that fits, with the end layer of every stage."""
+    costs = _layer_costs(weights)
+    needs = [cost + kv_bytes_of(weights, workload) for cost in costs]
+    overhead = weights.workspace_bytes(workload.max_context_tokens)
+    for seating in _seatings(inventory, workload.num_stages, len(costs)):
+        seats = [
+            Seat(num_stages=count, capacity=place.usable_bytes - count * overhead)
+            for place, count in seating
+        ]
+        if sum(seat.capacity for seat in seats) < sum(needs):
+            continue
+        if ends := partition(costs, needs, seats):
+            return seating, ends
+    return None
+
+
+def shorten(
+    weights: Footprint, inventory: Inventory, workload: Workload, floor: int
+) -> Workload | None:
+    """The wish with the longest context, in whole KV blocks, that can be placed."""
+    low, high = -(-floor // KV_BLOCK_TOKENS), workload.max_context_tokens // KV_BLOCK_TOKENS
+    longest: Workload | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        shorter = replace(workload, max_context_tokens=middle * KV_BLOCK_TOKENS)
+        if place_by_memory(weights, inventory, shorter) is None:
+            high = middle - 1
+        else:
+            longest, low = shorter, middle + 1
+    return longest
+
+
+def _seatings(inventory: Inventory, num_stages: int | None, num_layers: int) -> Iterator[Seating]:
+    """Ways to seat the stages, best first."""
+    for places in _place_pools(inventory):
+        orders = _orders(places)
+        if num_stages is None:
+            for count in range(1, min(len(places), num_layers) + 1):
+                yield from (tuple((place, 1) for place in order[:count]) for order in orders)
+        else:
+            for count in range(min(len(places), num_stages), 0, -1):
+                yield from (_spread(order[:count], num_stages) for order in orders)
+
+
+def _place_pools(inventory: Inventory) -> Iterator[tuple[Place, ...]]:
+    """Accelerators and the CPUs of nodes without one; then, if that differs, every device."""
+    every = tuple(Place(node=node, device=dev) for node in inventory.nodes for dev in node.devices)
+    with_cuda = {place.node.host for place in every if place.device.kind == "cuda"}
+    fast = tuple(p for p in every if p.device.kind == "cuda" or p.node.host not in with_cuda)
+    yield fast
+    if fast != every:
+        yield every
+
+
+def _orders(places: tuple[Place, ...]) -> tuple[tuple[Place, ...], ...]:
+    """Bytes held first, then memory; then by memory alone, for when the former do not fit."""
+
+    def key(place: Place) -> tuple[int, str, str]:
+        return (-place.usable_bytes, place.node.host, place.device_name)
+
+    by_memory = tuple(sorted(places, key=key))
+    by_held = tuple(sorted(by_memory, key=lambda place: -place.node.held_bytes))
+    return (by_held,) if by_held == by_memory else (by_held, by_memory)
+
+
+def _spread(places: tuple[Place, ...], num_stages: int) -> Seating:
+    """At least one stage each, the others in proportion to memory, always to the neediest."""
+    counts = [1] * len(places)
+    for _ in range(num_stages - len(places)):
+        room = [
+            place.usable_bytes / (count + 1) for place, count in zip(places, counts, strict=True)
+        ]
+        counts[room.index(max(room))] += 1
+    return tuple(zip(places, counts, strict=True))
+
+
+def stages_by_memory(
+    weights: Footprint,
+    seating: Seating,
+    ends: tuple[int, ...],
+    workload: Workload,
+    dtype: ComputeDtype,
+) -> tuple[StagePlan, ...]:
+    costs = _layer_costs(weights)
+    kv_bytes = kv_bytes_of(weights, workload)
+    overhead = weights.workspace_bytes(workload.max_context_tokens)
+    seats = [place for place, count in seating for _ in range(count)]
+    starts = (0, *ends[:-1])
+    taken: dict[tuple[str, str], int] = {}
+    devices_of_host: dict[str, set[str]] = {}
+    for place, start, end in zip(seats, starts, ends, strict=True):
+        device = (place.node.host, place.device_name)
+        used = sum(costs[start:end]) + (end - start) * kv_bytes + overhead
+        taken[device] = taken.get(device, 0) + used
+        devices_of_host.setdefault(place.node.host, set()).add(place.device_name)
+    return tuple(
+        StagePlan(
+            index=number,
+            host=place.node.host,
+            device=place.device_name,
+            first_layer=start,
+            end_layer=end,
+            has_embeddings=number == 0,
+            has_output=number == len(ends) - 1,
+            dtype=dtype,
+            # Stages of one device take turns, see `Plan.steps_at_once`.
+            num_threads=max(1, place.node.num_cpus // len(devices_of_host[place.node.host])),
+            weights_bytes=sum(costs[start:end]),
+            kv_bytes=(end - start) * kv_bytes,
+            free_bytes=place.device.memory_bytes - taken[place.node.host, place.device_name],
+        )
+        for number, (place, start, end) in enumerate(zip(seats, starts, ends, strict=True))
+    )
+
+
+def smallest_stage_bytes(weights: Footprint, workload: Workload) -> int:
+    """Of a stage with one layer."""
+    return (
+        min(weights.layer_bytes)
+        + kv_bytes_of(weights, workload)
+        + weights.workspace_bytes(workload.max_context_tokens)
+    )
+
+
+def unused_by_memory(
+    weights: Footprint, inventory: Inventory, workload: Workload, seating: Seating
+) -> tuple[UnusedNode, ...]:
+    used = {place.node.host for place, _ in seating}
+    smallest = smallest_stage_bytes(weights, workload)
+    reasons = []
+    for node in inventory.nodes:
+        if node.host in used:
+            continue
+        usable = max((Place(node=node, device=dev).usable_bytes for dev in node.devices), default=0)
+        if usable < smallest:
+            reason = f"too small: {gigabytes(usable)} usable, one layer takes {gigabytes(smallest)}"
+        else:
+            others = ", ".join(sorted(used))
+            reason = f"not needed: {others} hold{'s' * (len(used) == 1)} the whole model"
+        reasons.append(UnusedNode(host=node.host, reason=reason))
+    return tuple(reasons)

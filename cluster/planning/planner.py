@@ -1,0 +1,307 @@
+"""Place a model on machines: a pure function from weights, machines and wishes to a plan.
+
+Whole layers, consecutive stages, every byte counted on the device that holds it. Where the speeds
+of all nodes are known, the search of `speed_plan.py` decides. Otherwise stages are balanced by
+bytes, not by memory size: a large memory is not a fast one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ...errors import InfeasiblePlanError, UsageError
+from ...fetcher.config import ModelConfig
+from ...fetcher.tensors import TensorIndex
+from ..footprint import Footprint, footprint, stored_dtype
+from ..plan import (
+    ComputeDtype,
+    Inventory,
+    Plan,
+    UnusedNode,
+    Workload,
+    check_experts,
+)
+from ..search.cost import device_speed
+from ..search.place import MARGIN, places_of
+from ..search.placing import Placing
+from ..units import gigabytes
+from .advice import sufficient_changes
+from .dtype_ladder import dtype_choices, lower_dtypes
+from .memory_plan import (
+    kv_bytes_of,
+    num_kv_blocks,
+    place_by_memory,
+    shorten,
+    smallest_stage_bytes,
+    stages_by_memory,
+    unused_by_memory,
+)
+from .node_wishes import allowed_nodes
+from .speed_plan import SpeedPlanner, speeds_known
+
+__all__ = ["MARGIN", "gigabytes", "plan", "predicted"]
+
+_ALIKE_GBPS = 100.0
+"""What every device is taken to read where nobody knows and pins leave something to choose."""
+
+
+def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload: Workload) -> Plan:
+    """Place every layer of the model.
+
+    Where all speeds are known, the placement that decodes fastest under the cost model, for the
+    objective of the workload. Otherwise, or for the objective ``fit``: as few devices as fit
+    (accelerators first), or the number of stages asked for, spread over as many devices as there
+    are; nodes that hold bytes of the release already come first, then those with more memory.
+
+    Where the keys and values of the wished context do not fit on all devices together, the context
+    shrinks down to ``workload.min_context_tokens``. Where the weights do not fit as they are stored
+    and the workload names no dtype, as few layers as possible are held in 8 bits, and if that is
+    not enough, in 4. Notes say both.
+
+    Raises:
+        UsageError: the wishes make no sense, e.g. more stages than layers.
+        InfeasiblePlanError: no placement fits; the message has the numbers per node.
+    """
+    _check(config, inventory, workload)
+    allowed = allowed_nodes(config, inventory, workload)
+    stored = workload.dtype or stored_dtype(index)
+    ladder = (stored,) if workload.dtype else (stored, *lower_dtypes(stored))
+    for rung in range(len(ladder)):
+        model = _Model(config, index, ladder[rung])
+        found = _best(model, ladder[: rung + 1], allowed, workload)
+        if found is None and workload.min_context_tokens is not None:
+            shorter = shorten(model.weights, allowed, workload, workload.min_context_tokens)
+            if shorter is not None:
+                found = _best(model, ladder[: rung + 1], allowed, shorter)
+        if found is not None:
+            return _told(found, stored, index, config, inventory, workload)
+    raise InfeasiblePlanError(_why_not(config, index, stored, allowed, workload))
+
+
+def predicted(
+    plan: Plan,
+    config: ModelConfig,
+    index: TensorIndex,
+    inventory: Inventory,
+    workload: Workload,
+) -> Plan:
+    """A plan, made for whatever, with the times that it would have for `workload`.
+
+    It comes back without times where a speed is not known.
+    """
+    model = _Model(config, index, workload.dtype or stored_dtype(index))
+    if not speeds_known(inventory, model.dtype):
+        return replace(plan, prediction=None)
+    dtype_of = {}
+    for stage in plan.stages:
+        dtype_of[stage.host, stage.device] = stage.dtype
+        dtype_of |= {(helper.host, helper.device): stage.dtype for helper in stage.helpers}
+    dtypes = tuple(
+        dtype_of.get((place.node.host, place.device_name), model.dtype)
+        for place in places_of(inventory)
+    )
+    return _speed_planner(model, inventory, workload, dtypes).predicted(plan)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    config: ModelConfig
+    index: TensorIndex
+    dtype: ComputeDtype
+
+    @property
+    def weights(self) -> Footprint:
+        return footprint(self.config, self.index, self.dtype)
+
+
+def _best(
+    model: _Model, ladder: tuple[ComputeDtype, ...], inventory: Inventory, workload: Workload
+) -> Plan | None:
+    """The best plan whose lowest dtype is the last of the ladder; None: nothing fits."""
+    if any(wish.layers for wish in workload.nodes) and not speeds_known(inventory, model.dtype):
+        return _with_pins_alone(model, ladder, inventory, workload)
+    if workload.objective != "fit" and speeds_known(inventory, model.dtype):
+        for dtypes in _dtypes(model, ladder, inventory, workload):
+            fast = _speed_planner(model, inventory, workload, dtypes)
+            if fast.found is not None:
+                return _by_speed(model, fast, inventory, workload)
+        if workload.nodes and any(wish.layers for wish in workload.nodes):
+            return None
+    weights = model.weights
+    found = place_by_memory(weights, inventory, workload)
+    if found is None:
+        return None
+    seating, ends = found
+    placed = Plan(
+        stages=stages_by_memory(weights, seating, ends, workload, model.dtype),
+        num_kv_blocks=num_kv_blocks(workload),
+        max_context_tokens=workload.max_context_tokens,
+        max_concurrency=workload.max_concurrency,
+        unused=unused_by_memory(weights, inventory, workload, seating),
+    )
+    if workload.objective == "fit" or not speeds_known(inventory, model.dtype):
+        return placed
+    return _speed_planner(model, inventory, workload, None).predicted(placed)
+
+
+def _by_speed(model: _Model, fast: SpeedPlanner, inventory: Inventory, workload: Workload) -> Plan:
+    placed = fast.predicted(
+        Plan(
+            stages=fast.stages({node.host: node.num_cpus for node in inventory.nodes}),
+            num_kv_blocks=num_kv_blocks(workload),
+            max_context_tokens=workload.max_context_tokens,
+            max_concurrency=workload.max_concurrency,
+        )
+    )
+    check_experts(placed, model.config.num_experts)
+    smallest = smallest_stage_bytes(model.weights, workload)
+    return replace(placed, unused=fast.unused(smallest))
+
+
+def _with_pins_alone(
+    model: _Model, ladder: tuple[ComputeDtype, ...], inventory: Inventory, workload: Workload
+) -> Plan | None:
+    """Pins where speeds are unknown: the search with all devices alike, and no predictions."""
+    alike = replace(
+        inventory,
+        nodes=tuple(
+            replace(node, devices=tuple(replace(d, read_gbps=_ALIKE_GBPS) for d in node.devices))
+            for node in inventory.nodes
+        ),
+    )
+    plan = _best(model, ladder, alike, replace(workload, objective="latency"))
+    if plan is None:
+        return None
+    stages = tuple(replace(stage, step_s=None, hop_s=None) for stage in plan.stages)
+    used = {stage.host for stage in stages}
+    unused = tuple(
+        UnusedNode(host=node.host, reason="not needed: the others hold the whole model")
+        for node in inventory.nodes
+        if node.host not in used
+    )
+    return replace(plan, stages=stages, prediction=None, num_micro_batches=None, unused=unused)
+
+
+def _dtypes(
+    model: _Model, ladder: tuple[ComputeDtype, ...], inventory: Inventory, workload: Workload
+) -> Iterable[tuple[ComputeDtype, ...]]:
+    """A dtype for every place, the least loss first, the last rung of the ladder alone."""
+    places = places_of(inventory)
+    if len(ladder) == 1:
+        return [(model.dtype,) * len(places)]
+    room = {}
+    for dtype in ladder[-2:]:
+        weights = footprint(model.config, model.index, dtype)
+        layer = max(weights.layer_bytes) + kv_bytes_of(weights, workload)
+        overhead = weights.workspace_bytes(workload.max_context_tokens)
+        room[dtype] = [
+            max(0, place.usable_bytes - overhead) // layer + workload.separate_experts
+            for place in places
+        ]
+    return (each for each in dtype_choices(room, model.config.n_layers) if ladder[-1] in each)
+
+
+def _speed_planner(
+    model: _Model,
+    inventory: Inventory,
+    workload: Workload,
+    dtypes: tuple[ComputeDtype, ...] | None,
+) -> SpeedPlanner:
+    every = places_of(inventory)
+    given = dtypes or (model.dtype,) * len(every)
+    seats = [
+        (place, dtype)
+        for place, dtype in zip(every, given, strict=True)
+        if device_speed(place.device, dtype) is not None
+    ]
+    placing = Placing(
+        model.config,
+        model.index,
+        inventory,
+        workload,
+        [place for place, _ in seats],
+        [dtype for _, dtype in seats],
+        kv_bytes=kv_bytes_of(model.weights, workload),
+    )
+    return SpeedPlanner(placing, workload)
+
+
+def _told(
+    plan: Plan,
+    stored: ComputeDtype,
+    index: TensorIndex,
+    config: ModelConfig,
+    inventory: Inventory,
+    asked: Workload,
+) -> Plan:
+    """The plan with what was conceded, and with the nodes that the user left out."""
+    notes = []
+    if plan.max_context_tokens < asked.max_context_tokens:
+        notes.append(
+            f"context shortened from {asked.max_context_tokens} to {plan.max_context_tokens} "
+            f"tokens, so that the keys and values of {plan.max_concurrency} sequences fit"
+        )
+    as_stored = footprint(config, index, stored).layer_bytes
+    for stage in plan.stages:
+        if stage.dtype == stored:
+            continue
+        held = footprint(config, index, stage.dtype).layer_bytes
+        layers = slice(stage.first_layer, stage.end_layer)
+        saved = sum(as_stored[layers]) - sum(held[layers])
+        notes.append(
+            f"stage {stage.index} holds {stage.dtype} in place of {stored}, which saves "
+            f"{gigabytes(saved)}: all in {stored} do not fit"
+        )
+    excluded = tuple(
+        UnusedNode(host=wish.host, reason="excluded, as asked")
+        for wish in asked.nodes
+        if wish.exclude
+    )
+    unused = tuple(sorted((*plan.unused, *excluded), key=lambda node: node.host))
+    return replace(plan, notes=tuple(notes), unused=unused)
+
+
+def _check(config: ModelConfig, inventory: Inventory, workload: Workload) -> None:
+    if workload.num_stages is not None and not 1 <= workload.num_stages <= config.n_layers:
+        raise UsageError(
+            f"{workload.num_stages} stages for a model of {config.n_layers} layers; "
+            f"ask for 1 to {config.n_layers}"
+        )
+    if workload.max_context_tokens < 1 or workload.max_concurrency < 1:
+        raise UsageError(
+            f"a context of {workload.max_context_tokens} tokens for "
+            f"{workload.max_concurrency} sequences; both must be at least 1"
+        )
+    if not inventory.nodes:
+        raise InfeasiblePlanError("there is no node to place the model on; start one")
+
+
+def _why_not(
+    config: ModelConfig,
+    index: TensorIndex,
+    dtype: ComputeDtype,
+    inventory: Inventory,
+    workload: Workload,
+) -> str:
+    weights = footprint(config, index, dtype)
+    context = workload.min_context_tokens or workload.max_context_tokens
+    least = replace(workload, max_context_tokens=min(context, workload.max_context_tokens))
+    kv_bytes = kv_bytes_of(weights, least) * len(weights.layer_bytes)
+    overhead = weights.workspace_bytes(least.max_context_tokens) * (workload.num_stages or 1)
+    needed = weights.weights_bytes + kv_bytes + overhead
+    there = ", ".join(
+        f"{node.host} {gigabytes(int(device.memory_bytes * (1 - MARGIN)))} of "
+        f"{gigabytes(device.memory_bytes)} {device.kind}"
+        for node in inventory.nodes
+        for device in node.devices
+    )
+    stages = f" in {workload.num_stages} stages" if workload.num_stages else ""
+    changes = "; ".join(
+        change.text for change in sufficient_changes(config, index, inventory, least, dtype)
+    )
+    return (
+        f"the model does not fit{stages}: it needs at least {gigabytes(needed)} "
+        f"({gigabytes(weights.weights_bytes)} of {dtype} weights, {gigabytes(kv_bytes)} for the "
+        f"keys and values of {least.max_concurrency} sequences of {least.max_context_tokens} "
+        f"tokens, {gigabytes(overhead)} of workspace); usable ({MARGIN:.0%} stays free): {there}; "
+        f"add memory or nodes, or ask for less; any one of these is enough: {changes}"
+    )

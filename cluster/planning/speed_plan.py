@@ -1,0 +1,315 @@
+"""Place a model where speeds are known: the search over the cost model, and what it predicts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from ..plan import (
+    ComputeDtype,
+    ExpertHost,
+    ExpertIds,
+    Inventory,
+    Plan,
+    Prediction,
+    StagePlan,
+    UnusedNode,
+    Workload,
+)
+from ..search.cost import assumed_link, device_speed, hop_s
+from ..search.moves import improved
+from ..search.placing import PROMPT_TOKENS, Placing, helpers_of
+from ..search.problem import Problem, Route, evaluate
+from ..search.search import Search, Stage, busiest, fastest
+from ..units import gigabytes, milliseconds
+from .expert_hosts import add_copies, choose_experts
+
+PREFILL_TOKENS = 1024
+"""Length of the prompt whose time to the first token is predicted."""
+MAX_EXPLAINED = 8
+"""Unused nodes of different kinds that are each planned with, to say what using them would do."""
+_MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64)
+
+
+def speeds_known(inventory: Inventory, dtype: ComputeDtype) -> bool:
+    """Whether every node has a device whose speed is known; only then speeds decide."""
+    return all(
+        any(device_speed(device, dtype) is not None for device in node.devices)
+        for node in inventory.nodes
+    )
+
+
+class SpeedPlanner:
+    """The best placement of one `Placing`, and what it should achieve."""
+
+    def __init__(self, placing: Placing, workload: Workload) -> None:
+        self._placing = placing
+        self._workload = workload
+        self._places = placing.places
+
+    @cached_property
+    def found(self) -> tuple[Problem, Route] | None:
+        """The best route, with the problem it was found for; None: nothing fits."""
+        asked = self._workload.num_stages
+        if not self._places:
+            return None
+        if self._workload.objective == "throughput":
+            problems = [self._placing.problem(tokens) for tokens in self._batches()]
+            best = busiest(problems, num_stages=asked)
+            return improved(problems, best, throughput=True, num_stages=asked)
+        problem = self._placing.problem(1)
+        route = fastest(problem, num_stages=asked)
+        start = None if route is None else (problem, route)
+        return improved([problem], start, throughput=False, num_stages=asked)
+
+    def _batches(self) -> list[int]:
+        """Sequences per step for every number of micro-batches that may pay, most first."""
+        streams = self._workload.max_concurrency
+        most = min(len(self._places) + 1, streams)
+        counts = [count for count in _MICRO_BATCHES if count <= most]
+        return sorted({-(-streams // count) for count in counts}, reverse=True)
+
+    def stages(self, num_cpus_of: dict[str, int]) -> tuple[StagePlan, ...]:
+        """The stages of the best route, with their helpers; times are those of `predicted`."""
+        assert self.found is not None
+        problem, route = self.found
+        spans = list(zip(route.sites, route.members, route.starts, route.ends, strict=True))
+        shares = [self._shares(problem, *span) for span in spans]
+        used = [place for span in spans for place in _sites(span[0], span[1])]
+        on_host = [self._places[place].node.host for place in used]
+        threads = {host: max(1, num_cpus_of[host] // on_host.count(host)) for host in on_host}
+        return tuple(
+            self._stage(number, *span, share, problem.num_layers, threads)
+            for number, (span, share) in enumerate(zip(spans, shares, strict=True))
+        )
+
+    def _stage(
+        self,
+        number: int,
+        home: int,
+        members: int,
+        start: int,
+        end: int,
+        shares: list[ExpertIds],
+        num_layers: int,
+        threads: dict[str, int],
+    ) -> StagePlan:
+        placing, place = self._placing, self._places[home]
+        cost, weights = placing.cost(home), placing.weights[placing.dtypes[home]]
+        layers = range(start, end)
+
+        def weight(experts: ExpertIds) -> int:
+            return sum(
+                cost.expert_bytes[layer] * len(ids)
+                for layer, ids in zip(layers, experts, strict=True)
+            )
+
+        own, *others = shares or [()]
+        held = sum(weights.layer_bytes[start:end])
+        if shares:
+            held = sum(cost.attention_bytes[start:end]) + weight(own)
+        held += (start == 0) * weights.embeddings_bytes
+        held += (end == num_layers) * weights.output_bytes
+        kv_bytes = len(layers) * placing.kv_bytes
+        helpers = []
+        for other, experts in zip(helpers_of(home, members), others, strict=True):
+            there, taken = self._places[other], weight(experts)
+            free = there.device.memory_bytes - taken - placing.helper_overhead_bytes(home)
+            if any(experts):
+                helpers.append(
+                    ExpertHost(
+                        host=there.node.host,
+                        device=there.device_name,
+                        num_threads=threads[there.node.host],
+                        weights_bytes=taken,
+                        free_bytes=free,
+                        experts=experts,
+                    )
+                )
+        return StagePlan(
+            index=number,
+            host=place.node.host,
+            device=place.device_name,
+            first_layer=start,
+            end_layer=end,
+            has_embeddings=start == 0,
+            has_output=end == num_layers,
+            dtype=placing.dtypes[home],
+            num_threads=threads[place.node.host],
+            weights_bytes=held,
+            kv_bytes=kv_bytes,
+            free_bytes=place.device.memory_bytes - held - kv_bytes - placing.overhead_bytes(home),
+            experts=own if helpers else None,
+            helpers=tuple(helpers),
+        )
+
+    def _shares(
+        self, problem: Problem, home: int, members: int, start: int, end: int
+    ) -> list[ExpertIds]:
+        """Experts of every host, the home first, by layer; none where the home has them all."""
+        if members == 1 << home:
+            return []
+        placing, cost = self._placing, self._placing.cost(home)
+        variant = (start == 0) + 2 * (end == problem.num_layers)
+        split = placing.split(home, members, problem.step_tokens)
+        counts_KH = split.counts(variant, end - start).tolist()
+        seats = placing.seats(home, members)
+        rooms = split.spare(variant, end - start)
+        rows = []
+        for layer, counts in zip(range(start, end), counts_KH, strict=True):
+            measured = self._workload.popularity
+            popularity = None if measured is None else measured[layer]
+            held = choose_experts(
+                cost, layer, seats, counts, tokens=problem.step_tokens, popularity=popularity
+            )
+            rows.append(held if popularity is None else add_copies(held, rooms, seats, popularity))
+        return [tuple(tuple(held[host]) for held in rows) for host in range(len(seats))]
+
+    def predicted(self, plan: Plan) -> Plan:
+        """`plan` with its times, of stages without helpers or those of the best route. Stages that
+        share a device take turns there."""
+        number_of = {(p.node.host, p.device_name): n for n, p in enumerate(self._places)}
+        seats = [
+            [(s.host, s.device), *((h.host, h.device) for h in s.helpers)] for s in plan.stages
+        ]
+        if not all(seat in number_of for stage in seats for seat in stage):
+            return plan
+        sites = [number_of[stage[0]] for stage in seats]
+        members = [sum(1 << number_of[seat] for seat in stage) for stage in seats]
+        ends = [stage.end_layer for stage in plan.stages]
+        objective = self._workload.objective
+        # Only the goal of throughput searches for the size of a step.
+        if objective == "throughput" and self.found is not None:
+            crowd = self.found[0]
+        else:
+            crowd = self._placing.problem(self._batch(len(sites)))
+        alone = self._placing.problem(1)
+        together, single = (evaluate(each, sites, ends, members) for each in (crowd, alone))
+        shown, trip = (alone, single) if objective == "latency" else (crowd, together)
+        stages = []
+        for number, stage in enumerate(plan.stages):
+            after = sites[(number + 1) % len(sites)]
+            hops = shown.return_s if number == len(sites) - 1 else shown.hop_s
+            stages.append(
+                replace(
+                    stage,
+                    step_s=trip.stages_s[number],
+                    hop_s=float(hops[sites[number], after]),
+                    helpers=tuple(
+                        self._timed(helper, sites[number], number_of, shown.step_tokens)
+                        for helper in stage.helpers
+                    ),
+                )
+            )
+        slowest = max(range(len(stages)), key=lambda number: stages[number].step_s or 0.0)
+        prompt = min(PREFILL_TOKENS, self._workload.max_context_tokens)
+        prediction = Prediction(
+            objective=objective,
+            step_tokens=shown.step_tokens,
+            round_trip_s=trip.round_trip_s,
+            tokens_per_s=together.tokens_per_s(crowd),
+            stream_tokens_per_s=1 / single.round_trip_s,
+            prefill_s=self._placing.prefill_s(sites, ends, prompt),
+            prefill_tokens=prompt,
+            bottleneck=slowest,
+            assumed=self._assumed(sites),
+        )
+        micro_batches = -(-self._workload.max_concurrency // crowd.step_tokens)
+        return replace(
+            plan, stages=tuple(stages), prediction=prediction, num_micro_batches=micro_batches
+        )
+
+    def _timed(
+        self, helper: ExpertHost, home: int, number_of: dict[tuple[str, str], int], tokens: int
+    ) -> ExpertHost:
+        placing, cost = self._placing, self._placing.cost(home)
+        number = number_of[helper.host, helper.device]
+        speed = placing.speed(number, placing.dtypes[home])
+        share = 1 - (1 - cost.experts_per_token / cost.num_experts) ** tokens
+        read = helper.weights_bytes * share / (speed.read_gbps * 1e9)
+        rows = tokens * cost.hidden_bytes
+        there, back = placing.link(home, number), placing.link(number, home)
+        return replace(helper, step_s=read, hop_s=hop_s(rows, there) + hop_s(rows, back))
+
+    def _batch(self, num_stages: int) -> int:
+        return -(-self._workload.max_concurrency // num_stages)
+
+    def unused(self, smallest_bytes: int) -> tuple[UnusedNode, ...]:
+        """Why each node without a part has none: what the best plan with it would do."""
+        assert self.found is not None
+        problem, now = self.found
+        stages = [Stage(*each) for each in zip(now.sites, now.members, strict=True)]
+        used = {site for stage in stages for site in _sites(stage.home, stage.members)}
+        hosts = {self._places[site].node.host for site in used}
+        search = Search(problem)
+        told: dict[object, str] = {}
+        reasons: dict[str, str] = {}
+        for number, place in enumerate(self._places):
+            host = place.node.host
+            if host in hosts or host in reasons:
+                continue
+            if place.usable_bytes < smallest_bytes:
+                reasons[host] = (
+                    f"too small: {gigabytes(place.usable_bytes)} usable, one layer takes "
+                    f"{gigabytes(smallest_bytes)}"
+                )
+                continue
+            links = tuple(
+                (problem.hop_s[number, site], problem.hop_s[site, number]) for site in now.sites
+            )
+            speed = device_speed(place.device, self._placing.dtypes[number])
+            kind = (speed, place.usable_bytes, links)
+            if kind not in told:
+                told[kind] = (
+                    self._with(number, stages, search, now)
+                    if len(told) < MAX_EXPLAINED
+                    else self._slower(number, now.sites, problem)
+                )
+            reasons[host] = told[kind]
+        return tuple(UnusedNode(host=host, reason=reasons[host]) for host in sorted(reasons))
+
+    def _with(self, number: int, stages: list[Stage], search: Search, now: Route) -> str:
+        alone, is_busy = Stage.alone(number), self._workload.objective == "throughput"
+        routes = [
+            search.best_in_order((*stages[:at], alone, *stages[at:]), throughput=is_busy)
+            for at in range(len(stages) + 1)
+        ]
+        found = [route for route in routes if route is not None]
+        if not found:
+            return "not needed: no split with one layer or more on it fits"
+        if is_busy:
+            best = max(route.tokens_per_s(search.problem) for route in found)
+            return (
+                f"not needed: with it at best {best:.1f} tokens/s in place of "
+                f"{now.tokens_per_s(search.problem):.1f}"
+            )
+        least = min(route.round_trip_s for route in found)
+        return (
+            f"not needed: with it a token takes {milliseconds(least)} in place of "
+            f"{milliseconds(now.round_trip_s)}"
+        )
+
+    def _slower(self, number: int, sites: Sequence[int], problem: Problem) -> str:
+        def per_layer(site: int) -> float:
+            return float(problem.sites[site].seconds_L[-1]) / problem.num_layers
+
+        used = sorted(per_layer(site) for site in sites)
+        return (
+            f"not needed: a layer takes {milliseconds(per_layer(number))} there, "
+            f"{milliseconds(used[0])} to {milliseconds(used[-1])} on the nodes that are used"
+        )
+
+    def _assumed(self, sites: list[int]) -> tuple[str, ...]:
+        said = [f"half of the context ({self._workload.max_context_tokens // 2} tokens) is in use"]
+        if self._workload.objective == "throughput":
+            said.append(f"{PROMPT_TOKENS:g} token of prompts comes with every token generated")
+        if missing := self._placing.unmeasured(sites):
+            link = assumed_link("a", "b")
+            said.append(
+                f"1 GbE ({milliseconds(link.rtt_s)} round trip) where no link was measured: "
+                + ", ".join(missing)
+            )
+        return tuple(said)
+
+
+def _sites(home: int, members: int) -> tuple[int, ...]:
+    return (home, *helpers_of(home, members))

@@ -1,0 +1,1 @@
+"""Ray: started or joined, called with care, and asked about its nodes."""

@@ -1,0 +1,243 @@
+"""From machines and a model to a placement problem: sites, links, and stages with helpers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+
+from ...fetcher.config import ModelConfig
+from ...fetcher.tensors import TensorIndex
+from ..footprint import STEP_TOKENS, Footprint, footprint
+from ..plan import ComputeDtype, Inventory, Link, Workload
+from .cost import (
+    TOKEN_ID_BYTES,
+    ModelCost,
+    Speed,
+    assumed_link,
+    attention_s,
+    device_speed,
+    embeddings_s,
+    hop_s,
+    known_links,
+    layer_s,
+    model_cost,
+    output_s,
+    prefill_layer_s,
+    transfer_s,
+)
+from .expert_cost import Array, Seat, hosts_s
+from .expert_split import Split, spreads
+from .place import Place
+from .problem import Matrix, Problem, Site
+
+PROMPT_TOKENS = 1.0
+"""Of prompts for every token that is generated, where many streams are planned for. They travel in
+chunks through the same stages and over the same links; conversations have up to three."""
+
+
+class Placing:
+    """The costs of one model on some places, each at a dtype of its own."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: TensorIndex,
+        inventory: Inventory,
+        workload: Workload,
+        places: Sequence[Place],
+        dtypes: Sequence[ComputeDtype],
+        *,
+        kv_bytes: int,
+    ) -> None:
+        """`kv_bytes`: keys and values of one layer for the whole workload."""
+        self.places, self.dtypes = tuple(places), tuple(dtypes)
+        self.costs = {dtype: model_cost(config, index, dtype) for dtype in set(dtypes)}
+        self.weights = {dtype: footprint(config, index, dtype) for dtype in set(dtypes)}
+        self._links = known_links(inventory)
+        self._workload = workload
+        self.kv_bytes = kv_bytes
+        self._spans = {wish.host: wish.layers for wish in workload.nodes}
+        self.problem = cache(self._problem)
+        self.split = cache(self._split)
+
+    def cost(self, number: int) -> ModelCost:
+        """The model at the dtype of a place."""
+        return self.costs[self.dtypes[number]]
+
+    def speed(self, number: int, dtype: ComputeDtype | None = None) -> Speed:
+        """Of a place, at its own dtype or that of the stage it helps."""
+        found = device_speed(self.places[number].device, dtype or self.dtypes[number])
+        assert found is not None
+        return found
+
+    def link(self, number: int, other: int) -> Link:
+        """Between two places; assumed where nobody measured."""
+        hosts = self.places[number].node.host, self.places[other].node.host
+        return self._links.get(hosts) or assumed_link(*hosts)
+
+    def overhead_bytes(self, number: int) -> int:
+        """What a stage on a place takes besides layers."""
+        return self._weights(number).workspace_bytes(self._workload.max_context_tokens)
+
+    def helper_overhead_bytes(self, home: int) -> int:
+        """What helping a stage takes besides experts: no keys and values are gathered."""
+        return self._weights(home).workspace_bytes(0)
+
+    def _weights(self, number: int) -> Footprint:
+        return self.weights[self.dtypes[number]]
+
+    def seats(self, home: int, members: int) -> list[Seat]:
+        """The hosts of a stage's experts, the home first, as its experts see them."""
+        return [
+            Seat(speed=self.speed(home)),
+            *(
+                Seat(speed=self.speed(other, self.dtypes[home]), link=self.link(home, other))
+                for other in helpers_of(home, members)
+            ),
+        ]
+
+    def _problem(self, tokens: int) -> Problem:
+        """At so many sequences per step; sites are the places."""
+        count = range(len(self.places))
+        links = [[self.link(a, b) for b in count] for a in count]
+        # The hidden state is bf16 whatever the stages.
+        hidden = tokens * next(iter(self.costs.values())).hidden_bytes
+        ids = tokens * TOKEN_ID_BYTES
+
+        def shared(home: int, members: int) -> Matrix:
+            return self.shared_LL(home, members, tokens)
+
+        # A step leaves a stage when what surrounds its layers is done too.
+        around = np.array([[place.device.step_overhead_s] for place in self.places])
+        has_experts = bool(next(iter(self.costs.values())).num_experts)
+        return Problem(
+            sites=tuple(self._site(number, tokens) for number in count),
+            hop_s=around + np.array([[hop_s(hidden, link) for link in row] for row in links]),
+            return_s=around + np.array([[hop_s(ids, link) for link in row] for row in links]),
+            transfer_s=np.array([[transfer_s(hidden, link) for link in row] for row in links]),
+            step_tokens=tokens,
+            streams=self._workload.max_concurrency,
+            shared=shared if has_experts and self._workload.separate_experts else None,
+        )
+
+    def _site(self, number: int, tokens: int) -> Site:
+        cost, weights, speed = self.cost(number), self._weights(number), self.speed(number)
+        prompts = self._chunks(tokens)
+        seconds = [
+            layer_s(cost, layer, speed, tokens=tokens, context_tokens=self._context_tokens)
+            + prompts * prefill_layer_s(cost, layer, speed, tokens=STEP_TOKENS)
+            for layer in range(len(weights.layer_bytes))
+        ]
+        needs = [each + self.kv_bytes for each in weights.layer_bytes]
+        return Site(
+            seconds_L=_prefix(seconds),
+            needs_L=_prefix(needs),
+            capacity=self.places[number].usable_bytes - self.overhead_bytes(number),
+            first_s=embeddings_s(cost, speed, tokens=tokens),
+            last_s=output_s(cost, speed, tokens=tokens),
+            first_bytes=weights.embeddings_bytes,
+            last_bytes=weights.output_bytes,
+            span=self._spans.get(self.places[number].node.host),
+        )
+
+    def _chunks(self, tokens: int) -> float:
+        """Full chunks of prompts that come with a decode step of so many tokens, on average; one
+        stream alone has none."""
+        if self._workload.objective != "throughput":
+            return 0.0
+        return PROMPT_TOKENS * tokens / STEP_TOKENS
+
+    @property
+    def _context_tokens(self) -> int:
+        return max(1, self._workload.max_context_tokens // 2)
+
+    def shared_LL(self, home: int, members: int, tokens: int) -> Matrix:
+        """[u, v]: seconds of a stage whose members share the experts of layers [u, v)."""
+        site, split = self.problem(tokens).sites[home], self.split(home, members, tokens)
+        cost, speed = self.cost(home), self.speed(home)
+        prompts = self._chunks(tokens)
+        attention = _prefix(
+            [
+                attention_s(cost, layer, speed, tokens=tokens, context_tokens=self._context_tokens)
+                + prompts * attention_s(cost, layer, speed, tokens=STEP_TOKENS, context_tokens=0)
+                for layer in range(len(cost.expert_bytes))
+            ]
+        )
+        layers = np.arange(len(attention))
+        spans = np.maximum(layers[None, :] - layers[:, None], 0)
+        experts = split.seconds_VK[0][spans]
+        experts[0] = split.seconds_VK[1][spans[0]] + site.first_s
+        experts[:, -1] = split.seconds_VK[2][spans[:, -1]] + site.last_s
+        experts[0, -1] = split.seconds_VK[3][-1] + site.first_s + site.last_s
+        return np.where(spans > 0, attention[None, :] - attention[:, None] + experts, np.inf)
+
+    def _split(self, home: int, members: int, tokens: int) -> Split:
+        """How the members of a stage share its experts, for every number of layers; by whether the
+        stage begins (1) and ends (2) the model."""
+        cost, site = self.cost(home), self.problem(tokens).sites[home]
+        expert = max(cost.expert_bytes)
+        layer, seats = cost.expert_bytes.index(expert), self.seats(home, members)
+        counts_OH = spreads(cost.num_experts, self._solo_HN(cost, layer, seats, tokens))
+        held_OHE = in_turn(counts_OH, cost.num_experts)
+        seconds_O = hosts_s(cost, layer, seats, held_OHE, tokens=tokens)
+        if prompts := self._chunks(tokens):
+            seconds_O += prompts * hosts_s(cost, layer, seats, held_OHE, tokens=STEP_TOKENS)
+        layers = np.arange(len(cost.expert_bytes) + 1)
+        used = layers * (max(cost.attention_bytes) + self.kv_bytes)
+        ends = [0.0, site.first_bytes, site.last_bytes, site.first_bytes + site.last_bytes]
+        home_VK = np.array([np.floor((site.capacity - used - end) / expert) for end in ends])
+        overhead = self.helper_overhead_bytes(home)
+        rooms = [
+            max(0, (self.places[other].usable_bytes - overhead) // expert)
+            for other in helpers_of(home, members)
+        ]
+        return Split(seconds_O, counts_OH, home_VK=home_VK, helper_rooms=rooms)
+
+    def _solo_HN(self, cost: ModelCost, layer: int, seats: Sequence[Seat], tokens: int) -> Array:
+        """[H, n]: what n experts take on each seat, were the others for nothing."""
+        num_experts = cost.num_experts
+        rest = Seat(speed=Speed(read_gbps=1e9))
+        counts = np.array([[n, num_experts - n] for n in range(num_experts + 1)])
+        held = in_turn(counts, num_experts)
+        return np.array([hosts_s(cost, layer, [seat, rest], held, tokens=tokens) for seat in seats])
+
+    def prefill_s(self, sites: Sequence[int], ends: Sequence[int], tokens: int) -> float:
+        """A prompt alone to its first token, every stage by its home alone."""
+        total = 0.0
+        for number, (site, start, end) in enumerate(zip(sites, (0, *ends[:-1]), ends, strict=True)):
+            cost, speed = self.cost(site), self.speed(site)
+            total += sum(
+                prefill_layer_s(cost, layer, speed, tokens=tokens) for layer in range(start, end)
+            )
+            if end == len(cost.expert_bytes):
+                total += output_s(cost, speed, tokens=1)
+            if number:
+                link = self.link(sites[number - 1], site)
+                total += hop_s(tokens * cost.hidden_bytes, link)
+        return total
+
+    def unmeasured(self, sites: Sequence[int]) -> list[str]:
+        """Links between stages that nobody measured."""
+        hosts = [self.places[site].node.host for site in sites]
+        return [f"{a} to {b}" for a, b in pairwise(hosts) if a != b and (a, b) not in self._links]
+
+
+def helpers_of(home: int, members: int) -> tuple[int, ...]:
+    """The members of a stage besides its home, ascending."""
+    others = members & ~(1 << home)
+    return tuple(site for site in range(others.bit_length()) if others >> site & 1)
+
+
+def _prefix(values: Sequence[float]) -> Matrix:
+    return np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+
+
+def in_turn(counts_OH: Array, num_experts: int) -> Array:
+    """[O, H, E]: who holds which expert: the first ones the first host, and so on."""
+    ends = counts_OH.cumsum(axis=1)[:, :, None]
+    experts = np.arange(num_experts)
+    found: Array = ((experts < ends) & (experts >= ends - counts_OH[:, :, None])).astype(np.int64)
+    return found
