@@ -11,6 +11,7 @@ from ...cluster.links.link import ALIVE_S, Frame, StageLink
 from ...errors import MagnetarError, StageLostError
 from .helper_link import decode_request
 from .step_codec import decode_error, encode_error
+from .worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,8 +31,8 @@ class ExpertExecutor(Protocol):
         ...
 
 
-class HelperWorker:
-    """Serves one stage until it closes the link, which the worker takes over. It runs once.
+class HelperWorker(Worker):
+    """Serves one stage until it closes the link, which the worker takes over.
 
     One thread receives, computes and sends: the stage waits for the answer, and every hand-over
     between threads would be added to its time. Another one tells the stage that we live while it
@@ -43,39 +44,9 @@ class HelperWorker:
         self._helper = helper
         self._link = link
         self._name = name
-        self._ending = threading.Event()
         self._is_asked = threading.Event()
         self._sending = threading.Lock()
-        self._ending_lock = threading.Lock()
-        self._error: MagnetarError | None = None
-        self._threads = [
-            threading.Thread(target=target, name=f"helper-{what}", daemon=True)
-            for what, target in (("serve", self._serve), ("beat", self._beat))
-        ]
-
-    def start(self) -> None:
-        """Begin to serve."""
-        for thread in self._threads:
-            thread.start()
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end; False when `timeout_s` passes first, True after `stop`.
-
-        Raises:
-            MagnetarError: what ended the worker otherwise.
-        """
-        if not self._ending.wait(timeout_s):
-            return False
-        if self._error is not None:
-            raise self._error
-        return True
-
-    def stop(self) -> None:
-        """Close the link, and wait until what is being computed is done."""
-        self._end(None)
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+        super().__init__("helper", {"serve": self._serve, "beat": self._beat})
 
     def _serve(self) -> None:
         try:
@@ -87,10 +58,12 @@ class HelperWorker:
                     self._is_asked.clear()
                     self._link.send(answer)
                 if answer.kind == "error":
-                    self._end(StageLostError(f"{self._name}: {decode_error(answer.body)}"))
+                    self._keep(StageLostError(f"{self._name}: {decode_error(answer.body)}"))
                     return
         except (StageLostError, ValueError) as error:
-            self._end(StageLostError(f"{self._name} lost its stage: {error}"))
+            self._keep(StageLostError(f"{self._name} lost its stage: {error}"))
+        finally:
+            self._end()
 
     def _answer(self, frame: Frame) -> Frame:
         """The outputs, or what the stage must hear instead."""
@@ -114,10 +87,5 @@ class HelperWorker:
                     with contextlib.suppress(StageLostError):  # the other thread sees it too
                         self._link.send_alive()
 
-    def _end(self, error: MagnetarError | None) -> None:
-        """Close the link; the first to end the worker says why."""
-        with self._ending_lock:
-            if not self._ending.is_set():
-                self._error = error
-            self._ending.set()
+    def _release(self) -> None:
         self._link.close()

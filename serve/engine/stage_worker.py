@@ -28,6 +28,7 @@ from .step_codec import (
     encode_result,
     encode_traffic,
 )
+from .worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,10 +52,10 @@ class Executor(Protocol):
         ...
 
 
-class StageWorker:
+class StageWorker(Worker):
     """Runs one stage between the neighbour that sends steps and the one that takes them.
 
-    It takes both links over and closes them at its end. A worker runs once.
+    It takes both links over and closes them at its end.
     """
 
     def __init__(
@@ -89,45 +90,8 @@ class StageWorker:
         self._traffic_told: Mapping[int, Sequence[int]] = {}
         self._traffic_due = time.monotonic()
         self._sending = threading.Lock()
-        self._ending = threading.Event()
-        self._lock = threading.Lock()
-        self._error: MagnetarError | None = None
-        self._threads = [
-            threading.Thread(target=target, name=f"stage-{what}", daemon=True)
-            for what, target in (
-                ("compute", self._compute),
-                ("receive", self._receive_ahead),
-                ("send", self._send),
-            )
-        ]
-
-    def start(self) -> None:
-        """Begin to execute steps."""
-        for thread in self._threads:
-            thread.start()
-
-    def is_alive(self) -> bool:
-        """Whether steps can still pass through."""
-        return not self._ending.is_set() and all(thread.is_alive() for thread in self._threads)
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end; False when `timeout_s` passes first, True after `stop`.
-
-        Raises:
-            MagnetarError: what ended the worker otherwise.
-        """
-        if not self._ending.wait(timeout_s):
-            return False
-        if self._error is not None:
-            raise self._error
-        return True
-
-    def stop(self) -> None:
-        """Close the links, and wait until the step that is being computed is over."""
-        self._end()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+        loops = {"compute": self._compute, "receive": self._receive_ahead, "send": self._send}
+        super().__init__("stage", loops)
 
     def _compute(self) -> None:
         known: Known = {}
@@ -260,16 +224,7 @@ class StageWorker:
             Frame(kind="error", epoch=self._downstream.epoch, step_id=0, body=encode_error(message))
         )
 
-    def _keep(self, error: StageLostError) -> None:
-        """The first error is the cause; those after the end are not errors."""
-        with self._lock:
-            if self._error is None and not self._ending.is_set():
-                self._error = error
-
-    def _end(self) -> None:
-        """Wake all threads for the last time."""
-        with self._lock:
-            self._ending.set()
+    def _release(self) -> None:
         self._upstream.close()
         self._downstream.close()
         self._arrived.put(None)
