@@ -6,7 +6,6 @@ compute.
 """
 
 import asyncio
-import os
 import socket
 import threading
 import time
@@ -26,6 +25,7 @@ from ..cluster.deployment.status import StageLoad
 from ..cluster.plan import StagePlan
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_from_json
 from .api.server import Server, bind
+from .model.threads import end_team, prepare_threads
 from .text.load import load_tokenizer
 from .text.tokenizer import Tokenizer
 
@@ -57,10 +57,7 @@ class StageActor:
 
     def load(self) -> int:
         """Read the weights of the stage as they arrive in the files."""
-        # Weights in huge pages, where the system gives them to those who ask: decoding 1 and 8
-        # streams on two busy cores was 11 and 7 % faster (medians of five). torch reads this before
-        # its first tensor.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        prepare_threads()
         import torch
 
         from ..fetcher.checkpoint.arriving import ArrivingTensorSource
@@ -93,6 +90,7 @@ class StageActor:
             on_layer=self._count,
         )
         arrivals.keep_sums(source.checked.found)
+        end_team()
         return self._stage.loaded_bytes
 
     def loaded(self) -> StageLoad:

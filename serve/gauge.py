@@ -5,7 +5,6 @@ a layer takes whatever its size (calls, threads that wait for each other) is the
 models so small that nothing else is left of them.
 """
 
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from ..cluster.plan import ComputeDtype
 from ..fetcher.config import ModelConfig
 from ..fetcher.tensors import TensorEntry, TensorIndex
+from .model.threads import prepare_threads
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +31,7 @@ class ModelGauge:
     """Measures one device after the other, with as many threads as it is told."""
 
     def __init__(self) -> None:
-        # As stages do, whose weights lie in huge pages; torch reads this before its first tensor.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        prepare_threads()
 
     def read_gbps(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
         """Gigabytes of weights per second, as they are held at this dtype."""

@@ -1,6 +1,5 @@
 """The actor that holds experts of a stage on another device."""
 
-import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ from ..cluster.deployment.arrivals import AgentArrivals
 from ..cluster.deployment.assignment import HelperAssignment, helper_name
 from ..cluster.deployment.shard import helper_shard, steps_of
 from ..fetcher.checkpoint.release import facts_from_json
+from .model.threads import end_team, prepare_threads
 
 if TYPE_CHECKING:
     from ..cluster.links.link import LinkListener
@@ -32,7 +32,7 @@ class HelperActor:
 
     def load(self) -> int:
         """Read the weights of the experts as they arrive in the files."""
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `StageActor` does, before torch
+        prepare_threads()
         import torch
 
         from ..fetcher.checkpoint.arriving import ArrivingTensorSource
@@ -59,6 +59,7 @@ class HelperActor:
             on_layer=self._count,
         )
         arrivals.keep_sums(source.checked.found)
+        end_team()
         return self._helper.loaded_bytes
 
     def loaded_bytes(self) -> int:

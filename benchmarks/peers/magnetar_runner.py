@@ -19,6 +19,7 @@ from magnetar.benchmarks.peers.runner import Request, Task, claim_stdout, serve,
 from magnetar.cluster.links.link import LinkListener, dial
 from magnetar.fetcher.checkpoint.release import FolderReader, ReleaseFacts, read_release
 from magnetar.fetcher.config import ReleaseHints
+from magnetar.serve.model.threads import end_team, prepare_threads
 from magnetar.settings import KV_BLOCK_TOKENS
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def run_stage(
     folder: Path, layers: tuple[int, int], dtype: str, threads: int, blocks: int, pipe: Connection
 ) -> None:
     """The life of a stage process: load, join the ring, compute until the links close."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `serve.actors` does
+    prepare_threads()
     import torch
 
     from magnetar.fetcher.checkpoint.source import FileTensorSource
@@ -89,6 +90,7 @@ def run_stage(
         device="cpu",
         num_kv_blocks=blocks,
     )
+    end_team()  # the worker's thread computes
     timed = TimedStage(stage)
     listener = listen()
     pipe.send(listener.address)
