@@ -57,10 +57,8 @@ class Rows(NamedTuple):
     """``(h, y, M, K, num_threads)``"""
     route: Callable[[int, int, int, int, int, int], None]
     """``(logits, M, num, num_chosen, chosen, weights)``"""
-    feed_forward: Callable[[int, int | None, int | None, int | None, int, int | None, int], int]
-    """``(part, x, out, chosen, M, scratch, num_threads)``; bytes of scratch."""
-    attention: Callable[[int, int, int | None, int | None, int | None, int], int]
-    """``(part, batch, x, out, scratch, num_threads)``; bytes of scratch."""
+    layers: Callable[[int, int, int, int | None, int | None, int | None, int], int]
+    """``(parts, num_parts, batch, x, out, scratch, num_threads)``; bytes of scratch."""
 
 
 class NoCompiledKernelsError(Exception):
@@ -115,10 +113,9 @@ def _functions(library: ctypes.CDLL) -> Rows:
         "rms_norm": [*[address] * 3, *[number] * 2, ctypes.c_float, count],
         "gated": [*[address] * 2, *[number] * 2, count],
         "route": [address, *[number] * 3, *[address] * 2],
-        "feed_forward": [*[address] * 4, number, address, count],
-        "attention": [*[address] * 5, count],
+        "layers": [address, number, *[address] * 4, count],
     }
-    results: dict[str, type] = {"multiply": count, "feed_forward": number, "attention": number}
+    results: dict[str, type] = {"multiply": count, "layers": number}
     functions = {}
     for name, types in arguments.items():
         functions[name] = library[f"magnetar_{name}"]

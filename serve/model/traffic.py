@@ -21,7 +21,7 @@ class ExpertTraffic:
 
     def __init__(self, num_experts: int) -> None:
         self.counts_E = torch.zeros(num_experts, dtype=torch.int64)
-        """On the CPU; without those that are kept."""
+        """On the CPU; without those that are kept. Compiled layers, which keep none, add to it."""
         self._kept: deque[torch.Tensor] = deque()
         self._counting = threading.Lock()
 

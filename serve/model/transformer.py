@@ -5,7 +5,8 @@ Attributes are named as in the checkpoint, and layers are keyed by their id in t
 Shapes: T tokens of the step, S tokens whose successor is sampled, C model width, V vocabulary.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,12 @@ from ...fetcher.config import ModelConfig
 from .attention import Attention
 from .batch import Batch
 from .feed_forward import FeedForward
-from .fused import fuse_attention, fuse_feed_forward
+from .fused import FusedParts, Part
 from .kv_cache import KVCache
 from .linear import Linear
 from .moe import MoeLayer
 from .norm import rms_norm
+from .parts import attention_part, feed_forward_part
 
 
 class TransformerLayer:
@@ -38,19 +40,57 @@ class TransformerLayer:
         self.attention_norm = attention_norm
         self.ffn_norm = ffn_norm
         self.norm_eps = config.norm_eps
-        self._fused_attention = fuse_attention(attention, config, attention_norm, config.norm_eps)
-        self._fused_feed_forward = fuse_feed_forward(feed_forward, ffn_norm, config.norm_eps)
+        self.compiled = (
+            attention_part(attention, config, attention_norm, config.norm_eps),
+            feed_forward_part(feed_forward, ffn_norm, config.norm_eps),
+        )
+        """Both as compiled functions compute them, where they can."""
 
-    def forward(self, x_TC: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+    def attend(self, x_TC: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         """[T, C]; writes the step's keys and values into the cache."""
-        if self._fused_attention is not None:
-            x_TC = self._fused_attention.forward(x_TC, batch, cache)
-        else:
-            normed_TC = rms_norm(x_TC, self.attention_norm, self.norm_eps)
-            x_TC = x_TC + self.attention.forward(normed_TC, batch, cache)
-        if self._fused_feed_forward is not None:
-            return self._fused_feed_forward.forward(x_TC)
+        normed_TC = rms_norm(x_TC, self.attention_norm, self.norm_eps)
+        return x_TC + self.attention.forward(normed_TC, batch, cache)
+
+    def feed(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """[T, C]"""
         return x_TC + self.feed_forward.forward(rms_norm(x_TC, self.ffn_norm, self.norm_eps))
+
+
+Run = Callable[[torch.Tensor, Batch, Mapping[int, KVCache]], torch.Tensor]
+"""What takes hidden states [T, C] some way through the layers."""
+
+
+def runs_of(layers: Mapping[int, TransformerLayer]) -> Iterator[Run]:
+    """All parts of the layers in order; neighbours that can be compiled are one."""
+    compiled: list[tuple[int, Part]] = []
+    for layer_id, layer in layers.items():
+        by_steps = functools.partial(_attend, layer, layer_id), functools.partial(_feed, layer)
+        for part, run in zip(layer.compiled, by_steps, strict=True):
+            if part is not None:
+                compiled.append((layer_id, part))
+                continue
+            if compiled:
+                yield FusedParts(compiled).forward
+                compiled = []
+            yield run
+    if compiled:
+        yield FusedParts(compiled).forward
+
+
+def _attend(
+    layer: TransformerLayer,
+    layer_id: int,
+    x_TC: torch.Tensor,
+    batch: Batch,
+    caches: Mapping[int, KVCache],
+) -> torch.Tensor:
+    return layer.attend(x_TC, batch, caches[layer_id])
+
+
+def _feed(
+    layer: TransformerLayer, x_TC: torch.Tensor, _: Batch, __: Mapping[int, KVCache]
+) -> torch.Tensor:
+    return layer.feed(x_TC)
 
 
 class Transformer:
@@ -74,6 +114,7 @@ class Transformer:
         """[C] on the last stage, else None."""
         self.output = output
         """C -> V on the last stage, else None."""
+        self._runs = tuple(runs_of(layers))
 
     def embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, C] of token ids; first stage only."""
@@ -84,8 +125,8 @@ class Transformer:
         self, hidden_TC: torch.Tensor, batch: Batch, caches: Mapping[int, KVCache]
     ) -> torch.Tensor:
         """Hidden states [T, C] after this part's layers; writes their caches."""
-        for layer_id, layer in self.layers.items():
-            hidden_TC = layer.forward(hidden_TC, batch, caches[layer_id])
+        for run in self._runs:
+            hidden_TC = run(hidden_TC, batch, caches)
         return hidden_TC
 
     def logits(self, hidden_SC: torch.Tensor) -> torch.Tensor:

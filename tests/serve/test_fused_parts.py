@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.step import StepRow
 from magnetar.serve.model.attention import Attention
-from magnetar.serve.model.batch import lay_out
+from magnetar.serve.model.batch import Batch, lay_out
 from magnetar.serve.model.feed_forward import FeedForward
-from magnetar.serve.model.fused import fuse_attention, fuse_feed_forward
+from magnetar.serve.model.fused import FusedParts
 from magnetar.serve.model.kv_cache import KVCache
 from magnetar.serve.model.linear import LINEAR_KERNELS, plain_linear, trusted_rows
 from magnetar.serve.model.moe import LoopExperts, MoeLayer
 from magnetar.serve.model.norm import rms_norm
+from magnetar.serve.model.parts import attention_part, feed_forward_part
 from magnetar.settings import KV_BLOCK_TOKENS
 
 pytestmark = pytest.mark.skipif(trusted_rows() is None, reason="no compiler or no AVX512-BF16")
@@ -59,6 +60,23 @@ def moe(form: str) -> MoeLayer:
     return MoeLayer(CONFIG, gate=gate, experts=LoopExperts([network(form, e) for e in range(8)]))
 
 
+class Feeding:
+    """A feed-forward part as compiled functions compute it."""
+
+    def __init__(self, feed_forward: FeedForward | MoeLayer) -> None:
+        self.norm = random(CONFIG.dim, seed=1)
+        part = feed_forward_part(feed_forward, self.norm, 1e-5)
+        assert part is not None
+        self.part = part
+        self.fused = FusedParts([(0, part)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        row = StepRow(request_id=0, position=0, token_ids=(0,) * len(x))
+        table = range(-(-len(x) // KV_BLOCK_TOKENS))
+        batch = lay_out([row], {0: table}, config=CONFIG, dtype=x.dtype, device=CPU)
+        return self.fused.forward(x, batch, {})
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_tokens", [1, 2, 9, 8000])
 @pytest.mark.parametrize("is_sparse", [True, False])
@@ -66,10 +84,8 @@ def test_a_feed_forward_part_is_its_parts_to_the_bit(
     form: str, num_tokens: int, is_sparse: bool
 ) -> None:
     part = moe(form) if is_sparse else network(form)
-    norm, x = random(CONFIG.dim, seed=1), random(num_tokens, CONFIG.dim, seed=2)
-    fused = fuse_feed_forward(part, norm, 1e-5)
-    assert fused is not None
-    one_by_one = x + part.forward(rms_norm(x, norm, 1e-5))
+    fused, x = Feeding(part), random(num_tokens, CONFIG.dim, seed=2)
+    one_by_one = x + part.forward(rms_norm(x, fused.norm, 1e-5))
     before = part.traffic.totals() if isinstance(part, MoeLayer) else ()
     assert torch.equal(fused.forward(x), one_by_one)
     if isinstance(part, MoeLayer):
@@ -80,16 +96,14 @@ def test_a_feed_forward_part_is_its_parts_to_the_bit(
 def test_a_token_of_a_sparse_part_does_not_depend_on_those_beside_it(
     num_tokens: int, seed: int
 ) -> None:
-    fused = fuse_feed_forward(moe("rows"), random(CONFIG.dim, seed=1), 1e-5)
-    assert fused is not None
+    fused = Feeding(moe("rows"))
     x = random(num_tokens, CONFIG.dim, seed=seed)
     alone = torch.cat([fused.forward(token) for token in torch.split(x, 1)])
     assert torch.equal(fused.forward(x), alone)
 
 
 def test_what_is_not_a_number_stays_in_its_own_row() -> None:
-    fused = fuse_feed_forward(moe("rows"), random(CONFIG.dim, seed=1), 1e-5)
-    assert fused is not None
+    fused = Feeding(moe("rows"))
     x = random(5, CONFIG.dim)
     x[2, 7] = math.nan
     y = fused.forward(x)
@@ -111,9 +125,10 @@ class Sequences:
         self.x = [random(length, dim, seed=10 + n) for n, length in enumerate(lengths)]
         kernel = LINEAR_KERNELS[form]
         attention = Attention(self.config, wqkv=kernel(self.wqkv), wo=kernel(self.wo))
-        fused = fuse_attention(attention, self.config, self.norm, 1e-5)
-        assert fused is not None
-        self.fused = fused
+        part = attention_part(attention, self.config, self.norm, 1e-5)
+        assert part is not None
+        self.part = part
+        self.fused = FusedParts([(0, part)])
         counts = [-(-length // KV_BLOCK_TOKENS) for length in lengths]
         # Each sequence's blocks lie apart and out of order.
         ids = list(range(sum(counts)))[::-1]
@@ -123,15 +138,18 @@ class Sequences:
         self.cache.keys.fill_(math.nan)
         self.cache.values.fill_(math.nan)
 
-    def step(self, *parts: tuple[int, int, int]) -> list[torch.Tensor]:
-        """The outputs of rows ``(sequence, start, end)`` computed together."""
+    def batch(self, *parts: tuple[int, int, int]) -> Batch:
+        """Rows ``(sequence, start, end)`` of one step."""
         rows = [
             StepRow(request_id=n, position=start, token_ids=(1,) * (end - start))
             for n, start, end in parts
         ]
-        batch = lay_out(rows, self.tables, config=self.config, dtype=torch.bfloat16, device=CPU)
+        return lay_out(rows, self.tables, config=self.config, dtype=torch.bfloat16, device=CPU)
+
+    def step(self, *parts: tuple[int, int, int]) -> list[torch.Tensor]:
+        """The outputs of rows ``(sequence, start, end)`` computed together."""
         x = torch.cat([self.x[n][start:end] for n, start, end in parts])
-        y = self.fused.forward(x, batch, self.cache)
+        y = self.fused.forward(x, self.batch(*parts), {0: self.cache})
         return list(torch.split(y, [end - start for _, start, end in parts]))
 
     def chunks(self, n: int, size: int) -> torch.Tensor:
@@ -192,11 +210,27 @@ def test_attention_does_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(torch.cat(several), torch.cat(alone))
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_parts_in_one_call_are_the_same_one_after_the_other(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    sequences, others = Sequences([40]), Sequences([40], form="rows-int8")
+    feeding, dense = Feeding(moe("rows")), Feeding(network("rows-int4"))
+    every = [sequences.part, feeding.part, others.part, dense.part]
+    step = sequences.batch((0, 0, 33)), {0: sequences.cache, 1: others.cache}
+    x = sequences.x[0][:33]
+    one_by_one = x
+    for layer_id, part in zip((0, 0, 1, 1), every, strict=True):
+        one_by_one = FusedParts([(layer_id, part)]).forward(one_by_one, *step)
+    together = FusedParts(list(zip((0, 0, 1, 1), every, strict=True))).forward(x, *step)
+    torch.set_num_threads(1)
+    assert torch.equal(together, one_by_one)
+
+
 def test_other_weights_and_sizes_are_left_to_the_parts() -> None:
     norm = random(CONFIG.dim)
     plain = FeedForward(w13=plain_linear(random(192, 64)), w2=plain_linear(random(64, 96)))
-    assert fuse_feed_forward(plain, norm, 1e-5) is None
+    assert feed_forward_part(plain, norm, 1e-5) is None
     attention = Attention(
         CONFIG, wqkv=plain_linear(random(320, 64)), wo=plain_linear(random(64, 192))
     )
-    assert fuse_attention(attention, CONFIG, norm, 1e-5) is None
+    assert attention_part(attention, CONFIG, norm, 1e-5) is None

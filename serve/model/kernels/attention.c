@@ -1,4 +1,4 @@
-/* A whole attention part of a layer over the paged cache, added to its input: one parallel region.
+/* A whole attention part of a layer over the paged cache, added to its input.
  *
  * normalise -> wqkv -> turn and store -> attend -> wo -> add
  *
@@ -7,7 +7,7 @@
  * nothing changes no bit of them. So the result does not depend on the other queries of the step, nor
  * on the step in which a key was computed, nor on where its block lies.
  */
-#include "kernels.h"
+#include "layers.h"
 
 #include <omp.h>
 
@@ -15,27 +15,6 @@
 #define KEY_BLOCKS (KEYS / OUTPUTS)
 #define QUERY_ROWS 168 /* queries times heads that take a stretch of keys together, or one query */
 #define NOTHING (-1e30f)
-
-typedef struct {
-    const uint16_t *norm;
-    const matrix *wqkv, *wo;
-    long dim, n_heads, n_kv_heads, head_dim, window, block_tokens; /* window 0: all keys are seen */
-    float eps;
-} attention;
-
-/* One row of the step. */
-typedef struct {
-    int64_t first, num_tokens, position, block_ids; /* the latter: where its own begin */
-} span;
-
-typedef struct {
-    const float *rotations; /* [T][head_dim]: cosine and sine of every pair */
-    const int64_t *slots; /* [T] */
-    const span *spans;
-    const int64_t *block_ids;
-    uint16_t *keys, *values; /* [slots][n_kv_heads][head_dim] */
-    long num_tokens, num_spans;
-} batch;
 
 /* What one thread needs to attend. */
 typedef struct {
@@ -79,11 +58,11 @@ static void turn(uint16_t *heads, const float *rotations, long num_heads, long h
     }
 }
 
-static void turn_and_store(const attention *l, const batch *b, long token, uint16_t *qkv) {
+static void turn_and_store(const attention *l, const batch *b, const cache *c, long token, uint16_t *qkv) {
     const long width = l->n_kv_heads * l->head_dim, queries = l->n_heads * l->head_dim;
     turn(qkv, b->rotations + token * l->head_dim, l->n_heads + l->n_kv_heads, l->head_dim);
-    memcpy(b->keys + b->slots[token] * width, qkv + queries, 2 * width);
-    memcpy(b->values + b->slots[token] * width, qkv + queries + width, 2 * width);
+    memcpy(c->keys + b->slots[token] * width, qkv + queries, 2 * width);
+    memcpy(c->values + b->slots[token] * width, qkv + queries + width, 2 * width);
 }
 
 /* Where the key of a position lies, beside those of the other heads. */
@@ -92,8 +71,8 @@ INLINE long slot(const attention *l, const batch *b, const span *s, long positio
 }
 
 /* Keys and values of the positions first .. first + 64 into blocks; those from `end` on are zero. */
-static void fetch(const attention *l, const batch *b, const span *s, long head, long first, long begin, long end,
-                  room *r) {
+static void fetch(const attention *l, const batch *b, const cache *c, const span *s, long head, long first, long begin,
+                  long end, room *r) {
     const long head_dim = l->head_dim, width = l->n_kv_heads * head_dim, at = head * head_dim;
     static const uint16_t zeros[1024];
     const uint16_t *keys[KEYS], *values[KEYS];
@@ -101,8 +80,8 @@ static void fetch(const attention *l, const batch *b, const span *s, long head, 
         const long position = first + i;
         const int is_there = position >= begin && position < end;
         const long place = is_there ? slot(l, b, s, position) * width + at : 0;
-        keys[i] = is_there ? b->keys + place : zeros;
-        values[i] = is_there ? b->values + place : zeros;
+        keys[i] = is_there ? c->keys + place : zeros;
+        values[i] = is_there ? c->values + place : zeros;
     }
     for (long i = 0; i < KEYS; i += 16)
         for (long j = 0; j < head_dim / 2; j += 16) {
@@ -194,8 +173,8 @@ static void weigh_tile(const room *r, const tile *t, long head_dim) {
 }
 
 /* The queries first .. first + num of a span, those heads that share one of the KV heads. */
-static void attend(const attention *l, const batch *b, const span *s, long first, long num, long head,
-                   const uint16_t *qkv, uint16_t *out, const room *r) {
+static void attend_some(const attention *l, const batch *b, const cache *c, const span *s, long first, long num,
+                        long head, const uint16_t *qkv, uint16_t *out, const room *r) {
     const long head_dim = l->head_dim, group = l->n_heads / l->n_kv_heads, rows = num * group;
     const matrix queries_as_inputs = {.k = head_dim}, chances_as_inputs = {.k = KEYS};
     const long tiles = num_tiles(&queries_as_inputs, rows);
@@ -220,7 +199,7 @@ static void attend(const attention *l, const batch *b, const span *s, long first
     const long begin = l->window && s->position >= l->window ? s->position - l->window + 1 : 0;
     long key = l->window && position >= l->window ? (position - l->window + 1) / KEYS * KEYS : 0;
     for (; key < position + num; key += KEYS) {
-        fetch(l, b, s, head, key, begin, end, (room *)r);
+        fetch(l, b, c, s, head, key, begin, end, (room *)r);
         for (long t = 0; t < tiles; t++) {
             uint16_t chances[MOST_ROWS][KEYS];
             const uint16_t *each[MOST_ROWS];
@@ -244,7 +223,7 @@ static void attend(const attention *l, const batch *b, const span *s, long first
     }
 }
 
-/* y = w times x for all rows, or out = x + that where `added` is given; inside a parallel region. */
+/* y = w times x for all rows, or y = added + that, which may be y. */
 static void multiply(const matrix *w, const uint16_t *x, long m, tile *tiles, float *floats, const uint16_t *added,
                      uint16_t *y, long *taken, int num_threads) {
     const long count = num_tiles(w, m), blocks = num_blocks(w);
@@ -259,65 +238,84 @@ static void multiply(const matrix *w, const uint16_t *x, long m, tile *tiles, fl
         for (; b < end; b++)
             for (long t = 0; t < count; t++) {
                 const long at = tiles[t].first * w->n + b * OUTPUTS;
-                multiply_tile(w, b, tiles + t, y + at, w->n);
-                for (int i = 0; added && i < tiles[t].rows; i++)
-                    for (long o = at + i * w->n; o < at + i * w->n + OUTPUTS; o += 16)
-                        narrow16(y + o, _mm512_add_ps(widen(added + o), widen(y + o)));
+                if (!added) {
+                    multiply_tile(w, b, tiles + t, y + at, w->n);
+                    continue;
+                }
+                uint16_t products[MOST_ROWS][OUTPUTS];
+                multiply_tile(w, b, tiles + t, products[0], OUTPUTS);
+                for (int i = 0; i < tiles[t].rows; i++)
+                    for (long o = 0; o < OUTPUTS; o += 16) {
+                        __m512 sum = _mm512_add_ps(widen(added + at + i * w->n + o), widen(products[i] + o));
+                        narrow16(y + at + i * w->n + o, sum);
+                    }
             }
 #pragma omp barrier
 }
 
-/* out[T][dim] = x + the layer's output; the step's keys and values are in the cache afterwards. Returns
- * the bytes of scratch space that it takes, and does nothing else where there is none. dim and head_dim
- * are multiples of 32, head_dim at most 1024. */
-long magnetar_attention(const attention *l, const batch *b, const uint16_t *x, uint16_t *out, char *scratch,
-                        int num_threads) {
-    const long num_tokens = b->num_tokens, num = num_tokens ? num_tokens : 1;
-    const long width = l->n_heads * l->head_dim, group = l->n_heads / l->n_kv_heads;
-    const long floats_per_row =
-        row_floats(l->wqkv) > row_floats(l->wo) ? row_floats(l->wqkv) : row_floats(l->wo);
-    long taken = 0;
-    uint16_t *normed = take(scratch, &taken, 2 * num * l->dim);
-    uint16_t *qkv = take(scratch, &taken, 2 * num * l->wqkv->n);
-    uint16_t *attended = take(scratch, &taken, 2 * num * width);
-    tile *tiles = take(scratch, &taken, num * sizeof(tile));
-    float *floats = take(scratch, &taken, num * floats_per_row * sizeof(float));
+typedef struct {
+    uint16_t *normed, *qkv, *attended; /* of tokens */
+    tile *tiles;
+    float *floats;
+    long *in_taken, *out_taken, *item_spans; /* items of work: some queries of a span and one KV head each */
+    char *rooms;
+} work;
+
+static long lay_out_work(const attention *l, long num_tokens, int num_threads, char *scratch, work *w) {
+    const long floats = row_floats(l->wqkv) > row_floats(l->wo) ? row_floats(l->wqkv) : row_floats(l->wo);
     room none;
-    const long room_bytes = lay_out_room(l, NULL, &none);
-    char *rooms = take(scratch, &taken, num_threads * room_bytes);
-    /* Items of work: some queries of a span and one KV head each. */
-    const long queries = most_rows(l) / group;
-    long items = 0;
-    for (long s = 0; scratch && s < b->num_spans; s++)
-        items += (b->spans[s].num_tokens + queries - 1) / queries * l->n_kv_heads;
-    long *item_spans = take(scratch, &taken, 2 * num * l->n_kv_heads * sizeof(long));
-    if (!scratch || !num_tokens) return taken;
-    for (long s = 0, i = 0; s < b->num_spans; s++)
-        for (long q = 0; q < b->spans[s].num_tokens; q += queries)
-            for (long h = 0; h < l->n_kv_heads; h++, i++) {
-                item_spans[2 * i] = s;
-                item_spans[2 * i + 1] = q * l->n_kv_heads + h;
-            }
-    long in_taken = 0, out_taken = 0;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-    {
-#pragma omp for schedule(static)
-        for (long t = 0; t < num_tokens; t++)
-            normalise(x + t * l->dim, l->norm, normed + t * l->dim, l->dim, l->eps);
-        multiply(l->wqkv, normed, num_tokens, tiles, floats, NULL, qkv, &in_taken, num_threads);
-#pragma omp for schedule(static)
-        for (long t = 0; t < num_tokens; t++) turn_and_store(l, b, t, qkv + t * l->wqkv->n);
-        room own;
-        lay_out_room(l, rooms + omp_get_thread_num() * room_bytes, &own);
-#pragma omp for schedule(dynamic)
-        for (long i = 0; i < items; i++) {
-            /* The last queries have the most keys: they begin. */
-            const long *item = item_spans + 2 * (items - 1 - i);
-            const span *s = b->spans + item[0];
-            const long first = item[1] / l->n_kv_heads, left = s->num_tokens - first;
-            attend(l, b, s, first, left < queries ? left : queries, item[1] % l->n_kv_heads, qkv, attended, &own);
-        }
-        multiply(l->wo, attended, num_tokens, tiles, floats, x, out, &out_taken, num_threads);
-    }
+    long taken = 0;
+    w->in_taken = take(scratch, &taken, sizeof(long));
+    w->out_taken = take(scratch, &taken, sizeof(long));
+    w->normed = take(scratch, &taken, 2 * num_tokens * l->dim);
+    w->qkv = take(scratch, &taken, 2 * num_tokens * l->wqkv->n);
+    w->attended = take(scratch, &taken, 2 * num_tokens * l->n_heads * l->head_dim);
+    w->tiles = take(scratch, &taken, num_tokens * sizeof(tile));
+    w->floats = take(scratch, &taken, num_tokens * floats * sizeof(float));
+    w->item_spans = take(scratch, &taken, 2 * num_tokens * l->n_kv_heads * sizeof(long));
+    w->rooms = take(scratch, &taken, num_threads * lay_out_room(l, NULL, &none));
     return taken;
+}
+
+long attention_bytes(const attention *l, long num_tokens, int num_threads) {
+    work w;
+    return lay_out_work(l, num_tokens, num_threads, NULL, &w);
+}
+
+void attend(const attention *l, const batch *b, const cache *c, const uint16_t *x, uint16_t *out, char *scratch,
+            int num_threads) {
+    const long num_tokens = b->num_tokens, queries = most_rows(l) / (l->n_heads / l->n_kv_heads);
+    work w;
+    room own;
+    lay_out_work(l, num_tokens, num_threads, scratch, &w);
+    lay_out_room(l, w.rooms + omp_get_thread_num() * lay_out_room(l, NULL, &own), &own);
+    long items = 0;
+    for (long s = 0; s < b->num_spans; s++)
+        items += (b->spans[s].num_tokens + queries - 1) / queries * l->n_kv_heads;
+#pragma omp single nowait
+    {
+        *w.in_taken = *w.out_taken = 0;
+        for (long s = 0, i = 0; s < b->num_spans; s++)
+            for (long q = 0; q < b->spans[s].num_tokens; q += queries)
+                for (long h = 0; h < l->n_kv_heads; h++, i++) {
+                    w.item_spans[2 * i] = s;
+                    w.item_spans[2 * i + 1] = q * l->n_kv_heads + h;
+                }
+    }
+#pragma omp for schedule(static)
+    for (long t = 0; t < num_tokens; t++)
+        normalise(x + t * l->dim, l->norm, w.normed + t * l->dim, l->dim, l->eps);
+    multiply(l->wqkv, w.normed, num_tokens, w.tiles, w.floats, NULL, w.qkv, w.in_taken, num_threads);
+#pragma omp for schedule(static)
+    for (long t = 0; t < num_tokens; t++) turn_and_store(l, b, c, t, w.qkv + t * l->wqkv->n);
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < items; i++) {
+        /* The last queries have the most keys: they begin. */
+        const long *item = w.item_spans + 2 * (items - 1 - i);
+        const span *s = b->spans + item[0];
+        const long first = item[1] / l->n_kv_heads, left = s->num_tokens - first;
+        attend_some(l, b, c, s, first, left < queries ? left : queries, item[1] % l->n_kv_heads, w.qkv, w.attended,
+                    &own);
+    }
+    multiply(l->wo, w.attended, num_tokens, w.tiles, w.floats, x, out, w.out_taken, num_threads);
 }

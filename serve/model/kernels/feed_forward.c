@@ -1,20 +1,12 @@
-/* A whole feed-forward part of a layer, dense or sparse, added to its input: one parallel region.
+/* A whole feed-forward part of a layer, dense or sparse, added to its input.
  *
  * normalise -> route -> sort by expert -> w1 and w3, gated -> w2 -> weighted sum -> add
  *
  * What is rounded to bf16 where is the same as when the parts are called one by one.
  */
-#include "kernels.h"
+#include "layers.h"
 
 #define RUN 4
-
-typedef struct {
-    const uint16_t *norm;
-    const matrix *gate; /* NULL in a dense layer */
-    const matrix *w13, *w2; /* of every expert: w1 lies above w3 */
-    long dim, hidden_dim, num_experts, num_chosen;
-    float eps;
-} feed_forward;
 
 typedef struct {
     uint16_t *normed, *hidden, *outputs; /* of tokens; of assignments, sorted by expert */
@@ -24,13 +16,17 @@ typedef struct {
     long *starts, *in_starts, *out_starts, *active; /* first place and first tile of every expert */
     tile *in_tiles, *out_tiles;
     float *in_floats, *out_floats;
-    long num_active;
+    long *num_active, *in_taken, *out_taken;
 } work;
 
 static long lay_out_work(const feed_forward *l, long num_tokens, char *scratch, work *w) {
     const long places = num_tokens * l->num_chosen, experts = l->num_experts + 1;
     const long tiles = num_tiles(l->w13, places) + num_tiles(l->w2, places) + l->num_experts;
     long taken = 0;
+    w->num_active = take(scratch, &taken, sizeof(long));
+    w->in_taken = take(scratch, &taken, sizeof(long));
+    w->out_taken = take(scratch, &taken, sizeof(long));
+    w->chosen = take(scratch, &taken, places * sizeof(int64_t));
     w->normed = take(scratch, &taken, 2 * num_tokens * l->dim);
     w->hidden = take(scratch, &taken, 2 * places * l->hidden_dim);
     w->outputs = take(scratch, &taken, 2 * places * l->dim);
@@ -78,7 +74,7 @@ static long cut_all(const matrix *w, long start, long count, tile *tiles) {
 static void sort(const feed_forward *l, long num_tokens, work *w) {
     const long num = num_tokens * l->num_chosen;
     long place = 0, in = 0, out = 0;
-    w->num_active = 0;
+    *w->num_active = *w->in_taken = *w->out_taken = 0;
     for (long e = 0; e < l->num_experts; e++) {
         w->starts[e] = place;
         w->in_starts[e] = in;
@@ -90,7 +86,8 @@ static void sort(const feed_forward *l, long num_tokens, work *w) {
             }
         in += cut_all(l->w13, w->starts[e], place - w->starts[e], w->in_tiles + in);
         out += cut_all(l->w2, w->starts[e], place - w->starts[e], w->out_tiles + out);
-        if (place > w->starts[e]) w->active[w->num_active++] = e;
+        if (place > w->starts[e]) w->active[(*w->num_active)++] = e;
+        if (l->counts) l->counts[e] += place - w->starts[e];
     }
     w->starts[l->num_experts] = place;
     w->in_starts[l->num_experts] = in;
@@ -155,38 +152,33 @@ static void add(const feed_forward *l, long token, long column, const uint16_t *
     narrow16(out + at, _mm512_add_ps(widen(x + at), widen(rounded)));
 }
 
-/* out[T][dim] = x + the layer's output, and chosen[T][num_chosen] the experts of every token. Returns
- * the bytes of scratch space that it takes, and does nothing else where there is none. dim a multiple
- * of 16, hidden_dim of 32, num_chosen at most 16. */
-long magnetar_feed_forward(const feed_forward *l, const uint16_t *x, uint16_t *out, int64_t *chosen,
-                           long num_tokens, char *scratch, int num_threads) {
-    work w = {.chosen = chosen};
-    const long bytes = lay_out_work(l, num_tokens, scratch, &w);
-    if (!scratch || !num_tokens) return bytes;
+long feed_forward_bytes(const feed_forward *l, long num_tokens) {
+    work w;
+    return lay_out_work(l, num_tokens, NULL, &w);
+}
+
+void feed(const feed_forward *l, const uint16_t *x, uint16_t *out, long num_tokens, char *scratch, int num_threads) {
+    work w;
+    lay_out_work(l, num_tokens, scratch, &w);
     const long in_runs = (l->hidden_dim / OUTPUTS + RUN - 1) / RUN, out_blocks = num_blocks(l->w2);
-    long in_taken = 0, out_taken = 0;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-    {
 #pragma omp for schedule(static)
-        for (long t = 0; t < num_tokens; t++) {
-            normalise(x + t * l->dim, l->norm, w.normed + t * l->dim, l->dim, l->eps);
-            route(l, t, &w);
-        }
-#pragma omp single
-        sort(l, num_tokens, &w);
-#pragma omp for schedule(static)
-        for (long t = 0; t < w.in_starts[l->num_experts]; t++) fill_in(l, w.in_tiles + t, &w);
-        for (long i, end; take_run(&in_taken, w.num_active * in_runs, num_threads, &i, &end);)
-            for (; i < end; i++) multiply_run(l, w.active[i / in_runs], i % in_runs, &w);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (long t = 0; t < w.out_starts[l->num_experts]; t++) fill_out(l, w.out_tiles + t, &w);
-        for (long i, end; take_run(&out_taken, w.num_active * out_blocks, num_threads, &i, &end);)
-            for (; i < end; i++) multiply_w2(l, w.active[i / out_blocks], i % out_blocks, &w);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (long i = 0; i < num_tokens * (l->dim / 16); i++)
-            add(l, i / (l->dim / 16), i % (l->dim / 16) * 16, x, out, &w);
+    for (long t = 0; t < num_tokens; t++) {
+        normalise(x + t * l->dim, l->norm, w.normed + t * l->dim, l->dim, l->eps);
+        route(l, t, &w);
     }
-    return bytes;
+#pragma omp single
+    sort(l, num_tokens, &w);
+#pragma omp for schedule(static)
+    for (long t = 0; t < w.in_starts[l->num_experts]; t++) fill_in(l, w.in_tiles + t, &w);
+    for (long i, end; take_run(w.in_taken, *w.num_active * in_runs, num_threads, &i, &end);)
+        for (; i < end; i++) multiply_run(l, w.active[i / in_runs], i % in_runs, &w);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (long t = 0; t < w.out_starts[l->num_experts]; t++) fill_out(l, w.out_tiles + t, &w);
+    for (long i, end; take_run(w.out_taken, *w.num_active * out_blocks, num_threads, &i, &end);)
+        for (; i < end; i++) multiply_w2(l, w.active[i / out_blocks], i % out_blocks, &w);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (long i = 0; i < num_tokens * (l->dim / 16); i++)
+        add(l, i / (l->dim / 16), i % (l->dim / 16) * 16, x, out, &w);
 }
