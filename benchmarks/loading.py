@@ -35,7 +35,8 @@ from magnetar.fetcher.fetch import Fetch
 from magnetar.fetcher.file_bytes import read_exactly
 from magnetar.fetcher.piece_map import ByteRange
 from magnetar.fetcher.progress import Progress
-from magnetar.fetcher.store import Record, Store
+from magnetar.fetcher.record import Record
+from magnetar.fetcher.store import Store
 from magnetar.fetcher.tensors import TensorEntry
 from magnetar.tests.seeder import seeding
 

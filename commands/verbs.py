@@ -93,7 +93,8 @@ def fetch(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
 
 def verify(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Reads every byte of a release again; what is bad or missing of a torrent is fetched."""
-    from ..fetcher.store import Record, Store
+    from ..fetcher.record import Record
+    from ..fetcher.store import Store
 
     source, store = _source(args, console), Store(_store(args))
     with fetching(source, store.root, console, stop) as fetch:
@@ -117,7 +118,7 @@ def seed(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
     folder = Path(args.folder).expanduser()
     if not folder.is_dir():
         raise NotFoundError(f"there is no folder {args.folder!r}: check the path")
-    from ..fetcher.store import replace_file
+    from ..fetcher.record import replace_file
     from ..fetcher.torrent.seed import SeedLimits, TorrentKind
     from ..fetcher.torrent.seed import seed as share
 

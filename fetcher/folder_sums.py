@@ -9,7 +9,8 @@ from pathlib import Path
 from .file_bytes import read_exactly
 from .manifest import Manifest, ManifestFile
 from .piece_map import ByteRange
-from .store import Store, fingerprints
+from .record import fingerprints
+from .store import Store
 
 CHUNK_BYTES = 16 << 20
 

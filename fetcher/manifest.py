@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .piece_map import ByteRange
-from .store import Fingerprint, replace_file
+from .record import Fingerprint, replace_file
 
 MANIFEST_VERSION = 1
 

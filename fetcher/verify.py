@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import InterruptedByUserError, ReleaseError, VerifyError
 from .progress import Progress, ProgressSink
-from .store import RecordFile, fingerprints
+from .record import RecordFile, fingerprints
 
 CHUNK_BYTES = 4 << 20
 MAX_BANNER_BYTES = 1 << 20

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from ..layout import Selection
 from ..piece_map import PieceMap
-from ..store import Record, ReleaseFolder, fingerprints
+from ..record import Record, fingerprints
+from ..store import ReleaseFolder
 from ..waves import Waves
 from .metainfo import Metainfo
 from .piece_check import PieceCheck

@@ -11,7 +11,8 @@ from pathlib import Path
 from ...errors import MagnetarError, NotFoundError, ReleaseError, UsageError
 from ..folder_sums import FolderSums
 from ..progress import Progress, ProgressSink
-from ..store import Record, Store, fingerprints, replace_file
+from ..record import Record, fingerprints, replace_file
+from ..store import Store
 from .contacts import shown
 from .create import create_torrent, listing
 from .formats import TorrentFormat

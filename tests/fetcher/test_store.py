@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -6,15 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from magnetar.errors import DownloadError, PreflightError, ReleaseError
-from magnetar.fetcher.store import (
-    Fingerprint,
-    Record,
-    RecordFile,
-    Store,
-    fingerprints,
-    replace_file,
-)
+from magnetar.errors import PreflightError, ReleaseError
+from magnetar.fetcher.record import Record, fingerprints, replace_file
+from magnetar.fetcher.store import Store
 from magnetar.fetcher.torrent.create import create_torrent
 from magnetar.fetcher.torrent.metainfo import Metainfo, parse_metainfo
 
@@ -60,53 +53,6 @@ def test_another_process_is_locked_out_until_this_one_ends(tmp_path: Path) -> No
     place.unlock()
 
 
-def test_a_record_comes_back_as_written(tmp_path: Path) -> None:
-    file = RecordFile(tmp_path / "sub" / "record.json")
-    assert file.read() == Record()
-    record = Record(
-        complete=True,
-        files={"a/b": Fingerprint(size=3, mtime_ns=4)},
-        md5={"a/b": "00"},
-        pieces=frozenset({0, 1, 2, 7, 9, 10}),
-    )
-    file.write(record)
-    assert file.read() == record
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"",
-        b"[]",
-        b"null",
-        b"{}",
-        b"\xff",
-        json.dumps({"version": 99}).encode(),
-        *(
-            json.dumps(
-                {"version": 1, "complete": False, "files": {}, "md5": {}, "pieces": pieces}
-            ).encode()
-            for pieces in ("1", "2-1", "-1-2", "0-99999999999", "a-b", 7)
-        ),
-    ],
-)
-def test_an_unreadable_record_counts_as_none(tmp_path: Path, raw: bytes) -> None:
-    (tmp_path / "record.json").write_bytes(raw)
-    assert RecordFile(tmp_path / "record.json").read() == Record()
-
-
-def test_fingerprints_change_with_size_and_time_but_not_with_allocation(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"x")
-    before = fingerprints(tmp_path, ["a", "missing", "a/below"])
-    assert set(before) == {"a"}
-    os.utime(path, ns=(1, before["a"].mtime_ns + 1))
-    assert fingerprints(tmp_path, ["a"]) != before
-    assert Fingerprint(size=1, mtime_ns=1, allocated=0) == Fingerprint(
-        size=1, mtime_ns=1, allocated=4096
-    )
-
-
 def test_keeps_metainfo_only_under_its_own_hash(tmp_path: Path) -> None:
     metainfo = metainfo_of(tmp_path)
     place = Store(tmp_path).release_folder(metainfo.info_hash)
@@ -132,21 +78,6 @@ def test_a_link_out_of_the_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match="leads out"):
         place.refuse_escape(["release/a"])
     place.refuse_escape(["other/a"])
-
-
-def test_replacing_a_file_leaves_no_draft_behind(tmp_path: Path) -> None:
-    replace_file(tmp_path / "a" / "f", b"1")
-    replace_file(tmp_path / "a" / "f", b"2")
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["f"]
-    assert (tmp_path / "a" / "f").read_bytes() == b"2"
-
-
-def test_replacing_says_why_the_disk_did_not_take_it(tmp_path: Path) -> None:
-    (tmp_path / "f").mkdir()
-    (tmp_path / "f" / "inside").touch()
-    with pytest.raises(DownloadError, match="could not be written"):
-        replace_file(tmp_path / "f", b"1")
-    assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
 def test_lists_its_releases_and_whether_they_are_complete(tmp_path: Path) -> None:

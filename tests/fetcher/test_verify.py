@@ -7,7 +7,7 @@ import pytest
 from magnetar.errors import InterruptedByUserError, ReleaseError, VerifyError
 from magnetar.fetcher import verify
 from magnetar.fetcher.progress import Progress
-from magnetar.fetcher.store import RecordFile
+from magnetar.fetcher.record import RecordFile
 from magnetar.fetcher.verify import check_release_sums, parse_release_sums
 
 PTH, TOKENIZER = "1faa9bc9b20fcfe81fcd4eb7166a79e6", "37974873eb68a7ab30c4912fc36264ae"
