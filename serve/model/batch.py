@@ -19,7 +19,7 @@ from ..engine.step import StepRow
 from .rope import rotations
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Span:
     """One row of a step: which tokens ask, and which keys they see.
 
@@ -37,9 +37,29 @@ class Span:
     block_ids_B: torch.Tensor | None
     first_slot: int
     num_keys: int
-    mask_QL: torch.Tensor | None = None
-    """Added to the scores; None where every token sees every key, or `is_causal` says it all."""
-    is_causal: bool = False
+    is_causal: bool
+    """The keys begin where the row does, and the window hides none of them."""
+    dtype: torch.dtype
+    device: torch.device
+
+    @functools.cached_property
+    def mask_QL(self) -> torch.Tensor | None:
+        """Added to the scores; None where every token sees every key, or `is_causal` says it all.
+
+        Made when an attention asks, for all layers: some ways need none, and deep in a prompt it is
+        the largest thing of a step.
+        """
+        if self.num_tokens == 1 or self.is_causal:
+            return None
+        end_position = self.position + self.num_tokens
+        positions_Q = torch.arange(self.position, end_position, device=self.device)
+        queries_Q1 = positions_Q.unsqueeze(1)
+        keys_L = torch.arange(end_position - self.num_keys, end_position, device=self.device)
+        hidden_QL = keys_L > queries_Q1
+        if self.window is not None:
+            hidden_QL |= keys_L <= queries_Q1 - self.window
+        mask_QL = torch.zeros(hidden_QL.shape, dtype=self.dtype, device=self.device)
+        return mask_QL.masked_fill_(hidden_QL, float("-inf"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,10 +171,6 @@ def _span(
     # Blocks that lie side by side are read in place: at 512 keys a gather cost half as much as
     # the attention itself.
     side_by_side = list(block_ids) == list(range(block_ids[0], block_ids[0] + len(block_ids)))
-    is_causal = num_tokens > 1 and row.position == 0 and (window is None or num_tokens <= window)
-    mask_QL = None
-    if num_tokens > 1 and not is_causal:
-        mask_QL = _mask(row.position, end_position, first_position, window, dtype, device)
     return Span(
         start=start,
         num_tokens=num_tokens,
@@ -163,24 +179,7 @@ def _span(
         block_ids_B=None if side_by_side else torch.tensor(block_ids, device=device),
         first_slot=offset + (block_ids[0] * KV_BLOCK_TOKENS if side_by_side else 0),
         num_keys=end_position - first_position,
-        mask_QL=mask_QL,
-        is_causal=is_causal,
+        is_causal=num_tokens > 1 and row.position == 0 and (window is None or num_tokens <= window),
+        dtype=dtype,
+        device=device,
     )
-
-
-def _mask(
-    position: int,
-    end_position: int,
-    first_position: int,
-    window: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor:
-    """0 where a token sees a key, -inf elsewhere. A window counts the token itself."""
-    queries_Q1 = torch.arange(position, end_position, device=device).unsqueeze(1)
-    keys_L = torch.arange(first_position, end_position, device=device)
-    hidden_QL = keys_L > queries_Q1
-    if window is not None:
-        hidden_QL |= keys_L <= queries_Q1 - window
-    mask_QL = torch.zeros(hidden_QL.shape, dtype=dtype, device=device)
-    return mask_QL.masked_fill_(hidden_QL, float("-inf"))

@@ -90,7 +90,20 @@ def span(position: int, num_tokens: int, num_keys: int, window: int | None = Non
         block_ids_B=None,
         first_slot=0,
         num_keys=num_keys,
+        is_causal=False,
+        dtype=torch.float32,
+        device=CPU,
     )
+
+
+def test_attention_makes_no_mask_of_a_chunk_and_all_that_came_before() -> None:
+    num_keys = 2 * STRETCH
+    q, k = randn(9, HEADS, HEAD_DIM), randn(num_keys, KV_HEADS, HEAD_DIM)
+    deep = span(num_keys - 9, 9, num_keys)
+    attend_in_stretches(q, k, k, deep)
+    assert "mask_QL" not in vars(deep)
+    assert deep.mask_QL is not None
+    assert "mask_QL" in vars(deep)
 
 
 @pytest.mark.parametrize("window", [None, 5, 300])
