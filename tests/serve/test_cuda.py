@@ -90,8 +90,14 @@ def stage_of(config: ModelConfig, source: FakeSource | MemorySource, **options: 
     )
 
 
+@pytest.fixture(scope="module")
+def _tried_kernels() -> None:
+    """The kernels of this machine try themselves once, on numbers that are there."""
+    stage_of(SPARSE, MemorySource(random_tensors(SPARSE)), dtype="bf16", device="cpu")
+
+
 @pytest.fixture
-def _fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fake_cuda(_tried_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a fake card cannot do: tell numbers, and copy in a build without CUDA."""
     # In such a build the method asks for a device guard that is not there; the operator under it
     # does not. Inference mode hides the copies to the device from the fake mode, so the pass runs
