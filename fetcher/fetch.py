@@ -16,6 +16,7 @@ from .piece_map import ByteRange, PieceMap
 from .progress import Phase, Progress, ProgressSink
 from .store import Store
 from .torrent.connection import Connection, Sources
+from .torrent.lending import Lender
 from .torrent.libtorrent_session import LibtorrentSession
 from .torrent.metainfo import Metainfo
 from .torrent.session import SessionSettings, TorrentSession
@@ -98,7 +99,7 @@ class Fetch:
 
     @property
     def info_hash(self) -> str | None:
-        """The torrent's: from the start for a magnet, after `metadata` for a .torrent file."""
+        """The torrent's: from the start for a magnet, after `identify` for a .torrent file."""
         return self._source.info_hash if self._source is not None else None
 
     @property
@@ -125,6 +126,22 @@ class Fetch:
         """Makes `received_bytes` and `sent_bytes` exact; takes over a second after `join`."""
         if self._found is not None:
             self._found.count()
+
+    def identify(self) -> str | None:
+        """The info-hash, before `metadata` and without it; None for a folder.
+
+        Raises:
+            NotFoundError: no such .torrent. ReleaseError: it is none.
+        """
+        return self._source.identify() if self._source is not None else None
+
+    def borrow(self, lenders: Iterable[Lender], *, lan_address: str) -> None:
+        """Asks these nodes for what they hold before anybody outside. Before `metadata`.
+
+        `lan_address` is that of this node from which they expect it.
+        """
+        if self._source is not None:
+            self._source.borrow(lenders, lan_address=lan_address)
 
     def adopt(self, torrent: bytes) -> None:
         """Spares `metadata` its search: another node has found this .torrent. Before it.

@@ -3,6 +3,7 @@
 ::
 
     STORE/releases/INFO_HASH/lock          held by the process that works on the release
+                             lent          held by those that give it to other nodes
                              torrent       checked metainfo, info dictionary alone
                              resume        libtorrent's resume data
                              record.json   fingerprints of the files when they were last verified
@@ -53,6 +54,7 @@ class ReleaseFolder:
         self._torrent = root / "torrent"
         self._resume = root / "resume"
         self._lock: int | None = None
+        self._lent: int | None = None
 
     def lock(self) -> None:
         """Takes the release for this process until `unlock`, or until the process ends.
@@ -88,6 +90,32 @@ class ReleaseFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def mark_lent(self) -> None:
+        """Says to `is_lent` of any process, until `unmark_lent`, that others are given this."""
+        if self._lent is None:
+            self._lent = os.open(self.root / "lent", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(self._lent, fcntl.LOCK_SH)
+
+    def unmark_lent(self) -> None:
+        """Takes that back; does nothing when it was not said."""
+        if self._lent is not None:
+            os.close(self._lent)
+            self._lent = None
+
+    def is_lent(self) -> bool:
+        """Whether a process gives this release to other nodes."""
+        try:
+            file = os.open(self.root / "lent", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+        return False
 
     def metainfo(self) -> Metainfo | None:
         """The metainfo saved earlier, if it is there and belongs to this info-hash."""

@@ -20,6 +20,7 @@ from .tensors import MissingRangeError
 from .torrent.connection import Connection
 from .torrent.download import Download
 from .torrent.holding import Holding
+from .torrent.lending import Lender
 from .torrent.metainfo import Metainfo
 from .torrent.pieces import PieceReader
 from .verify import check_release_sums
@@ -42,6 +43,7 @@ class TorrentRelease:
         metainfo: Metainfo,
         selection: Selection,
         connection: Connection,
+        lenders: Iterable[Lender] = (),
         *,
         store: Path,
         on_progress: ProgressSink,
@@ -56,6 +58,7 @@ class TorrentRelease:
         self._connection = connection
         self._holding = Holding(place, metainfo, selection)
         self._download = Download(self._holding, connection)
+        self._download.borrow(lenders)
         self._store = store
         self._on_progress = on_progress
         self._stop = stop

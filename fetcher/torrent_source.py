@@ -1,7 +1,7 @@
 """A magnet link or a .torrent file, and the release that it names in a store."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import NotFoundError, ReleaseError, VerifyError
@@ -10,6 +10,7 @@ from .store import ReleaseFolder, Store
 from .torrent.bencode import decode, encode
 from .torrent.connection import Connection, Sources
 from .torrent.inside import is_inside
+from .torrent.lending import Lender
 from .torrent.magnet import (
     Magnet,
     check_tracker,
@@ -66,6 +67,8 @@ class TorrentSource:
         self._lan_address = lan_address
         self._connect = connect
         self._adopted: Metainfo | None = None
+        self._file: Metainfo | None = None
+        self._lenders: tuple[Lender, ...] = ()
         self._place: ReleaseFolder | None = None
         self._connection: Connection | None = None
 
@@ -74,7 +77,22 @@ class TorrentSource:
         """The torrent's: from the start for a magnet, after `find` for a .torrent file."""
         if self._magnet is not None:
             return self._magnet.info_hash
-        return self._place.info_hash if self._place is not None else None
+        return self._file.info_hash if self._file is not None else None
+
+    def identify(self) -> str:
+        """The info-hash, for which a .torrent file is read.
+
+        Raises:
+            NotFoundError: there is no such file. ReleaseError: it is none.
+        """
+        if self._magnet is not None:
+            return self._magnet.info_hash
+        self._file = self._file or _read_torrent_file(Path(self._location))
+        return self._file.info_hash
+
+    def borrow(self, lenders: Iterable[Lender], *, lan_address: str) -> None:
+        """Asks these nodes first, reached from our address `lan_address`; before `find`."""
+        self._lenders, self._lan_address = tuple(lenders), lan_address
 
     def adopt(self, torrent: bytes) -> None:
         """Takes the .torrent that another node found for the same link, in place of a search.
@@ -90,8 +108,10 @@ class TorrentSource:
             )
         self._adopted = metainfo
 
-    def find(self) -> tuple[ReleaseFolder, Metainfo, Selection, Connection]:
-        """The locked place of the release, what is in it, what is wanted of it, and a session.
+    def find(
+        self,
+    ) -> tuple[ReleaseFolder, Metainfo, Selection, Connection, tuple[Lender, ...]]:
+        """The locked place of the release, what is in it and wanted of it, a session, and lenders.
 
         From the .torrent file, the store or the swarm; kept in the store from then on.
 
@@ -99,17 +119,19 @@ class TorrentSource:
             What `Fetch.metadata` raises.
         """
         if self._magnet is None:
-            metainfo = _read_torrent_file(Path(self._location))
+            metainfo = self._file = self._file or _read_torrent_file(Path(self._location))
             place = self._take_place(metainfo.info_hash)
             connection = self._connected(metainfo, is_private=metainfo.is_private)
         else:
             place = self._take_place(self._magnet.info_hash)
+            for lender in self._lenders[:1]:
+                self.adopt(lender.torrent)
             known = place.metainfo() or self._adopted
             connection = self._connected(
                 self._magnet, is_private=known is not None and known.is_private
             )
             metainfo = known or _ask_swarm(self._magnet, place, connection)
-        return place, metainfo, _accepted(place, metainfo), connection
+        return place, metainfo, _accepted(place, metainfo), connection, self._lenders
 
     def close(self) -> None:
         """Ends the session and unlocks the store. May be called twice."""

@@ -17,6 +17,7 @@ from ...fetcher.ownership import Member, Role
 from ...fetcher.piece_map import ByteRange
 from ...fetcher.progress import Progress
 from ...fetcher.store import Store
+from ...fetcher.torrent.lending import Lender, Lending
 from ..inventory.inventory import probe_node
 from ..plan import Node
 from ..spec import SourceSpec
@@ -54,6 +55,9 @@ class NodeAgent:
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._fetch: Fetch | None = None
+        self._has_metadata = False
+        self._lendings: dict[str, Lending] = {}
+        self._lending_lock = threading.Lock()
 
     def inventory(self, info_hash: str | None) -> Node:
         """This machine, with the bytes that its store holds of the release."""
@@ -71,31 +75,32 @@ class NodeAgent:
         )
         return replace(node, held_bytes=next(held, 0))
 
-    def metadata(self, source: SourceSpec, torrent: bytes | None = None) -> str | None:
+    def identify(self, source: SourceSpec) -> str | None:
+        """The info-hash of a release, which nobody is asked for; None for a plain folder."""
+        return self._run(lambda: self._fetch_of(source).identify())
+
+    def metadata(
+        self,
+        source: SourceSpec,
+        torrent: bytes | None = None,
+        lenders: tuple[Lender, ...] = (),
+    ) -> str | None:
         """Learn what the release consists of; its info-hash, None for a plain folder.
 
-        `torrent` is what the agent of another node found.
+        `torrent` is what the agent of another node found. `lenders` are asked before anybody
+        outside.
         """
 
         def work() -> str | None:
-            if self._fetch is None:
-                self._fetch = Fetch(
-                    kind=source.kind,
-                    location=source.location,
-                    store=self._store,
-                    peers=source.peers,
-                    trackers=source.trackers,
-                    web_seeds=source.web_seeds,
-                    timeout_s=source.timeout_s,
-                    on_progress=self._publish,
-                    stop=self._stop,
-                    node=self._host,
-                    lan_address=self._lan_address,
-                )
+            fetch = self._fetch_of(source)
+            if not self._has_metadata:
                 if torrent is not None:
-                    self._fetch.adopt(torrent)
-                self._fetch.metadata()
-            return self._fetch.info_hash
+                    fetch.adopt(torrent)
+                if lenders:
+                    fetch.borrow(lenders, lan_address=self._address)
+                fetch.metadata()
+                self._has_metadata = True
+            return fetch.info_hash
 
         return self._run(work)
 
@@ -183,15 +188,47 @@ class NodeAgent:
 
         return self._run(work)
 
-    def close(self) -> None:
+    def end_fetch(self) -> None:
         """End the fetch and keep what resumes it; fine if there is none."""
 
         def work() -> None:
             fetch, self._fetch = self._fetch, None
+            self._has_metadata = False
             if fetch is not None:
                 fetch.close()
 
         self._run(work)
+
+    def lend(self, info_hash: str, to: tuple[str, ...]) -> Lender | None:
+        """Let nodes with these addresses have what this node's store holds of a release.
+
+        None where it holds nothing that is known to be right, as while it is being fetched.
+        """
+        with self._lending_lock:
+            if self._stop.is_set():
+                return None
+            lending = self._lendings.get(info_hash)
+            if lending is None or not lending.is_current():
+                place = Store(self._store).release_folder(info_hash)
+                newer = Lending.open(place, host=self._host, address=self._address)
+                if newer is not None:
+                    if lending is not None:
+                        lending.close()
+                    lending = self._lendings[info_hash] = newer
+            if lending is None:
+                return None
+            lending.admit(to)
+            return lending.lender
+
+    def close(self) -> None:
+        """End the fetch as `end_fetch` does, and all that is lent."""
+        try:
+            self.end_fetch()
+        finally:
+            with self._lending_lock:
+                for lending in self._lendings.values():
+                    lending.close()
+                self._lendings.clear()
 
     def stop(self) -> None:
         """Make the method that is running raise InterruptedByUserError, and all later ones."""
@@ -200,6 +237,23 @@ class NodeAgent:
     def progress(self, cursor: int) -> tuple[tuple[Progress, ...], int]:
         """What is new since `cursor`, and the next cursor."""
         return self._board.since(cursor)
+
+    def _fetch_of(self, source: SourceSpec) -> Fetch:
+        if self._fetch is None:
+            self._fetch = Fetch(
+                kind=source.kind,
+                location=source.location,
+                store=self._store,
+                peers=source.peers,
+                trackers=source.trackers,
+                web_seeds=source.web_seeds,
+                timeout_s=source.timeout_s,
+                on_progress=self._publish,
+                stop=self._stop,
+                node=self._host,
+                lan_address=self._lan_address,
+            )
+        return self._fetch
 
     def _publish(self, progress: Progress) -> None:
         self._board.publish(replace(progress, node=self._host))

@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from ...fetcher.checkpoint.release import ReleaseFacts, facts_from_json
+from ...fetcher.ownership import Member
 from ...fetcher.piece_map import ByteRange
 from ...fetcher.progress import ProgressSink
+from ...fetcher.torrent.lending import Lender
 from ..inventory.link_cache import remembered_links
 from ..plan import Inventory
 from ..runtime.ray_calls import call, gather
@@ -15,6 +17,7 @@ from ..spec import SourceSpec
 from .agent import NodeAgent
 from .arrivals import agent_name
 from .foreman import Foreman
+from .lenders import find_lenders
 from .status import FetchedShare
 
 START_TIMEOUT_S: Final = 120.0
@@ -39,7 +42,11 @@ class AgentGroup:
     ) -> None:
         import ray
 
+        self._deployment = deployment
         self._home = home
+        self._addresses = tuple(node.address for node in nodes)
+        self._info_hash: str | None = None
+        self._lenders: Mapping[str, Lender] = {}
         self._on_progress = on_progress
         self._stop = stop
         self._foreman: Foreman | None = None
@@ -66,7 +73,11 @@ class AgentGroup:
     def read_facts(self, source: SourceSpec) -> tuple[ReleaseFacts, str | None]:
         """What the release is and its info-hash, learnt by the agent of the home node."""
         lead = self._agents[self._home]
-        info_hash = self._all({self._home: lead.metadata.remote(source)})[self._home]
+        self._info_hash = self._all({self._home: lead.identify.remote(source)})[self._home]
+        self._look_for_lenders([self._home])
+        lenders = tuple(self._lenders.values())
+        answer = lead.metadata.remote(source, None, lenders)
+        info_hash = self._all({self._home: answer})[self._home]
         facts = self._all({self._home: lead.facts.remote(source.given, source.known)})
         return facts_from_json(facts[self._home]), info_hash
 
@@ -84,7 +95,11 @@ class AgentGroup:
             # Some nodes may have no way out to ask for it, and none needs to ask again.
             lead = self._agents[self._home]
             torrent = self._all({self._home: lead.torrent.remote()})[self._home]
-        self._all({host: self._agents[host].metadata.remote(source, torrent) for host in hosts})
+        self._look_for_lenders(hosts)
+        lenders = tuple(self._lenders.values())
+        self._all(
+            {host: self._agents[host].metadata.remote(source, torrent, lenders) for host in hosts}
+        )
 
     def restrict(self, shares: Mapping[str, tuple[ByteRange, ...] | None]) -> None:
         """Let each host want these bytes of the weights alone; None: the whole release."""
@@ -109,7 +124,16 @@ class AgentGroup:
 
         `wan_mbps` is how fast hosts get bytes from outside, where that is known; 0: not at all.
         """
-        self._foreman = Foreman(self._crew, wan_mbps=wan_mbps)
+
+        def lenders() -> list[Member]:
+            """Those of the members' that are still there."""
+            if known := self._lenders:
+                self._look_for_lenders(hosts)
+                there = {lender.address for lender in self._lenders.values()}
+                self._lenders = {n: each for n, each in known.items() if each.address in there}
+            return [lender.member() for lender in self._lenders.values()]
+
+        self._foreman = Foreman(self._crew, wan_mbps=wan_mbps, lenders=lenders)
         self._foreman.divide(self._crew("join", dict.fromkeys(hosts, ())))
 
     def download(self, hosts: Sequence[str]) -> None:
@@ -137,9 +161,9 @@ class AgentGroup:
             self._all({host: self._agents[host].fetched.remote() for host in hosts}).values()
         )
 
-    def close_fetches(self) -> None:
-        """End all fetches and keep what resumes them."""
-        self._all({host: agent.close.remote() for host, agent in self._agents.items()})
+    def end_fetches(self) -> None:
+        """End all fetches and keep what resumes them; what is there is lent to whoever asks."""
+        self._all({host: agent.end_fetch.remote() for host, agent in self._agents.items()})
 
     def interrupt(self) -> None:
         """Make whatever the agents are doing end with InterruptedByUserError, soon."""
@@ -157,6 +181,12 @@ class AgentGroup:
         for agent in self._agents.values():
             ray.kill(agent)
         self._agents = {}
+
+    def _look_for_lenders(self, fetching: Sequence[str]) -> None:
+        """Nodes that hold the release, of all deployments, but for those of ours that fetch it."""
+        if self._info_hash is not None:
+            ours = [agent_name(self._deployment, host) for host in fetching]
+            self._lenders = find_lenders(self._info_hash, self._addresses, but=ours)
 
     def _crew(self, method: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
         """A `Crew`; one that dies ends the deployment."""

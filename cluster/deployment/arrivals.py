@@ -12,12 +12,13 @@ from ..runtime.ray_runtime import NAMESPACE
 
 WAIT_S: Final = 1.0
 """For one answer; a call occupies a thread of the agent meanwhile."""
+AGENT_PART: Final = "/agent/"
 _WHO: Final = "the agent of this node"
 
 
 def agent_name(deployment: str, host: str) -> str:
     """The name under which Ray knows the agent of a node."""
-    return f"{deployment}/agent/{host}"
+    return f"{deployment}{AGENT_PART}{host}"
 
 
 class AgentArrivals:

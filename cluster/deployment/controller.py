@@ -147,7 +147,7 @@ class Controller:
         self._change(url=url)
         self._leave("serving", url)
         self._hold("EndpointReady", "Listening", url)
-        self._agents.close_fetches()
+        self._agents.end_fetches()
 
     def _find_place(self) -> tuple[ReleaseFacts, Plan]:
         """Metadata and plan. The port is taken first: on the node where it was asked for."""

@@ -1,7 +1,7 @@
 """Divides what the nodes of a cluster fetch together, and anew when one of them fails in it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
@@ -30,11 +30,15 @@ class Foreman:
         crew: Crew,
         *,
         wan_mbps: Mapping[str, float] | None = None,
+        lenders: Callable[[], Sequence[Member]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`wan_mbps` says how fast hosts get bytes from outside, where that is known; 0: not."""
+        """`wan_mbps` says how fast hosts get bytes from outside, where that is known; 0: not.
+        `lenders` are nodes that fetch nothing here and give what they hold, as things are now.
+        """
         self._crew = crew
         self._wan_mbps = wan_mbps or {}
+        self._lenders = lenders
         self._clock = clock
         self._division = Division()
         self._hosts: tuple[str, ...] = ()
@@ -66,7 +70,8 @@ class Foreman:
     def _hand_out(self, members: Mapping[str, Member]) -> None:
         given = [self._as_given(member) for member in members.values()]
         known = self._division.members(given, self._clock())
-        self.roles = assign_roles(known)
+        roles = assign_roles([*known, *self._lenders()])
+        self.roles = {host: roles[host] for host in members}
         self._crew("share", {host: (role,) for host, role in self.roles.items()})
 
     def _as_given(self, member: Member) -> Member:

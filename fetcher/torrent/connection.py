@@ -120,6 +120,7 @@ def _settings(sources: Sources, addresses: tuple[Address, ...]) -> SessionSettin
     is_local_only = bool(addresses) and all(is_local(host) for host, _ in addresses)
     urls = sources.trackers + sources.web_seeds
     reaches_out = sources.dht or not all(map(_is_loopback, urls))
+    is_nobody_outside = not addresses and not urls and not sources.dht
     # A tracker on this network may lie behind another interface than the world.
     asked = (*addresses, *_numeric_hosts(urls))
     listen = own_interfaces(asked, reaches_out=reaches_out).split(",")
@@ -132,7 +133,7 @@ def _settings(sources: Sources, addresses: tuple[Address, ...]) -> SessionSettin
         # Whoever tries uTP while it is shut out goes on for long, and takes us for connected.
         utp=not is_local_only and lan_address is None,
         # Partners know each other by one address, and let nobody else in for a while.
-        leaves_by=(lan_address or "") if is_local_only else "",
+        leaves_by=(lan_address or "") if is_local_only or is_nobody_outside else "",
         # Nobody outside need learn which nodes there are.
         pex=lan_address is None,
         dht=sources.dht,

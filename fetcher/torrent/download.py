@@ -6,7 +6,7 @@ otherwise libtorrent hashes the files again.
 """
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ...errors import DownloadError, MagnetarError
 from ..arrival import Arrival
@@ -17,8 +17,9 @@ from ..waves import Waves
 from .connection import Connection
 from .contacts import shown
 from .holding import Holding
+from .lending import Lender
 from .magnet import split_peer
-from .session import TorrentJob
+from .session import TorrentJob, TorrentStatus
 from .sharing import Sharing
 from .swarm import Swarm
 
@@ -36,6 +37,8 @@ class Download:
         self.arrival = Arrival()
         """What may be read of the files."""
         self._sharing = Sharing()
+        self._lenders: tuple[Lender, ...] = ()
+        self._is_divided = False
         self._have: tuple[bool, ...] = ()
         self._is_open = False
         self._was_done = False
@@ -43,6 +46,10 @@ class Download:
         self._address = ""
         self.hashed_bytes = 0
         """Bytes that were read back from the disk to check their pieces."""
+
+    def borrow(self, lenders: Iterable[Lender]) -> None:
+        """Asks these for what they hold before anybody outside; before all else."""
+        self._lenders = tuple(lenders)
 
     def count(self) -> None:
         """Makes the connection's counts exact; takes over a second after `join`."""
@@ -52,10 +59,10 @@ class Download:
     def fetch_pieces(self, needed: set[int]) -> set[int]:
         """Fetches these pieces and no others; returns all that may be read from the files."""
         swarm = self._open()
-        self._ask_everybody(swarm)
         if any(not self._have[piece] for piece in needed):
             self._was_done = False  # The files change now, by our own hand.
-        status = swarm.fetch(
+        status = self._bring(
+            swarm,
             Waves.of(needed),
             urgent=tuple(piece for piece in sorted(needed) if not self._have[piece]),
             phase="plan",
@@ -77,16 +84,7 @@ class Download:
             self._tell(self._have)
         waves = holding.waves()
         self._was_done = False
-        status = self._sharing.fetch(
-            swarm,
-            waves,
-            phase=phase,
-            doing=holding.metainfo.name,
-            timeout_s=self._connection.timeout_s,
-        )
-        if status is None:
-            self._ask_everybody(swarm)
-            status = swarm.fetch(waves, phase=phase, doing=holding.metainfo.name)
+        status = self._bring(swarm, waves, phase=phase, doing=holding.metainfo.name)
         self._have = tuple(status.have)
         swarm.save_resume_data()
         self._remember(done=True)
@@ -118,8 +116,10 @@ class Download:
 
         Also in the middle of `complete`. After it, `complete` brings what the role owes.
         """
+        self._is_divided = True
         # One of two calls the other: a second connection would be closed, and tried again.
-        called = [partner for partner in role.partners if self._address < partner]
+        lenders = {lender.address for lender in self._lenders}
+        called = [each for each in role.partners if each in lenders or self._address < each]
         self._connection.swarm().join(tuple(map(split_peer, called)))
         self._sharing.give(role)
 
@@ -200,6 +200,10 @@ class Download:
         swarm = self._connection.swarm()
         if self._is_open:
             return swarm
+        if self._lenders:
+            # Nobody outside need hear of us before something is wanted from there.
+            swarm.reach_out(False)
+            swarm.only(split_peer(lender.address)[0] for lender in self._lenders)
         holding = self._holding
         holding.place.data.mkdir(parents=True, exist_ok=True)
         record = holding.place.record.read()
@@ -225,7 +229,41 @@ class Download:
         )
         self._is_open = True
         self._have = tuple(status.have)
+        swarm.join(tuple(split_peer(lender.address) for lender in self._lenders))
         return swarm
+
+    def _bring(
+        self,
+        swarm: Swarm,
+        waves: Waves,
+        *,
+        urgent: tuple[int, ...] = (),
+        phase: Phase,
+        doing: str,
+    ) -> TorrentStatus:
+        """Fetches the waves, by the role if there is one, and first from whoever lends."""
+        if not self._is_divided:
+            self._sharing.give(self._own_role(waves.pieces))
+        status = self._sharing.fetch(
+            swarm, waves, phase=phase, doing=doing, timeout_s=self._connection.timeout_s
+        )
+        if status is None:
+            self._ask_everybody(swarm)
+            status = swarm.fetch(waves, urgent=urgent, phase=phase, doing=doing)
+        return status
+
+    def _own_role(self, wanted: frozenset[int]) -> Role | None:
+        """That of a node alone: what is lent is borrowed, the rest comes from outside."""
+        lent = frozenset().union(*(lender.held for lender in self._lenders))
+        missing = frozenset(piece for piece in wanted if not self._have[piece])
+        if not missing & lent:
+            return None
+        return Role(
+            owned=missing - lent,
+            lent=frozenset(),
+            borrowed=missing & lent,
+            partners=tuple(lender.address for lender in self._lenders),
+        )
 
     def _ask_everybody(self, swarm: Swarm) -> None:
         swarm.reach_out(True)

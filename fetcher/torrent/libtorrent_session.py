@@ -174,6 +174,8 @@ class LibtorrentSession:
         )
 
     def connect(self, peers: Iterable[Address]) -> None:
+        if self._handle is None:
+            return
         for peer in peers:
             self._handle.connect_peer(peer)
 
@@ -325,6 +327,13 @@ class LibtorrentSession:
 
 def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
     category = lt.alert.category_t
+    small = {
+        "alert_queue_size": 1000,
+        "aio_threads": 1,
+        "hashing_threads": 1,
+        "max_queued_disk_bytes": 1 << 20,
+        "file_pool_size": 10,
+    }
     return {
         "alert_mask": category.error_notification
         | category.status_notification
@@ -368,7 +377,7 @@ def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
         "max_failcount": 1000 if settings.seeks else 3,
         "stop_tracker_timeout": 1,
         "user_agent": f"Magnetar libtorrent/{lt.__version__}",
-    }
+    } | (small if settings.is_small else {})
 
 
 def _refuse_disagreement(info: Any, metainfo: Metainfo) -> None:

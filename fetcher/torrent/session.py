@@ -35,6 +35,8 @@ class SessionSettings:
     """Whether peers are told of each other."""
     upload_bytes_per_s: int = WAN_UPLOAD_BYTES_PER_S
     """0: no limit."""
+    is_small: bool = False
+    """It only gives, and mostly waits: few threads and buffers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +229,7 @@ class TorrentSession(Protocol):
         ...
 
     def connect(self, peers: Iterable[Address]) -> None:
-        """Asks these peers (again)."""
+        """Asks these peers (again); of no use before `add`."""
         ...
 
     def only(self, hosts: Iterable[str] | None) -> None:

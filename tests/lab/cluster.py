@@ -10,6 +10,7 @@ from typing import Any
 from magnetar.cluster.deployment.foreman import Foreman
 from magnetar.cluster.spec import SourceSpec
 from magnetar.fetcher.piece_map import ByteRange
+from magnetar.fetcher.torrent.lending import Lender
 
 from .network import Place
 from .node import Node
@@ -29,6 +30,7 @@ class LabCluster:
         self._inside = {node.host: 0.0 for node in nodes if node.place.wan is None}
         self.nodes = {node.host: node for node in nodes}
         self.foreman = Foreman(self._call)
+        self._lenders: tuple[Lender, ...] = ()
         self._counted_before = 0
 
     def prepare(
@@ -37,25 +39,35 @@ class LabCluster:
         shares: Mapping[str, Share],
         *,
         sources: Mapping[str, SourceSpec] | None = None,
+        lenders: tuple[Lender, ...] = (),
     ) -> None:
         """Lets each node learn what the release is from the first, and say what it wants.
 
-        `sources` are those of hosts that know others than `source` names.
+        `sources` are those of hosts that know others than `source` names. `lenders` hold something
+        already.
         """
+        self._lenders = lenders
+        self._counted_before = self._counted()
         first, *others = self.nodes.values()
-        first.call("metadata", source)
+        first.call("metadata", source, None, lenders)
         torrent = first.call("torrent")
         self._call(
             "metadata",
-            {node.host: ((sources or {}).get(node.host, source), torrent) for node in others},
+            {
+                node.host: ((sources or {}).get(node.host, source), torrent, lenders)
+                for node in others
+            },
         )
         for host, share in shares.items():
             self.nodes[host].call("restrict", share)
 
     def divide(self, *, wan_mbps: Mapping[str, float] | None = None) -> None:
-        """Opens the torrents to each other and hands out the work; counts from here."""
-        self.foreman = Foreman(self._call, wan_mbps=self._inside | dict(wan_mbps or {}))
-        self._counted_before = self._counted()
+        """Opens the torrents to each other and hands out the work."""
+        self.foreman = Foreman(
+            self._call,
+            wan_mbps=self._inside | dict(wan_mbps or {}),
+            lenders=lambda: [lender.member() for lender in self._lenders],
+        )
         self.foreman.divide(self.all("join"))
 
     def download(self, meanwhile: Callable[[], None] | None = None) -> None:
@@ -81,7 +93,7 @@ class LabCluster:
         return sum(share.received_bytes - share.sent_bytes for share in fetched)
 
     def counted_bytes(self) -> int | None:
-        """The same since `divide` by the kernel, headers and all; None where it counts nothing."""
+        """The same since `prepare` by the kernel, headers and all; None where it counts nothing."""
         counted = self._counted()
         return counted - self._counted_before if counted else None
 

@@ -169,6 +169,51 @@ def test_a_node_without_a_way_out_gets_everything_from_inside(
     assert weights(tmp_path / "n3", seed)[half:] == (release / WEIGHTS).read_bytes()[half:]
 
 
+def test_a_later_cluster_takes_from_an_earlier_one_what_that_holds(
+    lab: Network, seed: SeedInfo, release: Path, tmp_path: Path
+) -> None:
+    half, everything = WEIGHTS_BYTES // 2, ByteRange(WEIGHTS, 0, WEIGHTS_BYTES)
+    earlier = [lab.host("n1"), lab.host("n2")]
+    later = [lab.host("n3"), lab.host("n4")]
+    with (
+        lab_cluster(earlier, tmp_path) as first,
+        lab_cluster(later, tmp_path) as second,
+    ):
+        first.prepare(
+            source(seed),
+            {"n1": (ByteRange(WEIGHTS, 0, half),), "n2": (ByteRange(WEIGHTS, half // 2, half),)},
+        )
+        first.divide()
+        first.download()
+        first.all("end_fetch")
+        lenders = first.all("lend", seed.info_hash, tuple(place.lan for place in later))
+
+        second.prepare(
+            source(seed),
+            dict.fromkeys(second.nodes, (everything,)),
+            lenders=tuple(lenders.values()),
+        )
+        second.divide()
+        second.download()
+        piece_map = PieceMap.of_torrent(parse_metainfo(seed.torrent), root="release/")
+        held = frozenset().union(*(lender.held for lender in lenders.values()))
+        missing = piece_map.num_bytes(frozenset(range(piece_map.num_pieces)) - held)
+        assert 0.2 * WEIGHTS_BYTES < missing < 0.3 * WEIGHTS_BYTES
+        if (counted := second.counted_bytes()) is not None:
+            assert missing <= counted <= (GOAL + OVERHEAD) * missing
+        # Somebody else comes when all of it is inside, and needs nobody outside any more.
+        second.all("end_fetch")
+        with lab_cluster([lab.host("n5")], tmp_path) as third:
+            to = (third.nodes["n5"].place.lan,)
+            held_now = second.all("lend", seed.info_hash, to)
+            third.prepare(source(seed), {"n5": (everything,)}, lenders=tuple(held_now.values()))
+            third.download()
+            if (counted := third.counted_bytes()) is not None:
+                assert counted < 0.01 * WEIGHTS_BYTES
+    whole = (release / WEIGHTS).read_bytes()
+    assert all(weights(tmp_path / host, seed) == whole for host in ("n3", "n4", "n5"))
+
+
 def test_only_owners_announce_themselves_outside(
     lab: Network, seed: SeedInfo, tmp_path: Path
 ) -> None:

@@ -1,0 +1,181 @@
+"""Giving what a store holds of a release to named hosts, and to nobody else.
+
+A release that is on a disk of the cluster need not cross the network outside again. Whoever holds
+it opens it when it is asked for: a small session that wants nothing, announces nothing and lets
+nobody in who did not ask through the cluster.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from ...errors import PortInUseError
+from ..layout import select_files
+from ..ownership import Member
+from ..store import ReleaseFolder
+from .contacts import shown
+from .holding import Holding
+from .libtorrent_session import LibtorrentSession
+from .session import (
+    Checked,
+    SessionSettings,
+    StorageFailed,
+    TorrentJob,
+    TorrentSession,
+    listening_address,
+)
+
+POLL_S: Final = 1.0
+CHECK_S: Final = 10.0
+"""What is on the disk is on record; a check that takes longer hashes files, and is given up."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lender:
+    """A node that gives what it holds of a release and asks for nothing."""
+
+    host: str
+    address: str
+    """``HOST:PORT`` where it waits for those whom it lets in; it calls nobody."""
+    torrent: bytes
+    """The .torrent."""
+    held: frozenset[int]
+    """Pieces on its disk, verified."""
+
+    def member(self) -> Member:
+        """As a part of a cluster that fetches together, under its address."""
+        return Member(
+            host=self.address,
+            address=self.address,
+            wanted=frozenset(),
+            held=self.held,
+            has_way_out=False,
+        )
+
+
+class Lending:
+    """Gives what is verified of a release in a store, from `open` to `close`; for any thread.
+
+    The release is not locked by it: others may go on fetching into it meanwhile.
+    """
+
+    def __init__(
+        self, session: TorrentSession, holding: Holding, lender: Lender, clock: Callable[[], float]
+    ) -> None:
+        self.lender = lender
+        self._session = session
+        self._holding = holding
+        self._admitted: set[str] = set()
+        self._has_ended = False
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._clock = clock
+        self._thread = threading.Thread(target=self._serve, name="lending")
+        self._thread.start()
+
+    @classmethod
+    def open(
+        cls,
+        place: ReleaseFolder,
+        *,
+        host: str,
+        address: str,
+        session_factory: Callable[[SessionSettings], TorrentSession] = LibtorrentSession,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> "Lending | None":
+        """A session on this IP address of the node `host`; None where nothing can be given."""
+        metainfo, resume = place.metainfo(), place.resume_data()
+        if metainfo is None or resume is None:
+            return None
+        selection = select_files({file.path: file.length for file in metainfo.files})
+        holding = Holding(place, metainfo, selection)
+        if not (verified := holding.verified()):
+            return None
+        session = session_factory(
+            SessionSettings(
+                listen=shown((address, 0)),
+                utp=False,
+                dht=False,
+                seeks=False,
+                leaves_by=address,
+                pex=False,
+                upload_bytes_per_s=0,
+                is_small=True,
+            )
+        )
+        try:
+            session.only(())
+            session.reach_out(False)
+            port = listening_address(session)[1]
+            session.add(
+                TorrentJob(
+                    info_hash=place.info_hash,
+                    save_path=place.data,
+                    metainfo=metainfo,
+                    piece_priorities=[0] * metainfo.num_pieces,
+                    unwanted=frozenset(selection.surplus),
+                    resume=resume,
+                )
+            )
+            held = verified & _checked(session, clock)
+        except PortInUseError as error:
+            logger.warning("%s is not shared with later deployments: %s", metainfo.name, error)
+            held = frozenset()
+        if not held:
+            session.close()
+            return None
+        place.mark_lent()
+        lender = Lender(host=host, address=shown((address, port)), torrent=metainfo.raw, held=held)
+        return cls(session, holding, lender, clock)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload given so far, as read about a second ago."""
+        status = self._session.status()
+        return status.uploaded_bytes if status is not None else 0
+
+    def is_current(self) -> bool:
+        """Whether it still gives, and the store has verified no more since it was opened."""
+        return not self._has_ended and self._holding.verified() <= self.lender.held
+
+    def admit(self, hosts: Iterable[str]) -> None:
+        """Lets in whoever comes from these IP addresses, besides those let in before."""
+        with self._lock:
+            if (new := set(hosts) - self._admitted) and not self._has_ended:
+                self._admitted |= new
+                self._session.only(sorted(self._admitted))
+
+    def close(self) -> None:
+        """Ends the session; may be called twice."""
+        self._over.set()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        try:
+            while not self._over.is_set():
+                for event in self._session.poll(POLL_S):
+                    if isinstance(event, StorageFailed):
+                        name = self._holding.metainfo.name
+                        logger.warning("%s is shared no more: %s", name, event.reason)
+                        return
+        finally:
+            with self._lock:
+                self._has_ended = True
+                self._session.close()
+            self._holding.place.unmark_lent()
+
+
+def _checked(session: TorrentSession, clock: Callable[[], float]) -> frozenset[int]:
+    """The pieces that the session takes for whole; none where it would have to hash them."""
+    until_s, was_checked = clock() + CHECK_S, False
+    while clock() < until_s:
+        was_checked |= any(isinstance(event, Checked) for event in session.poll(0.1))
+        status = session.status()
+        if was_checked and status is not None and status.state == "active":
+            return frozenset(piece for piece, is_there in enumerate(status.have) if is_there)
+    return frozenset()
