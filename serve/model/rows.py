@@ -9,6 +9,7 @@ import torch
 
 from ...cluster.footprint import QUANT_GROUP
 from .compiled import BF16, INT4, INT8, Matrix, compiled_rows
+from .weight_memory import weight_memory
 
 _OUTPUTS = 32
 _BYTES_PER_THREAD = 128 << 10
@@ -73,7 +74,7 @@ def _laid_out(form: int, weight_NK: torch.Tensor, bytes_per_output: int) -> Rows
     num_outputs, num_inputs = weight_NK.shape
     weight_NK = weight_NK.contiguous()
     num_blocks = -(-num_outputs // _OUTPUTS)
-    blocks = torch.empty(num_blocks, _OUTPUTS * bytes_per_output, dtype=torch.uint8)
+    blocks = weight_memory(num_blocks * _OUTPUTS * bytes_per_output).view(num_blocks, -1)
     blocks[-1:].zero_()
     compiled_rows().lay_out(
         form,
