@@ -26,7 +26,7 @@ from .rows import RowsLinear, rows_linear
 
 logger = logging.getLogger(__name__)
 
-_OUTPUTS = 32
+_OUTPUTS, _LANES = 32, 16
 _MOST_HEAD_DIM = 1024
 _SELF_TEST = ModelConfig(
     dim=64,
@@ -106,7 +106,7 @@ def _attention(
     wqkv, wo = attention.wqkv, attention.wo
     if not (isinstance(wqkv, RowsLinear) and isinstance(wo, RowsLinear)):
         return None
-    if config.dim % _OUTPUTS or config.head_dim % _OUTPUTS or config.head_dim > _MOST_HEAD_DIM:
+    if config.dim % _OUTPUTS or config.head_dim % _LANES or config.head_dim > _MOST_HEAD_DIM:
         return None
     about = AttentionPart(
         norm=norm_C.data_ptr(),

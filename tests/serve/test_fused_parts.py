@@ -115,9 +115,14 @@ class Sequences:
     """An attention part and sequences of tokens that it computes in rows of any size."""
 
     def __init__(
-        self, lengths: Sequence[int], *, window: int | None = None, form: str = "rows"
+        self,
+        lengths: Sequence[int],
+        *,
+        window: int | None = None,
+        form: str = "rows",
+        head_dim: int = CONFIG.head_dim,
     ) -> None:
-        self.config = dataclasses.replace(CONFIG, sliding_window=window)
+        self.config = dataclasses.replace(CONFIG, sliding_window=window, head_dim=head_dim)
         width, dim = self.config.head_dim, self.config.dim
         self.wqkv = random(10 * width, dim, seed=3, scale=dim**-0.5)
         self.wo = random(dim, 6 * width, seed=4, scale=dim**-0.5)
@@ -179,6 +184,14 @@ def test_attention_is_the_formula_but_for_rounding(window: int | None, length: i
     sequences = Sequences([length], window=window)
     y = sequences.chunks(0, 80)
     torch.testing.assert_close(y.double(), sequences.exact(0), atol=0.03, rtol=0.02)
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 128])
+def test_heads_may_have_any_multiple_of_16(head_dim: int) -> None:
+    sequences = Sequences([100], head_dim=head_dim)
+    y = sequences.chunks(0, 80)
+    torch.testing.assert_close(y.double(), sequences.exact(0), atol=0.04, rtol=0.02)
+    assert torch.equal(Sequences([100], head_dim=head_dim).chunks(0, 3), y)
 
 
 @pytest.mark.parametrize("window", [None, 40])

@@ -19,7 +19,7 @@
 /* What one thread needs to attend. */
 typedef struct {
     uint32_t *queries, *keys, *values; /* tiles of queries; blocks of keys; blocks of values */
-    float *scores, *sums; /* [rows][KEYS], [rows][head_dim] */
+    float *scores, *sums; /* [rows][KEYS], [rows][padded head_dim] */
     float *largest, *totals, *scales; /* [rows] */
     uint32_t *chances; /* tiles of the exponentials, in bf16 */
 } room;
@@ -29,8 +29,11 @@ static long most_rows(const attention *l) {
     return group > QUERY_ROWS ? group : QUERY_ROWS / group * group;
 }
 
+/* The head dimension in whole blocks; what is beyond it comes to nothing. */
+INLINE long padded(const attention *l) { return (l->head_dim + OUTPUTS - 1) / OUTPUTS * OUTPUTS; }
+
 static long lay_out_room(const attention *l, char *scratch, room *r) {
-    const long rows = most_rows(l), head_dim = l->head_dim;
+    const long rows = most_rows(l), head_dim = padded(l);
     long taken = 0;
     r->queries = take(scratch, &taken, 2 * rows * head_dim);
     r->keys = take(scratch, &taken, 2 * KEYS * head_dim);
@@ -86,10 +89,12 @@ static void fetch(const attention *l, const batch *b, const cache *c, const span
     for (long i = 0; i < KEYS; i += 16)
         for (long j = 0; j < head_dim / 2; j += 16) {
             __m512i t[16];
-            for (int k = 0; k < 16; k++) t[k] = _mm512_loadu_si512(keys[i + k] + 2 * j);
+            const int pairs = head_dim / 2 - j < 16 ? (int)(head_dim / 2 - j) : 16;
+            for (int k = 0; k < 16; k++) t[k] = _mm512_maskz_loadu_epi32((1 << pairs) - 1, keys[i + k] + 2 * j);
             transpose(t);
             uint32_t *to = r->keys + i / OUTPUTS * OUTPUTS * (head_dim / 2) + i % OUTPUTS;
-            for (int k = 0; k < 16; k++) _mm512_storeu_si512(to + (j + k) * OUTPUTS, t[k]);
+            for (int k = 0; k < 16; k++)
+                if (k < pairs) _mm512_storeu_si512(to + (j + k) * OUTPUTS, t[k]);
         }
     for (long i = 0; i < KEYS; i += 2)
         for (long o = 0; o < head_dim; o += 16) {
@@ -113,18 +118,18 @@ INLINE void score(const uint32_t *keys, const uint32_t *queries, long pairs, flo
 }
 
 /* sums = sums * scales + chances * values */
-INLINE void weigh(const uint32_t *values, const uint32_t *chances, const float *scales, long head_dim, float *sums,
+INLINE void weigh(const uint32_t *values, const uint32_t *chances, const float *scales, long width, float *sums,
                   const int m) {
-    for (long o = 0; o < head_dim; o += OUTPUTS) {
+    for (long o = 0; o < width; o += OUTPUTS) {
         __m512 low[MOST_ROWS], high[MOST_ROWS];
         for (int i = 0; i < m; i++) {
-            low[i] = _mm512_mul_ps(_mm512_loadu_ps(sums + i * head_dim + o), _mm512_set1_ps(scales[i]));
-            high[i] = _mm512_mul_ps(_mm512_loadu_ps(sums + i * head_dim + o + 16), _mm512_set1_ps(scales[i]));
+            low[i] = _mm512_mul_ps(_mm512_loadu_ps(sums + i * width + o), _mm512_set1_ps(scales[i]));
+            high[i] = _mm512_mul_ps(_mm512_loadu_ps(sums + i * width + o + 16), _mm512_set1_ps(scales[i]));
         }
         dot((const uint8_t *)(values + o * (KEYS / 2)), chances, KEYS / 2, low, high, m);
         for (int i = 0; i < m; i++) {
-            _mm512_storeu_ps(sums + i * head_dim + o, low[i]);
-            _mm512_storeu_ps(sums + i * head_dim + o + 16, high[i]);
+            _mm512_storeu_ps(sums + i * width + o, low[i]);
+            _mm512_storeu_ps(sums + i * width + o + 16, high[i]);
         }
     }
 }
@@ -165,9 +170,9 @@ static void score_tile(const room *r, const tile *t, long pairs) {
 #undef SCORE
 }
 
-static void weigh_tile(const room *r, const tile *t, long head_dim) {
-    float *sums = r->sums + t->first * head_dim;
-#define WEIGH(m) weigh(r->values, t->pairs, r->scales + t->first, head_dim, sums, m)
+static void weigh_tile(const room *r, const tile *t, long width) {
+    float *sums = r->sums + t->first * width;
+#define WEIGH(m) weigh(r->values, t->pairs, r->scales + t->first, width, sums, m)
     WITH_ROWS(t->rows, WEIGH)
 #undef WEIGH
 }
@@ -194,7 +199,7 @@ static void attend_some(const attention *l, const batch *b, const cache *c, cons
         r->largest[i] = NOTHING;
         r->totals[i] = 0;
     }
-    memset(r->sums, 0, 4 * rows * head_dim);
+    memset(r->sums, 0, 4 * rows * padded(l));
     const long position = s->position + first, end = s->position + s->num_tokens;
     const long begin = l->window && s->position >= l->window ? s->position - l->window + 1 : 0;
     long key = l->window && position >= l->window ? (position - l->window + 1) / KEYS * KEYS : 0;
@@ -212,13 +217,13 @@ static void attend_some(const attention *l, const batch *b, const cache *c, cons
             }
             tile weighed = queries[t];
             fill(&weighed, &chances_as_inputs, each, (float *)r->chances);
-            weigh_tile(r, &weighed, head_dim);
+            weigh_tile(r, &weighed, padded(l));
         }
     }
     for (long row = 0; row < rows; row++) {
         uint16_t *to = out + ((s->first + first + row / group) * l->n_heads + head * group + row % group) * head_dim;
         for (long d = 0; d < head_dim; d += 16)
-            narrow16(to + d, _mm512_div_ps(_mm512_loadu_ps(r->sums + row * head_dim + d),
+            narrow16(to + d, _mm512_div_ps(_mm512_loadu_ps(r->sums + row * padded(l) + d),
                                            _mm512_set1_ps(r->totals[row])));
     }
 }

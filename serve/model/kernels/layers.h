@@ -38,8 +38,8 @@ typedef struct {
 long attention_bytes(const attention *l, long num_tokens, int num_threads);
 long feed_forward_bytes(const feed_forward *l, long num_tokens);
 
-/* out[T][dim] = x + the part's output; out may be x. dim and head_dim are multiples of 32, head_dim at most
- * 1024; hidden_dim is a multiple of 32, num_chosen at most 16. The step's keys and values are in the cache
+/* out[T][dim] = x + the part's output; out may be x. dim and hidden_dim are multiples of 32, head_dim is
+ * one of 16 and at most 1024, num_chosen at most 16. The step's keys and values are in the cache
  * afterwards. */
 void attend(const attention *l, const batch *b, const cache *c, const uint16_t *x, uint16_t *out, char *scratch,
             int num_threads);
