@@ -14,7 +14,7 @@ from ...cluster.plan import ComputeDtype
 from ...errors import UsageError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorSource
-from ..model.batch import lay_out
+from ..model.batch import lay_out, rotations_of
 from ..model.kv_cache import KVCache
 from ..model.loader import COMPUTE_DTYPES, LayerExperts, load_transformer
 from ..model.moe import MoeLayer
@@ -46,6 +46,7 @@ class Stage:
         self._transformer = transformer
         self._caches = caches
         self._device = device
+        self._rotations = rotations_of(transformer.config, device)
         self._tables: dict[int, list[int]] = {}
         self._readout = None if transformer.output is None else Readout(transformer)
 
@@ -174,6 +175,7 @@ class Stage:
                 config=transformer.config,
                 dtype=self.hidden_dtype,
                 device=self._device,
+                rotations=self._rotations,
             )
             hidden_TD = transformer.forward(hidden_TD, batch, self._caches)
         return hidden_TD

@@ -16,7 +16,7 @@ import torch
 from ...fetcher.config import ModelConfig
 from ...settings import KV_BLOCK_TOKENS
 from ..engine.step import StepRow
-from .rope import rotations
+from .rope import Rotations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,10 @@ class Span:
 class Pages:
     """The rows of a step and their block tables as compiled functions take them."""
 
+    positions: array[int]
+    """Of every token."""
+    slots: array[int]
+    """Where each token's key and value go: block id times block size plus offset."""
     spans: array[int]
     """Four numbers a row: first token in the step, tokens, position, where its table begins."""
     block_ids: array[int]
@@ -83,25 +87,38 @@ class Batch:
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
+        rotations: Rotations,
     ) -> None:
         self._rows = rows
         self._tables = tables
         self._window = config.sliding_window
         self._dtype = dtype
         self._device = device
-        positions: list[int] = []
-        slots: list[int] = []
+        spans, block_ids = array("q"), array("q")
+        positions, slots = array("q"), array("q")
+        end = 0
         for row, table in zip(rows, tables, strict=True):
+            spans.extend((len(positions), len(row.token_ids), row.position, len(block_ids)))
+            block_ids.extend(table)
+            end = max(end, row.position + len(row.token_ids))
             for position in range(row.position, row.position + len(row.token_ids)):
                 positions.append(position)
                 block, offset = divmod(position, KV_BLOCK_TOKENS)
                 slots.append(table[block] * KV_BLOCK_TOKENS + offset)
-        positions_T = torch.tensor(positions, device=device)
-        self.slots_T = torch.tensor(slots, device=device)
-        """Where each token's key and value go: block id times block size plus offset."""
-        self.rotations_T1P = rotations(
-            positions_T, head_dim=config.head_dim, theta=config.rope_theta
-        )
+        self.pages = Pages(positions=positions, slots=slots, spans=spans, block_ids=block_ids)
+        self.turns_L1P = rotations.until(end)
+        """The rotation of each position up to the last of the step, at least."""
+
+    @functools.cached_property
+    def slots_T(self) -> torch.Tensor:
+        """See `Pages.slots`."""
+        return torch.tensor(self.pages.slots.tolist(), device=self._device)
+
+    @functools.cached_property
+    def rotations_T1P(self) -> torch.Tensor:
+        """The rotation of each token."""
+        positions_T = torch.tensor(self.pages.positions.tolist(), device=self._device)
+        return self.turns_L1P.index_select(0, positions_T)
 
     @functools.cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -112,16 +129,6 @@ class Batch:
             start += len(row.token_ids)
         return tuple(spans)
 
-    @functools.cached_property
-    def pages(self) -> Pages:
-        """The same rows, without a tensor."""
-        spans, block_ids, start = array("q"), array("q"), 0
-        for row, table in zip(self._rows, self._tables, strict=True):
-            spans.extend((start, len(row.token_ids), row.position, len(block_ids)))
-            block_ids.extend(table)
-            start += len(row.token_ids)
-        return Pages(spans=spans, block_ids=block_ids)
-
 
 def lay_out(
     rows: Sequence[StepRow],
@@ -130,8 +137,11 @@ def lay_out(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
+    rotations: Rotations | None = None,
 ) -> Batch:
     """A step whose block tables already hold the rows' new blocks, and do not change meanwhile.
+
+    `rotations` of the model are kept from step to step; without them they are computed anew.
 
     Raises:
         ValueError: a row has no tokens, or reaches past the end of its block table.
@@ -150,7 +160,13 @@ def lay_out(
         config=config,
         dtype=dtype,
         device=device,
+        rotations=rotations or rotations_of(config, device),
     )
+
+
+def rotations_of(config: ModelConfig, device: torch.device) -> Rotations:
+    """As the model turns its queries and keys."""
+    return Rotations(head_dim=config.head_dim, theta=config.rope_theta, device=device)
 
 
 def _span(

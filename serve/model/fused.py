@@ -68,6 +68,7 @@ class _Part(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         ("rotations", _address),
+        ("positions", _address),
         ("slots", _address),
         ("spans", _address),
         ("block_ids", _address),
@@ -129,8 +130,9 @@ class FusedParts:
         self._use(caches)
         pages, num_tokens = batch.pages, len(x_TC)
         step = _Step(
-            rotations=batch.rotations_T1P.data_ptr(),
-            slots=batch.slots_T.data_ptr(),
+            rotations=batch.turns_L1P.data_ptr(),
+            positions=pages.positions.buffer_info()[0],
+            slots=pages.slots.buffer_info()[0],
             spans=pages.spans.buffer_info()[0],
             block_ids=pages.block_ids.buffer_info()[0],
             num_tokens=num_tokens,

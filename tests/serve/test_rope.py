@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from magnetar.serve.model.rope import rotate, rotations
+from magnetar.serve.model.rope import Rotations, rotate, rotations
 
 
 def test_turns_every_pair_by_its_position_times_its_frequency() -> None:
@@ -41,3 +41,13 @@ def test_keeps_the_dtype_and_does_not_touch_its_input() -> None:
     assert turned.dtype is torch.bfloat16
     assert turned.shape == x.shape
     assert bool((x == 1).all())
+
+
+def test_kept_rotations_are_those_of_their_positions_however_far_they_reach() -> None:
+    kept = Rotations(head_dim=48, theta=1e6, device=torch.device("cpu"))
+    for end in (1, 5, 1024, 1025, 7, 5000):
+        turns = kept.until(end)
+        assert len(turns) >= end
+        positions = torch.tensor([0, end // 2, end - 1])
+        computed = rotations(positions, head_dim=48, theta=1e6)
+        assert torch.equal(turns.index_select(0, positions), computed)

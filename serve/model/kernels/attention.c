@@ -63,7 +63,7 @@ static void turn(uint16_t *heads, const float *rotations, long num_heads, long h
 
 static void turn_and_store(const attention *l, const batch *b, const cache *c, long token, uint16_t *qkv) {
     const long width = l->n_kv_heads * l->head_dim, queries = l->n_heads * l->head_dim;
-    turn(qkv, b->rotations + token * l->head_dim, l->n_heads + l->n_kv_heads, l->head_dim);
+    turn(qkv, b->rotations + b->positions[token] * l->head_dim, l->n_heads + l->n_kv_heads, l->head_dim);
     memcpy(c->keys + b->slots[token] * width, qkv + queries, 2 * width);
     memcpy(c->values + b->slots[token] * width, qkv + queries + width, 2 * width);
 }

@@ -23,8 +23,8 @@ typedef struct {
 } span;
 
 typedef struct {
-    const float *rotations; /* [T][head_dim]: cosine and sine of every pair */
-    const int64_t *slots; /* [T] */
+    const float *rotations; /* [positions][head_dim]: cosine and sine of every pair */
+    const int64_t *positions, *slots; /* [T] */
     const span *spans;
     const int64_t *block_ids;
     long num_tokens, num_spans;
