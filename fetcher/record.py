@@ -35,6 +35,16 @@ class Record:
     files: Mapping[str, Fingerprint] = field(default_factory=dict)
     md5: Mapping[str, str] = field(default_factory=dict)
     """MD5 of the files that a RELEASE file names, as computed from their bytes."""
+    is_writing: bool = False
+    """The files were being written: by now they may hold more, and look different."""
+    boot: str = ""
+    """When the machine was started under which this was written; empty: nobody knows."""
+    synced: frozenset[int] = frozenset()
+    """Pieces that were on the disk, and not only in the memory of the machine."""
+
+    def lasting(self, boot: str) -> frozenset[int]:
+        """Pieces that are still there, on a machine that has been up since `boot`."""
+        return self.pieces if self.boot == boot else self.pieces & self.synced
 
 
 def fingerprints(folder: Path, paths: Iterable[str]) -> dict[str, Fingerprint]:
@@ -63,6 +73,7 @@ class RecordFile:
             raw = json.loads(self._path.read_bytes())
             if raw["version"] != RECORD_VERSION:
                 return Record()
+            pieces = _pieces(str(raw.get("pieces", "")))
             return Record(
                 complete=bool(raw["complete"]),
                 files={
@@ -70,12 +81,23 @@ class RecordFile:
                     for path, (size, mtime_ns) in raw["files"].items()
                 },
                 md5={str(path): str(digest) for path, digest in raw["md5"].items()},
-                pieces=_pieces(str(raw.get("pieces", ""))),
+                pieces=pieces,
+                is_writing=bool(raw.get("writing", False)),
+                boot=str(raw.get("boot", "")),
+                # What is older says nothing of it, and was written long ago.
+                synced=_pieces(str(raw["synced"])) if "synced" in raw else pieces,
             )
         except FileNotFoundError:
             return Record()
         except (ValueError, KeyError, TypeError, AttributeError):
             return Record()
+
+    def written_ns(self) -> int:
+        """When the record was written, by the clock that gives files their times; 0 without one."""
+        try:
+            return self._path.stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def write(self, record: Record) -> None:
         """Replaces the record."""
@@ -86,6 +108,9 @@ class RecordFile:
             "files": files,
             "md5": dict(record.md5),
             "pieces": _runs(record.pieces),
+            "writing": record.is_writing,
+            "boot": record.boot,
+            "synced": _runs(record.synced),
         }
         replace_file(self._path, json.dumps(raw, indent=1).encode())
 

@@ -1,12 +1,14 @@
 """The files of one torrent in the store: fetching what is missing, and knowing what is there.
 
-A piece counts as there when libtorrent has hashed it. Between runs that knowledge lasts as resume
-data, believed only while every file has the size and time that it had when the data was made;
-otherwise libtorrent hashes the files again.
+A piece counts as there when libtorrent has hashed it. While a download runs, the store's record of
+that is renewed about once a second, so that a run that is killed costs the next one little: see
+`remains`.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 from ...errors import DownloadError, MagnetarError
 from ..arrival import Arrival
@@ -22,6 +24,10 @@ from .magnet import split_peer
 from .session import TorrentJob, TorrentStatus
 from .sharing import Sharing
 from .swarm import Swarm
+from .syncing import Syncing
+
+RECORD_S: Final = 1.0
+"""How often the record is renewed while the files are written."""
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +38,18 @@ class Download:
     def __init__(self, holding: Holding, connection: Connection) -> None:
         self._holding = holding
         self._connection = connection
-        connection.on_resume_data = self._keep_resume_data
-        connection.on_readable = self._tell
+        connection.on_resume_data = holding.place.save_resume_data
+        connection.on_readable = self._written
         self.arrival = Arrival()
         """What may be read of the files."""
         self._sharing = Sharing()
         self._lenders: tuple[Lender, ...] = ()
         self._is_divided = False
+        self._syncing = Syncing(holding.paths)
         self._have: tuple[bool, ...] = ()
         self._is_open = False
         self._was_done = False
+        self._recorded_s = 0.0
         self._has_joined = False
         self._address = ""
         self.hashed_bytes = 0
@@ -60,7 +68,7 @@ class Download:
         """Fetches these pieces and no others; returns all that may be read from the files."""
         swarm = self._open()
         if any(not self._have[piece] for piece in needed):
-            self._was_done = False  # The files change now, by our own hand.
+            self._begin_writing()
         status = self._bring(
             swarm,
             Waves.of(needed),
@@ -69,7 +77,7 @@ class Download:
             doing="the pieces that say what the model is",
         )
         self._have = tuple(status.have)
-        return set(self._there())
+        return set(_there(self._have))
 
     def complete(self, *, phase: Phase = "download") -> None:
         """Fetches what is missing of what is wanted, and records that it is right."""
@@ -79,15 +87,15 @@ class Download:
             return
         swarm = self._open()
         if self._was_done and not holding.matches(holding.place.record.read()):
-            self.recheck()  # Somebody changed a file behind libtorrent's back.
-        else:
-            self._tell(self._have)
+            swarm = self._look_again()  # Somebody changed a file behind libtorrent's back.
+        self._tell(self._have)
         waves = holding.waves()
-        self._was_done = False
+        self._begin_writing()
         status = self._bring(swarm, waves, phase=phase, doing=holding.metainfo.name)
         self._have = tuple(status.have)
         swarm.save_resume_data()
         self._remember(done=True)
+        self._syncing.keep_up(_there(self._have), now=True)
 
     def join(self) -> str:
         """Opens the torrent for partners, even where nothing is missing; ``HOST:PORT`` for them.
@@ -156,9 +164,7 @@ class Download:
         if self._have == before:
             self._remember(done=self._was_done)
             return False
-        num_bad = sum(was and not now for was, now in zip(before, self._have, strict=True))
-        name = self._holding.metainfo.name
-        logger.warning("%s: %d damaged pieces on the disk", name, num_bad)
+        self._warn_of_damage(before)
         self._was_done = False
         return True
 
@@ -181,7 +187,7 @@ class Download:
         self._is_open = False
         self._have = tuple(has and piece not in bad for piece, has in enumerate(self._have))
         self._remember(done=False)
-        self._open(damaged=bad)
+        self._open()
         self.complete(phase="verify")
 
     def close(self) -> None:
@@ -195,7 +201,7 @@ class Download:
             # Often the very disk error that ended the download, which is what the user should see.
             logger.warning("what is on disk will be hashed again next time: %s", error)
 
-    def _open(self, *, damaged: Collection[int] = ()) -> Swarm:
+    def _open(self) -> Swarm:
         """The torrent in a session, with what is on disk known, and nothing wanted at first."""
         swarm = self._connection.swarm()
         if self._is_open:
@@ -206,12 +212,13 @@ class Download:
             swarm.only(split_peer(lender.address)[0] for lender in self._lenders)
         holding = self._holding
         holding.place.data.mkdir(parents=True, exist_ok=True)
-        record = holding.place.record.read()
-        is_fresh = holding.matches(record)
-        resume = holding.place.resume_data()
-        self._was_done = is_fresh and (record.complete or holding.wanted() <= record.pieces)
-        if resume is None or not is_fresh:
+        self._was_done = holding.is_intact()
+        self._syncing.restart(holding.synced())
+        remains = holding.remains()
+        if remains is None:
             self.hashed_bytes += holding.file_bytes()
+        else:
+            self.hashed_bytes += holding.piece_map.num_bytes(remains.whole)
         status = swarm.add(
             TorrentJob(
                 info_hash=holding.place.info_hash,
@@ -222,15 +229,33 @@ class Download:
                 peers=self._connection.addresses,
                 piece_priorities=[0] * holding.metainfo.num_pieces,
                 unwanted=frozenset(holding.selection.surplus),
-                resume=resume,
-                trusts_resume=is_fresh,
-                damaged=damaged,
+                known=None if remains is None else remains.known,
+                found={} if remains is None else remains.found,
+                begun=() if remains is None else remains.begun,
+                resume=holding.place.resume_data(),
             )
         )
         self._is_open = True
         self._have = tuple(status.have)
         swarm.join(tuple(split_peer(lender.address) for lender in self._lenders))
         return swarm
+
+    def _look_again(self) -> Swarm:
+        """Opens the torrent anew: files that changed meanwhile are hashed, and no others."""
+        before = self._have
+        swarm = self._connection.swarm()
+        swarm.remove()
+        self._is_open = False
+        self.arrival.tell(frozenset())
+        swarm = self._open()
+        self._warn_of_damage(before)
+        return swarm
+
+    def _warn_of_damage(self, before: Sequence[bool]) -> None:
+        num_bad = sum(was and not now for was, now in zip(before, self._have, strict=True))
+        if num_bad:
+            name = self._holding.metainfo.name
+            logger.warning("%s: %d damaged pieces on the disk", name, num_bad)
 
     def _bring(
         self,
@@ -270,26 +295,43 @@ class Download:
         swarm.only(None)
 
     def _keep_state(self, swarm: Swarm) -> None:
-        if self._was_done:
-            swarm.remove()
-            return
-        have = swarm.verified()
-        swarm.save_resume_data()
-        self._have = have or self._have
+        was_done, known = self._was_done, self._syncing.pieces
+        if not was_done:
+            have = swarm.verified()
+            swarm.flush()
+            swarm.save_resume_data()
+            self._have = have or self._have
         swarm.remove()
+        there = _there(self._have)
+        self._syncing.finish(there)
         # Only now can no write come any more that would change a fingerprint.
-        self._remember(done=False)
-
-    def _there(self) -> frozenset[int]:
-        return frozenset(piece for piece, is_there in enumerate(self._have) if is_there)
+        if not was_done or self._syncing.pieces != known:
+            self._remember(done=was_done)
 
     def _tell(self, have: Sequence[bool]) -> None:
-        self.arrival.tell(frozenset(piece for piece, is_there in enumerate(have) if is_there))
+        self.arrival.tell(_there(have))
+
+    def _begin_writing(self) -> None:
+        """The files change from now on, by our own hand."""
+        self._was_done = False
+        self._record_progress()
+
+    def _written(self, have: Sequence[bool]) -> None:
+        """These pieces are in the files."""
+        self._tell(have)
+        self._have = tuple(have)
+        self._syncing.keep_up(_there(have))
+        if time.monotonic() - self._recorded_s >= RECORD_S:
+            self._record_progress()
+
+    def _record_progress(self) -> None:
+        self._recorded_s = time.monotonic()
+        self._holding.remember(_there(self._have), is_writing=True, synced=self._syncing.pieces)
 
     def _remember(self, *, done: bool) -> None:
-        self._holding.remember(self._have, done=done)
+        self._holding.remember(_there(self._have), done=done, synced=self._syncing.pieces)
         self._was_done = done
 
-    def _keep_resume_data(self, data: bytes) -> None:
-        self._holding.place.save_resume_data(data)
-        self._remember(done=False)
+
+def _there(have: Sequence[bool]) -> frozenset[int]:
+    return frozenset(piece for piece, is_there in enumerate(have) if is_there)

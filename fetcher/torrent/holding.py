@@ -1,6 +1,7 @@
 """What of one torrent is wanted, and what of that is known to lie in the store."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
+from pathlib import Path
 
 from ..layout import Selection
 from ..piece_map import PieceMap
@@ -9,19 +10,29 @@ from ..store import ReleaseFolder
 from ..waves import Waves
 from .metainfo import Metainfo
 from .piece_check import PieceCheck
+from .remains import Remains, boot_id, data_runs, survey
 
 
 class Holding:
     """The wanted files of a torrent and the store's record of them; touches no network.
 
-    The record counts only while every file has the size and time that it had when it was written.
+    The record counts only while every file has the size and time that it had when it was written;
+    what counts of it otherwise, `remains` says.
     """
 
-    def __init__(self, place: ReleaseFolder, metainfo: Metainfo, selection: Selection) -> None:
+    def __init__(
+        self,
+        place: ReleaseFolder,
+        metainfo: Metainfo,
+        selection: Selection,
+        *,
+        boot: str | None = None,
+    ) -> None:
         self.place = place
         self.metainfo = metainfo
         self.selection = selection
         self.piece_map = PieceMap.of_torrent(metainfo, root=selection.root)
+        self._boot = boot_id() if boot is None else boot
         self._share: frozenset[int] | None = None
         self._order = Waves(())
 
@@ -47,8 +58,7 @@ class Holding:
 
     def is_intact(self) -> bool:
         """All that is wanted was there and right, and no file has changed since."""
-        record = self.place.record.read()
-        return self.matches(record) and (record.complete or self.wanted() <= record.pieces)
+        return self.wanted() <= self.verified()
 
     def matches(self, record: Record) -> bool:
         """Whether the files still look as they did when the record was written."""
@@ -57,9 +67,31 @@ class Holding:
     def verified(self) -> frozenset[int]:
         """Pieces in the files that had the right hashes, as far as that is on record."""
         record = self.place.record.read()
-        if not self.matches(record):
-            return frozenset()
-        return self.file_pieces(self.selection.wanted) if record.complete else record.pieces
+        return record.lasting(self._boot) if self.matches(record) else frozenset()
+
+    def remains(self) -> Remains | None:
+        """What lies on the disk, whatever ended the last run; None: nothing is on record."""
+        record = self.place.record.read()
+        if not record.files and not record.is_writing:
+            return None
+        return survey(
+            self.metainfo,
+            self.selection.wanted,
+            record,
+            fingerprints(self.place.data, self.selection.wanted),
+            recorded_ns=self.place.record.written_ns(),
+            boot=self._boot,
+            data_runs=lambda path: data_runs(self.place.data / path),
+        )
+
+    def synced(self) -> frozenset[int]:
+        """Pieces on record that a power cut would leave."""
+        record = self.place.record.read()
+        return record.pieces & record.synced
+
+    def paths(self) -> list[Path]:
+        """The wanted files."""
+        return [self.place.data / path for path in self.selection.wanted]
 
     def partial_files(self) -> frozenset[str]:
         """Wanted files of which not every piece is on record."""
@@ -106,8 +138,19 @@ class Holding:
         """Reads pieces back from the files."""
         return PieceCheck(self.metainfo, self.place.data, wanted=self.selection.wanted)
 
-    def remember(self, have: Sequence[bool], *, done: bool) -> None:
-        """Writes down what is there. `done`: everything wanted is, and nothing is under way."""
+    def remember(
+        self,
+        there: frozenset[int],
+        *,
+        done: bool = False,
+        is_writing: bool = False,
+        synced: Collection[int] = (),
+    ) -> None:
+        """Writes down which pieces are there, and which of them are `synced` to the disk.
+
+        `done`: everything wanted is, and nothing is under way. `is_writing`: the files go on
+        changing by our own hand, so that the next run may find more.
+        """
         earlier = self.place.record.read()
         now = fingerprints(self.place.data, self.selection.wanted)
         md5 = {
@@ -115,9 +158,17 @@ class Holding:
             for path, digest in earlier.md5.items()
             if path in now and earlier.files.get(path) == now[path]
         }
-        there = frozenset(piece for piece, is_there in enumerate(have) if is_there)
-        complete = done and self.file_pieces(self.selection.wanted) <= there
-        self.place.record.write(Record(complete=complete, files=now, md5=md5, pieces=there))
+        self.place.record.write(
+            Record(
+                complete=done and self.file_pieces(self.selection.wanted) <= there,
+                files=now,
+                md5=md5,
+                pieces=there,
+                is_writing=is_writing,
+                boot=self._boot,
+                synced=there.intersection(synced),
+            )
+        )
 
     def forget(self) -> None:
         """Claims nothing any more."""

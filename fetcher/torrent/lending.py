@@ -119,6 +119,7 @@ class Lending:
                     metainfo=metainfo,
                     piece_priorities=[0] * metainfo.num_pieces,
                     unwanted=frozenset(selection.surplus),
+                    known=verified,
                     resume=resume,
                 )
             )

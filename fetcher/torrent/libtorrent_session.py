@@ -86,17 +86,7 @@ class LibtorrentSession:
         else:
             loaded = lt.load_torrent_buffer(job.metainfo.raw)
             _refuse_disagreement(loaded.ti, job.metainfo)
-            params = loaded
-            resumed = None if job.resume is None else self._read_resume(job.resume)
-            if resumed is not None:
-                params = resumed
-                params.ti = loaded.ti
-                if not job.trusts_resume:
-                    params.have_pieces = params.verified_pieces = []
-                    params.unfinished_pieces = {}
-                elif job.damaged:
-                    there = enumerate(params.have_pieces)
-                    params.have_pieces = [has and piece not in job.damaged for piece, has in there]
+            params = self._resumed(job, loaded)
         # Not paused and not queued by libtorrent; what a resume file says about peers is dropped.
         flags = lt.torrent_flags.disable_lsd | lt.torrent_flags.apply_ip_filter
         if job.metainfo is None:
@@ -123,8 +113,32 @@ class LibtorrentSession:
             ]
         return params
 
+    def _resumed(self, job: TorrentJob, loaded: Any) -> Any:
+        """Of resume data only hashes of version 2 count, which are proved, and begun pieces."""
+        read = None if job.resume is None else self._read_resume(job.resume)
+        if read is None or read.info_hashes != loaded.ti.info_hashes():
+            params = loaded
+        else:
+            params = read
+            params.ti = loaded.ti
+            params.renamed_files = {}
+        begun = {
+            piece: blocks
+            for piece, blocks in params.unfinished_pieces.items()
+            if piece in job.begun and piece not in (job.known or ())
+        }
+        params.verified_pieces = []
+        params.have_pieces = []
+        params.unfinished_pieces = begun | {
+            piece: list(blocks) for piece, blocks in job.found.items()
+        }
+        if job.known is not None:
+            known = frozenset(job.known)
+            params.have_pieces = [piece in known for piece in range(loaded.ti.num_pieces())]
+        return params
+
     def _read_resume(self, data: bytes) -> Any:
-        """None for damaged data: the files are then checked, as if there were none."""
+        """None for damaged data."""
         try:
             return self._lt.read_resume_data(data)
         except RuntimeError:

@@ -3,8 +3,8 @@
 import ipaddress
 import socket
 import time
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -56,12 +56,14 @@ class TorrentJob:
     which priorities set later are not."""
     unwanted: Collection[str] = ()
     """Paths of files that are not created, even where they share a piece with a wanted one."""
+    known: Collection[int] | None = None
+    """Pieces that are in the files with the right hashes. None: nobody knows; all are hashed."""
+    found: Mapping[int, Sequence[bool]] = field(default_factory=dict)
+    """Of other pieces, which of their blocks may be there. Those that lack none are hashed."""
+    begun: Collection[int] = ()
+    """Pieces of which `resume` says which blocks are there."""
     resume: bytes | None = None
-    trusts_resume: bool = True
-    """The files still are what `resume` says. Else only the hashes in it are used, each of which
-    libtorrent has proved, and the files are checked."""
-    damaged: Collection[int] = ()
-    """Pieces that are not there, whatever `resume` says."""
+    """What `request_resume_data` brought; no piece is believed to be there because of it."""
     is_seed: bool = False
     """The files are all there: serve them, checking each piece when it is first asked for."""
     upload_bytes_per_s: int = 0
@@ -162,7 +164,7 @@ class ResumeData:
 
 @dataclass(frozen=True, slots=True)
 class BadPiece:
-    """A piece arrived with a wrong hash and is fetched again."""
+    """A piece arrived, or was found, with a wrong hash and is fetched again."""
 
     piece: int
 

@@ -10,9 +10,10 @@ from ...errors import DiskFullError, DownloadError, InterruptedByUserError, Time
 from ..progress import Phase, Progress, ProgressSink
 from ..waves import Waves
 from .contacts import Contacts
-from .disk_room import DiskRoom
+from .room_watch import RoomWatch
 from .session import (
     Address,
+    BadPiece,
     Checked,
     Event,
     Flushed,
@@ -25,18 +26,17 @@ from .session import (
     TorrentSession,
     TorrentStatus,
 )
+from .write_out import WriteOut
 
 POLL_S = 0.1
 REPORT_S = 0.25
 STALL_S = 5.0
 RECONNECT_S = 2.0
 RESUME_S = 30.0
-PUBLISH_S = 0.5
-"""New pieces are made readable at most this often: each time the write queue is emptied."""
-LOOK_S = 1.0
-"""How often the disk is asked for its room."""
 FRESH_S = 2.0
 COUNT_S = 1.5
+HASH_S = 10.0
+"""Without an outcome for so long, found pieces wait for hashes that only others have."""
 ANSWER_S = 60.0
 """How long the session itself may take for what needs no network."""
 
@@ -70,20 +70,18 @@ class Swarm:
         self._on_progress = on_progress
         self._on_resume_data = on_resume_data
         self._on_readable = on_readable
+        self._write_out = WriteOut(session, on_readable)
         self._stop = stop
         self._node = node
         self._clock = clock
-        self._free_bytes = free_bytes
-        self._room = DiskRoom()
-        self._looked_s = clock()
+        self._room = RoomWatch(session, now_s=clock(), free_bytes=free_bytes)
         self._save_path: Path | None = None
         self._metadata: bytes | None = None
         self._seen: set[type] = set()
         self._reconnected_s = clock()
         self._resumed_s = clock()
-        self._published_s = -PUBLISH_S
-        self._published: Sequence[bool] = ()
-        self._being_flushed: Sequence[bool] | None = None
+        self._bad: set[int] = set()
+        self._hashing = (0, 0)
         self._earlier_bytes = 0
         self._is_checking = False
         self._has_files = False
@@ -163,15 +161,16 @@ class Swarm:
         """Adds a torrent and waits until what is on disk is known."""
         self._save_path = job.save_path
         self._seen.discard(Checked)
-        self._published, self._being_flushed = (), None
+        self._write_out.restart()
         self._session.add(job)
-        return self._checked()
+        found = {piece for piece, blocks in job.found.items() if all(blocks)}
+        return self._checked(found, 0 if job.metainfo is None else job.metainfo.piece_length)
 
     def recheck(self) -> TorrentStatus:
         """Hashes what is on disk again."""
         self._seen.discard(Checked)
         self._session.recheck()
-        return self._checked()
+        return self._checked(set(), 0)
 
     def fetch(
         self,
@@ -205,7 +204,9 @@ class Swarm:
                 self._session.prioritize(waves.priorities(front, len(have)))
                 if urgent:
                     self._session.urge(piece for piece in urgent if not have[piece])
-            self._publish(have)
+            status = self._session.status()
+            assert status is not None
+            self._write_out.keep_up(status, self._clock())
             return front == len(waves.waves)
 
         while True:
@@ -215,7 +216,7 @@ class Swarm:
             try:
                 self.flush()
             except DiskFullError:
-                self._ran_full()
+                self._room.ran_full(self._clock())
                 continue
             self._on_readable(status.have)
             return status
@@ -228,7 +229,7 @@ class Swarm:
     def flush(self) -> None:
         """Waits until verified pieces are in the files."""
         # The answer to an earlier request says nothing about pieces that came since.
-        self._until(lambda: self._being_flushed is None)
+        self._until(lambda: not self._write_out.is_under_way)
         self._answer(Flushed, self._session.flush)
 
     def save_resume_data(self) -> None:
@@ -246,21 +247,23 @@ class Swarm:
         self._earlier_bytes = self.received_bytes
         self._session.close()
 
-    def _publish(self, have: Sequence[bool]) -> None:
-        """Has what is new written to the files, and told when it is."""
-        now_s = self._clock()
-        is_due = now_s - self._published_s >= PUBLISH_S
-        if self._being_flushed is None and is_due and have != self._published:
-            self._published_s = now_s
-            self._published = self._being_flushed = have
-            self._session.flush()
-
-    def _checked(self) -> TorrentStatus:
+    def _checked(self, found: set[int], piece_length: int) -> TorrentStatus:
+        """Waits until it is known what is on disk: `found` pieces are hashed by the way."""
         self._is_checking = True
+        self._bad.clear()
+        num_left, moved_s = len(found), self._clock()
 
         def is_checked() -> bool:
+            nonlocal num_left, moved_s
             status = self._session.status()
-            return Checked in self._seen and status is not None and status.state == "active"
+            if Checked not in self._seen or status is None or status.state != "active":
+                moved_s = self._clock()
+                return False
+            left = {piece for piece in found - self._bad if not status.have[piece]}
+            if len(left) != num_left:
+                num_left, moved_s = len(left), self._clock()
+            self._hashing = (len(found) - num_left) * piece_length, len(found) * piece_length
+            return not left or self._clock() - moved_s >= HASH_S
 
         self._wait(is_checked, phase="verify", doing="the files on disk")
         self._is_checking = False
@@ -295,9 +298,9 @@ class Swarm:
         elif isinstance(event, Listening):
             self._listens.append(event.address)
         elif isinstance(event, Flushed):
-            flushed, self._being_flushed = self._being_flushed, None
-            if flushed is not None and not self._room.has_failed:
-                self._on_readable(flushed)
+            self._write_out.flushed(has_failed=self._room.has_failed)
+        elif isinstance(event, BadPiece):
+            self._bad.add(event.piece)
         elif isinstance(event, ResumeData) and event.data:
             self._on_resume_data(event.data)
         elif isinstance(event, StorageFailed):
@@ -331,7 +334,7 @@ class Swarm:
                 except DiskFullError:
                     if not self._has_files:
                         raise
-                    self._ran_full()
+                    self._room.ran_full(self._clock())
             now_s = self._clock()
             if self._waits_for_room(phase, now_s):
                 moved_s = now_s
@@ -357,35 +360,17 @@ class Swarm:
                 self._report(phase, doing_now)
             self._keep_up(now_s)
 
-    def _ran_full(self) -> None:
-        self._session.hold()
-        self._room.ran_full(self._clock())
-
     def _waits_for_room(self, phase: Phase, now_s: float) -> bool:
         """Holds the download while the disk is short of room, and lets it go on by itself."""
         status = self._session.status()
         if status is None or self._save_path is None or self._is_checking or not self._has_files:
             return False
-        if now_s - self._looked_s < LOOK_S:
-            return self._room.is_short
-        self._looked_s = now_s
-        was_short, has_failed = self._room.is_short, self._room.has_failed
-        missing = status.wanted_bytes - status.wanted_done_bytes
-        free = self._free_bytes(self._save_path)
-        if self._room.look(free, missing, now_s):
-            if not was_short:
-                self._session.hold()
-            self._report(
-                phase,
-                f"paused: {missing / 1e6:,.1f} MB are to come and {free / 1e6:,.1f} MB are free; "
-                f"make room on the disk of {self._save_path}, and it goes on by itself",
-            )
-        elif was_short:
-            self._session.go_on()
-            if has_failed:
-                # A piece can have passed its hash in memory and failed to reach the disk.
-                self.recheck()
-        return self._room.is_short
+        look = self._room.look(self._save_path, status, now_s)
+        if look.message:
+            self._report(phase, look.message)
+        if look.must_recheck:
+            self.recheck()
+        return look.is_short
 
     def _keep_up(self, now_s: float) -> None:
         if self._is_checking:
@@ -416,6 +401,8 @@ class Swarm:
         if status.state == "checking":
             # The reading counts what was found good; a person waits for what was looked at.
             done, rate = int(status.checked * total), 0.0
+        elif self._is_checking:
+            done, total = self._hashing
         self._on_progress(
             Progress(
                 phase=phase,

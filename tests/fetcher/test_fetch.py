@@ -224,15 +224,16 @@ def test_a_stopped_download_goes_on_without_fetching_or_hashing_again(
     assert_same_files(folder, slow.folder)
 
 
-def test_a_killed_download_finds_what_is_on_disk(slow: Shared, fetching: Fetching) -> None:
+def killed_at(part: float, magnet: str, store: Path) -> None:
+    """Fetches in a process that is killed once this part of the weights is there."""
     code = f"""
 import pathlib, threading
 from magnetar.fetcher.fetch import Fetch
 def tell(progress):
-    if progress.phase == "download" and progress.done_bytes > {WEIGHTS_BYTES // 3}:
+    if progress.phase == "download" and progress.done_bytes > {int(WEIGHTS_BYTES * part)}:
         print("now", flush=True)
-fetch = Fetch(kind="magnet", location={slow.info.magnet!r}, on_progress=tell, timeout_s=30,
-              store=pathlib.Path({str(fetching.store)!r}), stop=threading.Event())
+fetch = Fetch(kind="magnet", location={magnet!r}, on_progress=tell, timeout_s=30,
+              store=pathlib.Path({str(store)!r}), stop=threading.Event())
 fetch.download()
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
@@ -240,13 +241,58 @@ fetch.download()
         assert process.stdout.readline() == b"now\n"
         process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def test_killed_downloads_lose_little_and_hash_only_what_came_last(
+    slow: Shared, fetching: Fetching
+) -> None:
+    for part in (0.3, 0.55, 0.8):
+        killed_at(part, slow.info.magnet, fetching.store)
+    place = Store(fetching.store).release_folder(slow.info.info_hash)
+    on_record = place.record.read().pieces
+    assert on_record
     with fetching(slow.info.magnet) as fetch:
         folder = fetch.download()
-        assert fetch.hashed_bytes > 0
-        assert fetch.received_bytes < slow.wanted_bytes * 0.85
+        assert fetch.received_bytes < slow.wanted_bytes * 0.5
+        assert fetch.hashed_bytes <= slow.wanted_bytes - len(on_record) * slow.piece_length
         fetch.verify()
     assert_same_files(folder, slow.folder)
     complete(fetching(slow.info.magnet, offline=True))
+
+
+def test_a_file_that_another_changed_after_a_kill_is_hashed_and_no_other(
+    slow: Shared, fetching: Fetching
+) -> None:
+    killed_at(0.8, slow.info.magnet, fetching.store)
+    place = Store(fetching.store).release_folder(slow.info.info_hash)
+    on_record = place.record.read().pieces
+    assert len(on_record) > 10
+    tokenizer = place.data / "tiny-release" / "tokenizer.model"
+    data = bytearray(tokenizer.read_bytes())
+    data[20_000] ^= 1
+    tokenizer.write_bytes(data)
+    future_ns = time.time_ns() + 3600 * 10**9
+    os.utime(tokenizer, ns=(future_ns, future_ns))
+    with fetching(slow.info.magnet) as fetch:
+        folder = fetch.download()
+        unknown = slow.wanted_bytes - len(on_record) * slow.piece_length
+        assert fetch.hashed_bytes <= unknown + 5 * slow.piece_length
+        fetch.verify()
+    assert_same_files(folder, slow.folder)
+
+
+def test_a_lost_or_damaged_record_or_resume_costs_no_download(
+    shared: Shared, fetching: Fetching
+) -> None:
+    complete(fetching(shared.info.magnet))
+    place = Store(fetching.store).release_folder(shared.info.info_hash)
+    for name, keep in (("record.json", 0.5), ("resume", 0.5), ("record.json", 0), ("resume", 0)):
+        raw = (place.root / name).read_bytes()
+        (place.root / name).write_bytes(raw[: int(len(raw) * keep)])
+        with fetching(shared.info.magnet, timeout_s=10) as fetch:
+            fetch.download()
+            fetch.verify()
+            assert fetch.received_bytes == 0
 
 
 @pytest.mark.parametrize("between", ["runs", "download and verify"])

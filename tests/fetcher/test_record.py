@@ -16,9 +16,23 @@ def test_a_record_comes_back_as_written(tmp_path: Path) -> None:
         files={"a/b": Fingerprint(size=3, mtime_ns=4)},
         md5={"a/b": "00"},
         pieces=frozenset({0, 1, 2, 7, 9, 10}),
+        is_writing=True,
+        boot="b",
+        synced=frozenset({1, 9}),
     )
     file.write(record)
     assert file.read() == record
+    assert record.lasting("b") == record.pieces
+    assert record.lasting("c") == {1, 9}
+
+
+def test_a_record_cut_at_any_byte_counts_as_none(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path / "record.json")
+    file.write(Record(pieces=frozenset(range(5)), files={"a": Fingerprint(size=3, mtime_ns=4)}))
+    raw = (tmp_path / "record.json").read_bytes()
+    for length in range(len(raw)):
+        (tmp_path / "record.json").write_bytes(raw[:length])
+        assert file.read() == Record()
 
 
 @pytest.mark.parametrize(

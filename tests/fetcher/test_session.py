@@ -12,6 +12,7 @@ from magnetar.fetcher.torrent.create import create_torrent
 from magnetar.fetcher.torrent.libtorrent_session import LibtorrentSession
 from magnetar.fetcher.torrent.metainfo import Metainfo, TorrentFile, parse_metainfo
 from magnetar.fetcher.torrent.session import (
+    BadPiece,
     Checked,
     Event,
     Flushed,
@@ -123,7 +124,7 @@ def test_metadata_then_exactly_the_wanted_pieces_then_resume(
     session.remove()
     wait_for(session, Removed)
     seeder.close()
-    session.add(dataclasses.replace(job, resume=resume.data, peers=()))
+    session.add(dataclasses.replace(job, resume=resume.data, known=wanted, peers=()))
     wait_for(session, Checked)
     status = wait_until(session, lambda status: status.state == "active")
     assert [piece for piece, there in enumerate(status.have) if there] == list(wanted)
@@ -164,7 +165,7 @@ def test_a_check_after_a_crash_finds_what_a_magnet_brought(
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    job = dataclasses.replace(job, peers=(), resume=resume.data, trusts_resume=False)
+    job = dataclasses.replace(job, peers=(), resume=resume.data)
     session.add(job)
     wait_for(session, Checked)
     status = wait_until(session, lambda status: status.state == "active")
@@ -190,6 +191,68 @@ def test_resume_data_cut_anywhere_means_a_check(
     session.add(dataclasses.replace(job, resume=resume.data[: len(resume.data) // 2]))
     wait_for(session, Checked)
     assert all(wait_until(session, lambda status: status.state == "active").have)
+
+
+@pytest.mark.parametrize("kind", ["v1", "hybrid", "v2"])
+def test_found_pieces_are_hashed_and_known_ones_are_not(
+    tmp_path: Path, folder: Path, session: LibtorrentSession, kind: str
+) -> None:
+    (folder / "b.bin").write_bytes(bytes(range(256)) * 700)
+    metainfo = torrent_of(folder, kind)
+    known, *found = metainfo.pieces(metainfo.file("release/b.bin"))
+    data = bytearray((folder / "b.bin").read_bytes())
+    data[0] ^= 1  # Nobody looks at the known piece.
+    data[5 * PIECE] ^= 1
+    (folder / "b.bin").write_bytes(data)
+    session.add(
+        TorrentJob(
+            info_hash=metainfo.info_hash,
+            save_path=folder.parent,
+            metainfo=metainfo,
+            piece_priorities=[0] * metainfo.num_pieces,
+            known=(known,),
+            found={piece: (True,) for piece in found},
+        )
+    )
+    bad = wait_for(session, BadPiece)
+    assert isinstance(bad, BadPiece)
+    assert bad.piece in (known + 5, known + 4)
+    wait_until(
+        session,
+        lambda status: (
+            [piece for piece, there in enumerate(status.have) if there]
+            == [piece for piece in (known, *found) if piece != bad.piece]
+        ),
+    )
+
+
+def test_resume_data_of_another_torrent_are_not_taken(
+    tmp_path: Path, folder: Path, session: LibtorrentSession
+) -> None:
+    first = torrent_of(folder, "v1")
+    session.add(TorrentJob(info_hash=first.info_hash, save_path=folder.parent, metainfo=first))
+    wait_for(session, Checked)
+    session.request_resume_data()
+    resume = wait_for(session, ResumeData)
+    assert isinstance(resume, ResumeData)
+    session.remove()
+    wait_for(session, Removed)
+    (folder / "c.txt").write_bytes(b"another torrent" * 3000)
+    second = torrent_of(folder, "v1")
+    pieces = range(second.num_pieces)
+    session.add(
+        TorrentJob(
+            info_hash=second.info_hash,
+            save_path=tmp_path / "empty",
+            metainfo=second,
+            begun=pieces,
+            known=(),
+            resume=resume.data,
+        )
+    )
+    wait_for(session, Checked)
+    status = wait_until(session, lambda status: status.state == "active")
+    assert list(status.have) == [False] * second.num_pieces
 
 
 def test_recheck_finds_the_damaged_piece(

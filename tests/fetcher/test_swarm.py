@@ -21,7 +21,8 @@ from magnetar.fetcher.torrent.session import (
     TorrentStatus,
     TrackerFailed,
 )
-from magnetar.fetcher.torrent.swarm import PUBLISH_S, RESUME_S, STALL_S, Swarm
+from magnetar.fetcher.torrent.swarm import RESUME_S, STALL_S, Swarm
+from magnetar.fetcher.torrent.write_out import WRITE_OUT_S
 from magnetar.fetcher.waves import Waves
 from magnetar.tests.torrent_session import FakeTorrentSession
 
@@ -123,7 +124,7 @@ def test_pieces_are_readable_once_they_were_written_and_not_before() -> None:
     scene.play(arrive)
     scene.swarm.fetch(Waves.of({0, 1}), phase="download", doing="tiny")
     first = next(at_s for at_s, have in scene.readable if have[0])
-    assert 3 <= first < 3 + 2 + PUBLISH_S
+    assert 3 <= first < 3 + 2 + WRITE_OUT_S
     last_s, last = scene.readable[-1]
     assert last == (True, True)
     assert last_s >= 6
