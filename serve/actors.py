@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,7 @@ class StageActor:
         import torch
 
         from ..fetcher.checkpoint.arriving import ArrivingTensorSource
+        from ..fetcher.checkpoint.read_ahead import ReadAhead
         from .engine.stage import Stage
 
         given, plan = self._assignment, self._assignment.stage
@@ -68,27 +70,25 @@ class StageActor:
         torch.set_num_threads(plan.num_threads)
         facts = facts_from_json(given.facts_json)
         arrivals = AgentArrivals(given.agent, self._stop)
+        steps = steps_of(stage_shard(facts.index, plan))
         source = ArrivingTensorSource(
-            Path(given.folder),
-            facts.index,
-            steps_of(stage_shard(facts.index, plan)),
-            arrivals,
-            checks=arrivals.load_checks(),
+            Path(given.folder), facts.index, steps, arrivals, checks=arrivals.load_checks()
         )
-        self._stage = Stage.load(
-            config=facts.config,
-            source=source,
-            first_layer=plan.first_layer,
-            end_layer=plan.end_layer,
-            has_embeddings=plan.has_embeddings,
-            has_output=plan.has_output,
-            dtype=plan.dtype,
-            device=plan.device,
-            num_kv_blocks=given.num_kv_blocks,
-            batch_invariant=given.batch_invariant,
-            held_experts=_held_experts(plan, facts.config.num_experts),
-            on_layer=self._count,
-        )
+        with ReadAhead(source, chain.from_iterable(steps)) as ahead:
+            self._stage = Stage.load(
+                config=facts.config,
+                source=ahead,
+                first_layer=plan.first_layer,
+                end_layer=plan.end_layer,
+                has_embeddings=plan.has_embeddings,
+                has_output=plan.has_output,
+                dtype=plan.dtype,
+                device=plan.device,
+                num_kv_blocks=given.num_kv_blocks,
+                batch_invariant=given.batch_invariant,
+                held_experts=_held_experts(plan, facts.config.num_experts),
+                on_layer=self._count,
+            )
         arrivals.keep_sums(source.checked.found)
         end_team()
         return self._stage.loaded_bytes
@@ -184,6 +184,9 @@ class GatewayActor:
 
     def listen(self, assignment: GatewayAssignment) -> str:
         """Read the tokenizer and open the link on which the last stage answers."""
+        # A second of imports that `connect` would take when all the stages are ready.
+        from .engine.engine import Engine  # noqa: F401
+
         self._assignment = assignment
         self._facts = facts_from_json(assignment.facts_json)
         self._tokenizer = load_tokenizer(Path(assignment.folder), self._facts)

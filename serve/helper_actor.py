@@ -1,6 +1,7 @@
 """The actor that holds experts of a stage on another device."""
 
 import threading
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,28 +37,27 @@ class HelperActor:
         import torch
 
         from ..fetcher.checkpoint.arriving import ArrivingTensorSource
+        from ..fetcher.checkpoint.read_ahead import ReadAhead
         from .engine.helper import Helper
 
         given, host = self._assignment, self._assignment.helper
         torch.set_num_threads(host.num_threads)
         facts = facts_from_json(given.facts_json)
         arrivals = AgentArrivals(given.agent, self._stop)
+        steps = steps_of(helper_shard(facts.index, host, given.first_layer))
         source = ArrivingTensorSource(
-            Path(given.folder),
-            facts.index,
-            steps_of(helper_shard(facts.index, host, given.first_layer)),
-            arrivals,
-            checks=arrivals.load_checks(),
+            Path(given.folder), facts.index, steps, arrivals, checks=arrivals.load_checks()
         )
-        self._helper = Helper.load(
-            config=facts.config,
-            source=source,
-            experts=dict(enumerate(host.experts, start=given.first_layer)),
-            dtype=given.dtype,
-            device=host.device,
-            batch_invariant=given.batch_invariant,
-            on_layer=self._count,
-        )
+        with ReadAhead(source, chain.from_iterable(steps)) as ahead:
+            self._helper = Helper.load(
+                config=facts.config,
+                source=ahead,
+                experts=dict(enumerate(host.experts, start=given.first_layer)),
+                dtype=given.dtype,
+                device=host.device,
+                batch_invariant=given.batch_invariant,
+                on_layer=self._count,
+            )
         arrivals.keep_sums(source.checked.found)
         end_team()
         return self._helper.loaded_bytes

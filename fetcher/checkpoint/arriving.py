@@ -6,6 +6,7 @@ What was damaged on the disk since it arrived is fetched again.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -47,7 +48,7 @@ class Arrivals(Protocol):
 class ArrivingTensorSource:
     """A `TensorSource` that waits for one step of a plan after the other, and reads nothing else.
 
-    Within a step tensors are read in any order. One thread.
+    Within a step tensors are read in any order, from any thread.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ArrivingTensorSource:
         self.checked = CheckedFiles(checks)
         self._files = FileTensorSource(folder, index, verified=(), files=self.checked)
         self._arrivals = arrivals
+        self._asking = threading.Lock()
         self._step_of = {entry.name: tuple(step) for step in steps for entry in step}
 
     @property
@@ -77,19 +79,26 @@ class ArrivingTensorSource:
             CheckpointError: also for a tensor that is in no step. VerifyError: it is damaged on
             the disk, and stays so. What `Arrivals` raises.
         """
-        if step := self._step_of.get(name, ()):
-            ranges = ranges_of(step)
-            self._arrivals.wait(ranges)
-            self._files.allow(ranges)
-            for entry in step:
-                del self._step_of[entry.name]
+        if name in self._step_of:
+            self._await_step(name)
         for _ in range(MAX_REPAIRS):
             try:
                 return self._files.read(name)
             except DamagedError as damage:
                 logger.warning("%s: %s; its pieces are checked again", name, damage)
-                self._arrivals.mend(damage.part)
-                self.checked.mended(damage.part)
+                with self._asking:
+                    self._arrivals.mend(damage.part)
+                    self.checked.mended(damage.part)
         raise VerifyError(
             f"{name} is damaged each time it is read: check the disk and the memory of this machine"
         )
+
+    def _await_step(self, name: str) -> None:
+        with self._asking:
+            step = self._step_of.get(name, ())  # another thread may have awaited it meanwhile
+            ranges = ranges_of(step)
+            if step:
+                self._arrivals.wait(ranges)
+                self._files.allow(ranges)
+            for entry in step:
+                del self._step_of[entry.name]

@@ -41,7 +41,7 @@ class DamagedError(Exception):
 
 
 class CheckedFiles:
-    """A `TensorFiles` that gives out no byte unchecked, as far as there is a check. One thread."""
+    """A `TensorFiles` that gives out no byte unchecked, as far as there is a check."""
 
     def __init__(self, checks: LoadChecks) -> None:
         self.found: dict[ByteRange, str] = {}

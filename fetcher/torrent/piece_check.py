@@ -1,9 +1,11 @@
 """Reading pieces back from the files of a torrent, and whether they still have their hashes."""
 
 import hashlib
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 from ...errors import ReleaseError
@@ -29,7 +31,7 @@ class PieceCheck:
 
     A torrent of version 2 alone has no such sums: then `has_sums` is False, and nothing is checked.
     Nor is a piece that reaches into a file that is not wanted, for the rest of it is nowhere.
-    One thread.
+    Any number of threads may read at once.
     """
 
     def __init__(self, metainfo: Metainfo, data: Path, *, wanted: Collection[str]) -> None:
@@ -48,7 +50,9 @@ class PieceCheck:
         self._starts = [file.offset for file in self._files]
         last = self._files[-1]
         self._end = last.offset + last.length
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, Future[bytes | None]] = OrderedDict()
+        """Pieces that are being read, and the last ones that were right."""
         self._max_kept = max(1, KEPT_BYTES // metainfo.piece_length)
         self.hashed_bytes = 0
 
@@ -82,7 +86,7 @@ class PieceCheck:
 
     def is_right(self, piece: int) -> bool:
         """Whether the piece that is on the disk now has its hash, as far as that can be known."""
-        self._kept.pop(piece, None)
+        self._forget(piece)
         try:
             self._whole(piece)
         except (DamagedPieceError, ReleaseError):
@@ -91,9 +95,26 @@ class PieceCheck:
 
     def _whole(self, piece: int) -> bytes | None:
         """The bytes of a piece; None where some of them are in no file of ours."""
-        if piece in self._kept:
+        with self._lock:
+            known = self._kept.get(piece)
+            mine = self._kept.setdefault(piece, Future())
             self._kept.move_to_end(piece)
-            return self._kept[piece]
+            if len(self._kept) > self._max_kept:
+                self._kept.popitem(last=False)
+        if known is not None:
+            return known.result()
+        try:
+            mine.set_result(self._read_whole(piece))
+        except BaseException as error:
+            self._forget(piece)
+            mine.set_exception(error)
+        return mine.result()
+
+    def _forget(self, piece: int) -> None:
+        with self._lock:
+            self._kept.pop(piece, None)
+
+    def _read_whole(self, piece: int) -> bytes | None:
         if not self._sums or any(file.path not in self._wanted for file in self._files_of(piece)):
             return None
         low, high = self._span(piece)
@@ -103,15 +124,13 @@ class PieceCheck:
             part = memoryview(data)[first - low : last - low]
             self._pread(file, first - file.offset, part)
         self._check(piece, data)
-        whole = self._kept[piece] = bytes(data)
-        if len(self._kept) > self._max_kept:
-            self._kept.popitem(last=False)
-        return whole
+        return bytes(data)
 
     def _check(self, piece: int, data: "memoryview | bytearray") -> None:
         if not self._sums:
             return
-        self.hashed_bytes += len(data)
+        with self._lock:
+            self.hashed_bytes += len(data)
         expected = self._sums[piece * SHA1_BYTES : (piece + 1) * SHA1_BYTES]
         if hashlib.sha1(data).digest() != expected:
             raise DamagedPieceError(piece)

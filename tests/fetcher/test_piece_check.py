@@ -1,5 +1,6 @@
 """Reading pieces back: the bytes that are there, or the number of the piece that is damaged."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,23 @@ def test_a_piece_that_reaches_into_an_unwanted_file_is_read_unchecked(
     check.read_into(metainfo.file("release/a"), 0, memoryview(buffer))
     assert buffer == content("release/a")
     assert check.hashed_bytes == 5 * PIECE
+
+
+def test_threads_that_meet_within_pieces_read_each_of_them_once(
+    metainfo: Metainfo, data: Path
+) -> None:
+    check = PieceCheck(metainfo, data, wanted=LENGTHS)
+    file, size = metainfo.file("release/a"), 1000
+
+    def read(offset: int) -> bytes:
+        buffer = bytearray(min(size, file.length - offset))
+        check.read_into(file, offset, memoryview(buffer))
+        return bytes(buffer)
+
+    with ThreadPoolExecutor(8) as threads:
+        parts = list(threads.map(read, range(0, file.length, size)))
+    assert b"".join(parts) == content("release/a")
+    assert check.hashed_bytes == 6 * PIECE
 
 
 def test_a_file_that_ends_early_is_said(metainfo: Metainfo, data: Path) -> None:
