@@ -23,11 +23,12 @@ from pathlib import Path
 
 import torch
 
+from magnetar.cluster.footprint import form_bytes
+from magnetar.cluster.plan import ComputeDtype
 from magnetar.serve.model.compiled import NoCompiledKernelsError
 from magnetar.serve.model.linear import LINEAR_KERNELS, Linear
 
-BITS = {"int8": 8.5, "int4": 5.0}
-"""Per weight, scales and zeros included."""
+FORMS: dict[str, ComputeDtype] = {"int8": "int8", "int4": "int4"}
 KERNELS = ["plain", "packed", "rows", "rows-int8", "packed-int4", "rows-int4"]
 COPIES_BYTES = 400 << 20
 
@@ -69,7 +70,9 @@ def main() -> None:
         read_gbps = weight_NK.nbytes / read_s / 1e9
         for name, each in seconds.items():
             median_s = statistics.median(each)
-            num_bytes = weight_NK.numel() * BITS.get(name.rpartition("-")[2], 16.0) / 8
+            num_bytes = form_bytes(
+                FORMS.get(name.rpartition("-")[2], "bf16"), tuple(weight_NK.shape)
+            )
             results.append(
                 {
                     "case": name,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from ..cluster.footprint import form_bytes
 from ..cluster.plan import ComputeDtype
 from ..fetcher.config import ModelConfig
 from ..fetcher.tensors import TensorEntry, TensorIndex
@@ -38,7 +39,7 @@ class ModelGauge:
         import torch
 
         with _Threads(num_threads), torch.inference_mode():
-            held = READ_WIDTH * READ_WIDTH * _bits(dtype) / 8
+            held = form_bytes(dtype, (READ_WIDTH, READ_WIDTH))
             products = _products(dtype, device, max(1, int(READ_BYTES / held)))
             token = torch.ones(1, READ_WIDTH, dtype=_compute_dtype(dtype), device=device)
 
@@ -189,15 +190,6 @@ def _compute_dtype(dtype: ComputeDtype) -> "torch.dtype":
     from .model.loader import COMPUTE_DTYPES
 
     return COMPUTE_DTYPES[dtype]
-
-
-def _bits(dtype: ComputeDtype) -> float:
-    """Of one weight, its share of scales included."""
-    from ..cluster.footprint import QUANT_GROUP
-
-    return {"fp32": 32.0, "int8": 8 + 16 / QUANT_GROUP, "int4": 4 + 32 / QUANT_GROUP}.get(
-        dtype, 16.0
-    )
 
 
 def _seconds(once: Callable[[], object], device: str, *, limit: int = 1 << 30) -> list[float]:

@@ -108,7 +108,7 @@ def _with_helpers(
     stage: StagePlan, holding: Holding, config: ModelConfig, index: TensorIndex
 ) -> StagePlan:
     """The stage with that; memory and threads are still as before."""
-    size_of = _expert_bytes(stage, config, index)
+    size_of = _expert_bytes(stage, index)
 
     def weight(experts: ExpertIds) -> int:
         return sum(size_of[layer, e] for layer, ids in _numbered(stage, experts) for e in ids)
@@ -183,15 +183,13 @@ def _members(plan: Plan) -> Iterator[StagePlan | ExpertHost]:
         yield from stage.helpers
 
 
-def _expert_bytes(
-    stage: StagePlan, config: ModelConfig, index: TensorIndex
-) -> Mapping[tuple[int, int], int]:
+def _expert_bytes(stage: StagePlan, index: TensorIndex) -> Mapping[tuple[int, int], int]:
     """By layer and expert, as the stage holds them."""
     found: Counter[tuple[int, int]] = Counter()
     for entry in index:
         path = entry.name.split(".")
         if path[2:4] == ["feed_forward", "experts"]:
-            size = held_bytes(config, entry.name, entry.shape, stage.dtype)
+            size = held_bytes(entry.name, entry.shape, stage.dtype)
             found[int(path[1]), int(path[4])] += size
     return found
 

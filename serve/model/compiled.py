@@ -27,7 +27,7 @@ BF16, INT8, INT4 = 0, 1, 2
 """Forms of the matrix."""
 MOST_CHOSEN = 16
 """Experts of a token, at most."""
-_NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
+_NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"}
 # Without contraction: where the source multiplies and then adds, both round, as torch's sums do.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 _COMPILE_TIMEOUT_S = 120.0

@@ -54,7 +54,10 @@ def packed_int4_linear(weight_NK: torch.Tensor) -> Linear:
         return plain_int4_linear(weight_NK)
     matrix = quantise_int4(weight_NK)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(matrix.levels().int(), 2)
-    scales_and_zeros_GN2 = torch.stack([matrix.scales_NG.T, matrix.zeros_NG.T], dim=-1).contiguous()
+    scales_and_zeros_GN2 = torch.stack(
+        [matrix.group_scales().T, matrix.group_zeros().T], dim=-1
+    ).to(torch.bfloat16)
+    scales_and_zeros_GN2 = scales_and_zeros_GN2.contiguous()
     multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
     def linear(x_TK: torch.Tensor) -> torch.Tensor:
@@ -127,12 +130,12 @@ def default_linear_kernel(
     x_TK = torch.randn(3, 96, generator=generator).to(dtype)
     for fast in _BEST_FIRST.get((weights, dtype), ()):
         try:
-            # Weights are rounded to bf16 again where the plain kernel makes a copy of them.
+            # The compiled ones round inputs too, and the plain one its copy of the weights again.
             torch.testing.assert_close(
                 LINEAR_KERNELS[fast](weight_NK)(x_TK),
                 LINEAR_KERNELS[plain](weight_NK)(x_TK),
                 rtol=None if weights == "float" else 0.02,
-                atol=None if weights == "float" else 0.1,
+                atol=None if weights == "float" else 0.4,
             )
             return fast
         except NoCompiledKernelsError as error:

@@ -151,7 +151,7 @@ class _Loader:
 
     def _kernel_name(self, name: str, shape: tuple[int, int]) -> str:
         """Which kernel multiplies with a matrix of the checkpoint."""
-        form = matrix_format(self.config, name, shape, self.held_dtype)
+        form = matrix_format(name, shape, self.held_dtype)
         weights: WeightFormat = form if form == "int8" or form == "int4" else "float"
         return default_linear_kernel(dtype=self.dtype, device=self.device, weights=weights)
 
@@ -172,9 +172,7 @@ class _Loader:
             weight = self._empty(sum(shape[0] for _, shape in parts), parts[0][1][1])
             self._fill(weight, *parts)
         linear = self.kernel(self._kernel_name(*parts[0]))(weight)
-        self.loaded_bytes = before + sum(
-            held_bytes(self.config, *part, self.held_dtype) for part in parts
-        )
+        self.loaded_bytes = before + sum(held_bytes(*part, self.held_dtype) for part in parts)
         return linear
 
     def layer(self, layer_id: int) -> TransformerLayer:

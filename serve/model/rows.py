@@ -50,7 +50,7 @@ class RowsLinear:
 
 
 def rows_linear(weight_NK: torch.Tensor) -> RowsLinear:
-    """bf16 on a CPU with AVX512-BF16; K must be even.
+    """bf16 on a CPU with AVX512-BF16 and VNNI; K must be even.
 
     Raises:
         NoCompiledKernelsError: see `compiled_rows`.
@@ -59,13 +59,21 @@ def rows_linear(weight_NK: torch.Tensor) -> RowsLinear:
 
 
 def rows_int8_linear(weight_NK: torch.Tensor) -> RowsLinear:
-    """As `rows_linear`, rounded as by `quantise_int8`; K must be whole groups."""
-    return _laid_out(INT8, weight_NK, weight_NK.shape[1] // QUANT_GROUP * (QUANT_GROUP + 2))
+    """As `rows_linear`, rounded as by `quantise_int8`; K must be whole groups.
+
+    The inputs are rounded too, each group of a row to 255 levels.
+    """
+    return _laid_out(INT8, weight_NK, _rounded_bytes(weight_NK, QUANT_GROUP + 1))
 
 
 def rows_int4_linear(weight_NK: torch.Tensor) -> RowsLinear:
-    """As `rows_linear`, rounded as by `quantise_int4`; K must be whole groups."""
-    return _laid_out(INT4, weight_NK, weight_NK.shape[1] // QUANT_GROUP * (QUANT_GROUP // 2 + 4))
+    """As `rows_int8_linear`, rounded as by `quantise_int4`."""
+    return _laid_out(INT4, weight_NK, _rounded_bytes(weight_NK, QUANT_GROUP // 2 + 2))
+
+
+def _rounded_bytes(weight_NK: torch.Tensor, group_bytes: int) -> int:
+    """Of one output: a float, and then its groups."""
+    return 4 + weight_NK.shape[1] // QUANT_GROUP * group_bytes
 
 
 def _laid_out(form: int, weight_NK: torch.Tensor, bytes_per_output: int) -> RowsLinear:

@@ -165,14 +165,14 @@ INLINE uint64_t seen_by(long position, long window, long first) {
 
 static void score_tile(const room *r, const tile *t, long pairs) {
     float *scores = r->scores + t->first * KEYS;
-#define SCORE(m) score(r->keys, t->pairs, pairs, scores, m)
+#define SCORE(m) score(r->keys, t->inputs, pairs, scores, m)
     WITH_ROWS(t->rows, SCORE)
 #undef SCORE
 }
 
 static void weigh_tile(const room *r, const tile *t, long width) {
     float *sums = r->sums + t->first * width;
-#define WEIGH(m) weigh(r->values, t->pairs, r->scales + t->first, width, sums, m)
+#define WEIGH(m) weigh(r->values, t->inputs, r->scales + t->first, width, sums, m)
     WITH_ROWS(t->rows, WEIGH)
 #undef WEIGH
 }

@@ -2,10 +2,15 @@
  *
  * A matrix is held in blocks of 32 outputs. A block holds, for every pair of inputs, the pair of
  * each of its 32 outputs: what two registers of AVX512-BF16 dot products take. It is read once from
- * front to back, so that with few rows a product runs at the speed of memory. In 8 and 4 bits the
- * pairs of 32 inputs are followed by the scales of the 32 outputs (and their zeros) in bf16.
+ * front to back, so that with few rows a product runs at the speed of memory.
  *
- * Inputs come in tiles of rows, again pair by pair: what the registers of one block are multiplied
+ * In 8 and 4 bits it is four inputs instead of pairs, for dot products of whole numbers (VNNI). A
+ * block begins with a float for each of its outputs; 32 inputs are followed by the outputs' scales,
+ * a byte each, and in 4 bits by their zeros: both count in units of that float (quantise.py). Levels
+ * are not negative: 8 bits are kept with 128 added. In 4 bits the low halves of the bytes are of the
+ * first 16 outputs.
+ *
+ * Inputs come in tiles of rows, again pair by pair or four by four: what the registers of one block are multiplied
  * with lies side by side, whatever the distance of the rows in memory was.
  *
  * Every number is summed in one fixed order, however many rows there are beside it and however many
@@ -19,9 +24,12 @@
 #define OUTPUTS 32
 #define FEW 2
 #define GROUP 32
-#define INT8_GROUP_BYTES (GROUP * OUTPUTS + 2 * OUTPUTS)
-#define INT4_GROUP_BYTES (GROUP * OUTPUTS / 2 + 4 * OUTPUTS)
+#define INT8_GROUP_BYTES (GROUP * OUTPUTS + OUTPUTS)
+#define INT4_GROUP_BYTES (GROUP * OUTPUTS / 2 + 2 * OUTPUTS)
+#define ZERO_STEP 4
 #define MOST_ROWS 14
+#define MOST_ROUNDED_ROWS 6
+#define AHEAD 2048
 #define INLINE static inline __attribute__((always_inline))
 
 enum { BF16 = 0, INT8 = 1, INT4 = 2 };
@@ -33,10 +41,9 @@ typedef struct {
     int form;
 } matrix;
 
-/* Rows of inputs: pairs[K / 2][rows], and for 4 bits the sums[rows][K / 32] of their groups. */
+/* Rows of inputs: pairs[K / 2][rows], or for 8 and 4 bits words[K / 32][words of a group][rows]. */
 typedef struct {
-    const uint32_t *pairs;
-    const float *sums;
+    const uint32_t *inputs;
     long first;
     int rows;
 } tile;
@@ -50,8 +57,13 @@ void cut(long m, long num_tiles, long index, tile *t);
 
 /* Floats that `fill` may need for every row of a tile. */
 long row_floats(const matrix *w);
-/* Fill it from rows that lie anywhere. A single row stays where it is. */
+/* Fill it from rows that lie anywhere. A single row for a matrix in bf16 stays where it is. */
 void fill(tile *t, const matrix *w, const uint16_t *const *rows, float *floats);
+
+/* The same for a matrix in 8 or 4 bits, and how many words a row takes there for every group. */
+void fill_rounded(tile *t, const matrix *w, const uint16_t *const *rows, float *floats);
+void multiply_rounded(const matrix *w, long block, const tile *x, uint16_t *y, long stride);
+long rounded_words(int form);
 
 /* y[rows][stride] = the outputs of one block for one tile, in bf16; fewer than 32 at the end. */
 void multiply_tile(const matrix *w, long block, const tile *x, uint16_t *y, long stride);
@@ -116,6 +128,18 @@ INLINE void dot(const uint8_t *w, const uint32_t *x, long pairs, __m512 *low, __
             high[i] = _mm512_dpbf16_ps(high[i], b, p);
         }
     }
+}
+
+INLINE void put(uint16_t *y, long num, __m512 low, __m512 high) {
+    if (num >= OUTPUTS) {
+        narrow16(y, low);
+        narrow16(y + 16, high);
+        return;
+    }
+    uint16_t both[OUTPUTS];
+    narrow16(both, low);
+    narrow16(both + 16, high);
+    memcpy(y, both, 2 * num);
 }
 
 /* CALL(m) with the number of rows known to the compiler. */

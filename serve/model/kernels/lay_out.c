@@ -1,47 +1,78 @@
 /* Weights of a checkpoint, rounded and put into blocks while they are loaded. */
 #include "kernels.h"
 
+/* What one output's weights of a group are divided by, and around which value: exactly. */
+typedef struct {
+    float scale, zero;
+} grid;
+
+INLINE grid grid_of(int form, const uint16_t *w) {
+    const __m512 low = widen(w), high = widen(w + 16);
+    if (form == INT8) {
+        const __m512 largest = _mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high));
+        return (grid){_mm512_reduce_max_ps(largest) / 127.0f, 0.0f};
+    }
+    const float least = _mm512_reduce_min_ps(_mm512_min_ps(low, high));
+    const float scale = (_mm512_reduce_max_ps(_mm512_max_ps(low, high)) - least) / 15.0f;
+    return (grid){scale, least + 8.0f * scale};
+}
+
+/* The float that all scales and zeros of one output are counted in. */
+static float unit_of(int form, const uint16_t *w, long k) {
+    float scale = 0.0f, zero = 0.0f;
+    for (long first = 0; first < k; first += GROUP) {
+        const grid g = grid_of(form, w + first);
+        scale = g.scale > scale ? g.scale : scale;
+        zero = __builtin_fabsf(g.zero) > zero ? __builtin_fabsf(g.zero) : zero;
+    }
+    const float by_scale = scale / 255.0f, by_zero = zero / (127.0f * ZERO_STEP);
+    const float unit = by_scale > by_zero ? by_scale : by_zero;
+    return unit > 0.0f ? unit : 1.0f;
+}
+
+INLINE __m128i to_levels(__m512 value, float zero, float scale, int shift, int least, int most) {
+    const __m512 steps = _mm512_div_ps(_mm512_sub_ps(value, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+    const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(steps), _mm512_set1_epi32(shift));
+    return _mm512_cvtepi32_epi8(
+        _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(most)), _mm512_set1_epi32(least)));
+}
+
 /* 32 inputs of output o into its places in a group: quantise.py says what is rounded how. */
-INLINE void put_int8(const uint16_t *w, uint8_t *group, int o) {
-    __m512 low = widen(w), high = widen(w + 16);
-    float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-    uint16_t scale = narrow(largest / 127.0f);
-    __m512 divisor = _mm512_set1_ps(scale ? wide(scale) : 1.0f);
-    const __m512i most = _mm512_set1_epi32(127), least = _mm512_set1_epi32(-127);
-    __m512i a = _mm512_cvtps_epi32(_mm512_div_ps(low, divisor));
-    __m512i b = _mm512_cvtps_epi32(_mm512_div_ps(high, divisor));
+INLINE void put_int8(const uint16_t *w, float unit, uint8_t *group, int o) {
+    float scale = __builtin_ceilf(grid_of(INT8, w).scale / unit);
+    scale = scale > 255.0f ? 255.0f : scale;
+    const float divisor = scale > 0.0f ? scale * unit : 1.0f;
     uint8_t q[GROUP];
-    _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(_mm512_max_epi32(_mm512_min_epi32(a, most), least)));
-    _mm_storeu_si128((__m128i *)(q + 16), _mm512_cvtepi32_epi8(_mm512_max_epi32(_mm512_min_epi32(b, most), least)));
-    for (int j = 0; j < GROUP / 2; j++) memcpy(group + 2 * OUTPUTS * j + 2 * o, q + 2 * j, 2);
-    memcpy(group + GROUP * OUTPUTS + 2 * o, &scale, 2);
+    _mm_storeu_si128((__m128i *)q, to_levels(widen(w), 0.0f, divisor, 128, 1, 255));
+    _mm_storeu_si128((__m128i *)(q + 16), to_levels(widen(w + 16), 0.0f, divisor, 128, 1, 255));
+    for (int j = 0; j < GROUP; j += 4) memcpy(group + OUTPUTS * j + 4 * o, q + j, 4);
+    group[GROUP * OUTPUTS + o] = (uint8_t)scale;
 }
 
-INLINE __m128i to_nibble(__m512 value, __m512 zero, __m512 divisor) {
-    __m512 level = _mm512_add_ps(_mm512_div_ps(_mm512_sub_ps(value, zero), divisor), _mm512_set1_ps(8.0f));
-    __m512i q = _mm512_cvtps_epi32(level);
-    q = _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(15)), _mm512_setzero_si512());
-    return _mm512_cvtepi32_epi8(q);
-}
-
-INLINE void put_int4(const uint16_t *w, uint8_t *group, int o) {
-    __m512 low = widen(w), high = widen(w + 16);
-    float least = _mm512_reduce_min_ps(_mm512_min_ps(low, high));
-    float largest = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
-    uint16_t scale = narrow((largest - least) / 15.0f);
-    uint16_t zero = narrow(least + 8.0f * wide(scale));
-    __m512 divisor = _mm512_set1_ps(scale ? wide(scale) : 1.0f), zeros = _mm512_set1_ps(wide(zero));
+INLINE void put_int4(const uint16_t *w, float unit, uint8_t *group, int o) {
+    const grid exact = grid_of(INT4, w);
+    const float scale = __builtin_rintf(exact.scale / unit), zero_unit = ZERO_STEP * unit;
+    const float zero = __builtin_rintf(exact.zero / zero_unit);
+    const float divisor = scale > 0.0f ? scale * unit : 1.0f;
     uint8_t q[GROUP];
-    _mm_storeu_si128((__m128i *)q, to_nibble(low, zeros, divisor));
-    _mm_storeu_si128((__m128i *)(q + 16), to_nibble(high, zeros, divisor));
-    uint8_t *pairs = group + 2 * (o % 16);
+    _mm_storeu_si128((__m128i *)q, to_levels(widen(w), zero * zero_unit, divisor, 8, 0, 15));
+    _mm_storeu_si128((__m128i *)(q + 16), to_levels(widen(w + 16), zero * zero_unit, divisor, 8, 0, 15));
     for (int j = 0; j < GROUP; j++) {
-        uint8_t *place = pairs + OUTPUTS * (j / 2) + j % 2;
+        uint8_t *place = group + OUTPUTS / 2 * (j & ~3) + 4 * (o % 16) + j % 4;
         *place = o < 16 ? q[j] : *place | q[j] << 4;
     }
-    uint8_t *scales = group + GROUP * OUTPUTS / 2;
-    memcpy(scales + 2 * o, &scale, 2);
-    memcpy(scales + 2 * OUTPUTS + 2 * o, &zero, 2);
+    uint8_t *after = group + GROUP * OUTPUTS / 2;
+    after[o] = (uint8_t)scale;
+    after[OUTPUTS + o] = (uint8_t)(int8_t)zero;
+}
+
+INLINE void put_output(int form, const uint16_t *w, uint8_t *block, int o, long k) {
+    const float unit = unit_of(form, w, k);
+    memcpy(block + 4 * o, &unit, 4);
+    block += 4 * OUTPUTS;
+    for (long first = 0; first < k; first += GROUP)
+        if (form == INT8) put_int8(w + first, unit, block + first / GROUP * INT8_GROUP_BYTES, o);
+        else put_int4(w + first, unit, block + first / GROUP * INT4_GROUP_BYTES, o);
 }
 
 /* From w[N][K] in bf16 to blocks, which must be zero where the last one has no outputs. */
@@ -50,14 +81,12 @@ void magnetar_lay_out(int form, const uint16_t *w, uint8_t *blocks, long n, long
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
     for (long b = 0; b < count; b++) {
         uint8_t *block = blocks + b * bytes;
-        for (long first = 0; first < k; first += GROUP)
-            for (int o = 0; o < OUTPUTS && b * OUTPUTS + o < n; o++) {
-                const uint16_t *inputs = w + (b * OUTPUTS + o) * k + first;
-                if (form == INT8) put_int8(inputs, block + first / GROUP * INT8_GROUP_BYTES, o);
-                else if (form == INT4) put_int4(inputs, block + first / GROUP * INT4_GROUP_BYTES, o);
-                else
-                    for (long j = 0; j < GROUP && first + j < k; j += 2)
-                        memcpy(block + 2 * OUTPUTS * (first + j) + 4 * o, inputs + j, 4);
-            }
+        const uint16_t *inputs = w + b * OUTPUTS * k;
+        const long outputs = n - b * OUTPUTS < OUTPUTS ? n - b * OUTPUTS : OUTPUTS;
+        for (int o = 0; form != BF16 && o < outputs; o++) put_output(form, inputs + o * k, block, o, k);
+        for (long first = 0; form == BF16 && first < k; first += GROUP)
+            for (int o = 0; o < outputs; o++)
+                for (long j = first; j < first + GROUP && j < k; j += 2)
+                    memcpy(block + 2 * OUTPUTS * j + 4 * o, inputs + o * k + j, 4);
     }
 }
