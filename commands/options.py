@@ -140,7 +140,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     fetch = verb("fetch", "download and verify a release, or a part; prints its folder")
-    _add_source(fetch)
+    _add_source(fetch, optional=True)
+    _add_manifest(fetch)
     fetch.add_argument(
         "--only",
         metavar="LAYERS[/EXPERTS]",
@@ -150,6 +151,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print what would be fetched, and fetch no more"
     )
     _add_facts(fetch)
+    fetch.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="take from the nodes of this Ray cluster what they hold, before asking outside",
+    )
     _add_output(fetch)
 
     verify = verb(

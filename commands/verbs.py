@@ -70,12 +70,14 @@ def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
 
 def fetch(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Downloads and verifies a release, or a part of one, into the store."""
+    from ..cluster.inventory.inventory import host_label
     from ..fetcher.only import parse_only
     from ..fetcher.piece_map import ranges_of
 
-    source, store = _source(args, console), _store(args)
+    spec, ray_address = wanted(args, console)
+    source, store = spec.source, Path(spec.store.replace("{host}", host_label())).expanduser()
     only = None if args.only is None else parse_only(args.only)
-    with fetching(source, store, console, stop) as fetch:
+    with fetching(source, store, console, stop, ray_address=ray_address) as fetch:
         fetch.metadata()
         if only is not None:
             facts = fetch.facts(given=source.given, known=source.known)
@@ -321,9 +323,14 @@ def with_options(spec: DeploymentSpec, args: argparse.Namespace) -> DeploymentSp
 
 @contextlib.contextmanager
 def fetching(
-    source: SourceSpec, store: Path, console: Console, stop: threading.Event
+    source: SourceSpec,
+    store: Path,
+    console: Console,
+    stop: threading.Event,
+    *,
+    ray_address: str | None = None,
 ) -> "Iterator[Fetch]":
-    """A `Fetch` of the source, closed at the end."""
+    """A `Fetch` of the source, closed at the end; what a Ray cluster holds comes from there."""
     from ..fetcher.fetch import Fetch
 
     fetch = Fetch(
@@ -338,6 +345,11 @@ def fetching(
         stop=stop,
     )
     with contextlib.closing(fetch):
+        if ray_address is not None and (info_hash := fetch.identify()) is not None:
+            from ..serve.launch import lenders
+
+            found, lan_address = lenders(info_hash, ray_address=ray_address)
+            fetch.borrow(found, lan_address=lan_address)
         yield fetch
 
 

@@ -20,6 +20,7 @@ from .torrent.lending import Lender
 from .torrent.libtorrent_session import LibtorrentSession
 from .torrent.metainfo import Metainfo
 from .torrent.session import SessionSettings, TorrentSession
+from .torrent.traffic import Traffic
 from .torrent_release import TorrentRelease
 from .torrent_source import TorrentSource
 
@@ -113,6 +114,11 @@ class Fetch:
         return self._found.sent_bytes if self._found is not None else 0
 
     @property
+    def traffic(self) -> Traffic:
+        """What went over the network so far, by peer and in all; for any thread."""
+        return self._found.traffic if self._found is not None else Traffic()
+
+    @property
     def hashed_bytes(self) -> int:
         """Bytes that were read back from the disk so far to check them."""
         return self._found.hashed_bytes if self._found is not None else 0
@@ -126,6 +132,11 @@ class Fetch:
         """Makes `received_bytes` and `sent_bytes` exact; takes over a second after `join`."""
         if self._found is not None:
             self._found.count()
+
+    def tend(self) -> None:
+        """Keeps sessions in order while no other method runs: once a second or so."""
+        if self._found is not None:
+            self._found.tend()
 
     def identify(self) -> str | None:
         """The info-hash, before `metadata` and without it; None for a folder.

@@ -15,6 +15,7 @@ from .ownership import Member, Role
 from .piece_map import ByteRange, PieceMap
 from .progress import ProgressSink
 from .store import Store
+from .torrent.traffic import Traffic
 from .verify import check_release_sums
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class FolderRelease:
     wanted_bytes = 0
     received_bytes = 0
     sent_bytes = 0
+    traffic = Traffic()
 
     def __init__(
         self,
@@ -57,6 +59,9 @@ class FolderRelease:
         from .checkpoint.release import FolderReader, read_release
 
         return read_release(FolderReader(self.folder), given=given, known=known)
+
+    def tend(self) -> None:
+        """Does nothing."""
 
     def piece_map(self) -> PieceMap | None:
         """None."""

@@ -26,6 +26,16 @@ class Progress:
     """Host label of the machine that reports; empty for the whole deployment."""
     finished: bool = False
     """The phase is over."""
+    lan_bytes_per_s: float = 0.0
+    """Of the rate, what comes from other nodes of the cluster."""
+    parts: tuple[float, ...] = ()
+    """How much of each of `NUM_PARTS` equal parts is there, 0 to 1; what is brought first is first.
+    Of a download alone."""
+    num_layers: int = 0
+    """Ready to compute, while loading."""
+    total_layers: int = 0
+    is_paused: bool = False
+    """It waits for room on the disk and goes on by itself."""
 
     @property
     def eta_s(self) -> float | None:
@@ -34,6 +44,8 @@ class Progress:
             return None
         return (self.total_bytes - self.done_bytes) / self.rate_bytes_per_s
 
+
+NUM_PARTS = 24
 
 ProgressSink = Callable[[Progress], None]
 """Called from the working thread; must return at once."""

@@ -23,6 +23,7 @@ from .torrent.holding import Holding
 from .torrent.lending import Lender
 from .torrent.metainfo import Metainfo
 from .torrent.pieces import PieceReader
+from .torrent.traffic import Traffic
 from .verify import check_release_sums
 from .waves import waves_of
 
@@ -77,6 +78,10 @@ class TorrentRelease:
         return self._connection.sent_bytes
 
     @property
+    def traffic(self) -> Traffic:
+        return self._connection.traffic
+
+    @property
     def hashed_bytes(self) -> int:
         return self._download.hashed_bytes + self._sums_bytes
 
@@ -86,6 +91,9 @@ class TorrentRelease:
 
     def count(self) -> None:
         self._download.count()
+
+    def tend(self) -> None:
+        self._download.tend()
 
     def facts(self, *, given: ReleaseHints, known: ReleaseHints) -> "ReleaseFacts":
         from .checkpoint.release import read_release

@@ -7,6 +7,7 @@ Deadlines would be worse than no order at all: they ask several peers for the sa
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, Self
 
 from .piece_map import ByteRange, PieceMap
@@ -47,6 +48,15 @@ class Waves:
             if not all(have[piece] for piece in wave):
                 return number
         return len(self.waves)
+
+    def parts(self, have: Sequence[bool], num_parts: int) -> tuple[float, ...]:
+        """How much is there of each of so many equal parts, 0 to 1, in the order of the waves."""
+        order = [piece for wave in self.waves for piece in sorted(wave)]
+        bounds = [len(order) * number // num_parts for number in range(num_parts + 1)]
+        return tuple(
+            sum(have[piece] for piece in order[first:end]) / (end - first) if end > first else 0.0
+            for first, end in pairwise(bounds)
+        )
 
     def priorities(self, front: int, num_pieces: int) -> list[int]:
         """One per piece: the highest for the waves up to `front`, then one less for each wave.

@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..cluster.deployment.lenders import find_lenders
 from ..cluster.deployment.status import DeploymentStatus
 from ..cluster.journal import FileJournal, deployment_record, deployment_records
 from ..cluster.plan import Plan
 from ..cluster.runtime.process_mark import ProcessMark
 from ..cluster.runtime.ray_head import start_head, stop_head
-from ..cluster.runtime.ray_runtime import joined_ray, local_ray
+from ..cluster.runtime.ray_runtime import home_node, joined_ray, local_ray, ray_nodes
 from ..cluster.spec import DeploymentSpec
 from ..errors import NotFoundError, StageLostError, TimedOutError, UsageError
 from ..fetcher.progress import ProgressSink
+from ..fetcher.torrent.lending import Lender
 from ..settings import data_dir
 from .api.server import bind
 from .preview import PlanPreview, Running, plan_only
@@ -29,7 +31,17 @@ from .session import (
     start_controller,
 )
 
-__all__ = ["Endpoint", "PlanPreview", "Running", "down", "plan_only", "running", "status", "up"]
+__all__ = [
+    "Endpoint",
+    "PlanPreview",
+    "Running",
+    "down",
+    "lenders",
+    "plan_only",
+    "running",
+    "status",
+    "up",
+]
 
 
 class Endpoint:
@@ -130,7 +142,8 @@ def status(name: str | None = None, *, ray_address: str | None = None) -> list[d
     """Deployments that were started from this machine, or those of a Ray cluster, as JSON types.
 
     Each has the fields of `DeploymentStatus`, `ready`, the `address` of its Ray, and as
-    `expert_tokens` by layer the tokens that each expert was chosen for; one whose Ray is gone has
+    `expert_tokens` by layer the tokens that each expert was chosen for, as `traffic` by node what
+    its peers gave and took; one whose Ray is gone has
     ``"phase": "lost"`` instead of most of them.
 
     Raises:
@@ -192,11 +205,19 @@ def down(name: str, *, ray_address: str | None = None) -> None:
     journal.forget()
 
 
+def lenders(info_hash: str, *, ray_address: str) -> tuple[tuple[Lender, ...], str]:
+    """Nodes of a Ray cluster that hold a release, and our address, from which they expect us."""
+    with joined_ray(ray_address):
+        ours = home_node(ray_nodes()).address
+        return tuple(find_lenders(info_hash, (ours,)).values()), ours
+
+
 def _ask(name: str, address: str) -> dict[str, Any]:
     session = Session(find_controller(name))
     status, tokens = session.poll().status, session.expert_tokens()
     told = {str(layer): list(counts) for layer, counts in sorted(tokens.items())}
-    return status.to_json() | {"address": address, "expert_tokens": told}
+    more = {"address": address, "expert_tokens": told, "traffic": session.traffic()}
+    return status.to_json() | more
 
 
 def _status_of(record: dict[str, Any]) -> dict[str, Any]:

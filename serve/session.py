@@ -41,6 +41,10 @@ class Session:
         told = call(self._controller.expert_tokens.remote(), who="the controller")
         return dict(told)
 
+    def traffic(self) -> list[dict[str, Any]]:
+        """By node, what it had from and gave to peers inside and outside."""
+        return list(call(self._controller.traffic.remote(), who="the controller"))
+
     def until_serving(self, on_progress: ProgressSink, stop: threading.Event) -> DeploymentStatus:
         """Pass progress on until the deployment answers; raises what kept it from that."""
         while True:

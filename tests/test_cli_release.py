@@ -57,6 +57,21 @@ def data_of(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def test_fetch_of_a_manifest_brings_what_it_names_to_where_it_says(
+    seed: str, release: Path, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "tiny.yaml"
+    manifest.write_text(
+        "apiVersion: magnetar/v1\nkind: Deployment\nmetadata: {name: tiny}\nspec:\n"
+        f"  source: {{magnet: '{seed}', timeoutSeconds: 20}}\n  placement: {{store: here}}\n"
+    )
+    folder = Path(data_of("fetch", "-f", str(manifest)))
+    assert folder.is_relative_to(tmp_path / "here")
+    assert {file.name for file in folder.iterdir()} == {file.name for file in release.iterdir()}
+    assert data_of("fetch", "-f", str(manifest), f"--store={tmp_path / 'there'}") != str(folder)
+    assert run("fetch", "-f", str(manifest), seed).returncode == 2
+
+
 def test_fetch_prints_the_folder_and_verify_reads_it_again(
     seed: str, release: Path, tmp_path: Path
 ) -> None:

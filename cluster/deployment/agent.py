@@ -1,13 +1,14 @@
 """What works for a deployment on one node: measures it and brings the release there."""
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 
-from ...errors import InterruptedByUserError
+from ...errors import InterruptedByUserError, MagnetarError
 from ...fetcher.checkpoint.checked_files import LoadChecks
 from ...fetcher.checkpoint.release import facts_to_json
 from ...fetcher.config import ReleaseHints
@@ -18,6 +19,7 @@ from ...fetcher.piece_map import ByteRange
 from ...fetcher.progress import Progress
 from ...fetcher.store import Store
 from ...fetcher.torrent.lending import Lender, Lending
+from ...fetcher.torrent.traffic import Traffic, added
 from ..inventory.inventory import probe_node
 from ..plan import Node
 from ..spec import SourceSpec
@@ -25,6 +27,9 @@ from .progress_board import ProgressBoard
 from .status import FetchedShare
 
 T = TypeVar("T")
+TEND_S: Final = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class NodeAgent:
@@ -58,6 +63,10 @@ class NodeAgent:
         self._has_metadata = False
         self._lendings: dict[str, Lending] = {}
         self._lending_lock = threading.Lock()
+        self._past = Traffic()
+        self._is_over = threading.Event()
+        self._tending = threading.Thread(target=self._tend, name="tend", daemon=True)
+        self._tending.start()
 
     def inventory(self, info_hash: str | None) -> Node:
         """This machine, with the bytes that its store holds of the release."""
@@ -196,6 +205,7 @@ class NodeAgent:
             self._has_metadata = False
             if fetch is not None:
                 fetch.close()
+                self._past = added((self._past, fetch.traffic))
 
         self._run(work)
 
@@ -214,21 +224,32 @@ class NodeAgent:
                 if newer is not None:
                     if lending is not None:
                         lending.close()
+                        self._past = added((self._past, replace(lending.traffic, peers=())))
                     lending = self._lendings[info_hash] = newer
             if lending is None:
                 return None
             lending.admit(to)
             return lending.lender
 
+    def traffic(self) -> dict[str, Any]:
+        """What went between this node and its peers so far, by peer and in all, as JSON types."""
+        fetch, lendings = self._fetch, tuple(self._lendings.values())
+        parts = [self._past, *(lending.traffic for lending in lendings)]
+        if fetch is not None:
+            parts.append(fetch.traffic)
+        return {"host": self._host} | added(parts).to_json()
+
     def close(self) -> None:
         """End the fetch as `end_fetch` does, and all that is lent."""
         try:
             self.end_fetch()
         finally:
+            self._is_over.set()
             with self._lending_lock:
                 for lending in self._lendings.values():
                     lending.close()
                 self._lendings.clear()
+            self._tending.join()
 
     def stop(self) -> None:
         """Make the method that is running raise InterruptedByUserError, and all later ones."""
@@ -254,6 +275,19 @@ class NodeAgent:
                 lan_address=self._lan_address,
             )
         return self._fetch
+
+    def _tend(self) -> None:
+        """What peers do while no method runs is heard too, so that no queue grows."""
+
+        def work() -> None:
+            if self._fetch is not None:
+                self._fetch.tend()
+
+        while not self._is_over.wait(TEND_S):
+            try:
+                self._run(work)
+            except MagnetarError as error:
+                logger.warning("%s: %s", self._host, error)
 
     def _publish(self, progress: Progress) -> None:
         self._board.publish(replace(progress, node=self._host))

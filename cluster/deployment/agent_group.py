@@ -22,6 +22,7 @@ from .status import FetchedShare
 
 START_TIMEOUT_S: Final = 120.0
 CLOSE_TIMEOUT_S: Final = 20.0
+TRAFFIC_TIMEOUT_S: Final = 10.0
 _METHODS_AT_ONCE: Final = 16
 """More than a node has stages that wait for their layers."""
 
@@ -160,6 +161,11 @@ class AgentGroup:
         return tuple(
             self._all({host: self._agents[host].fetched.remote() for host in hosts}).values()
         )
+
+    def traffic(self) -> tuple[dict[str, Any], ...]:
+        """What went between each node and its peers so far, as `Traffic` has it. Any thread."""
+        calls = [agent.traffic.remote() for agent in list(self._agents.values())]
+        return tuple(gather(calls, who="an agent", stop=self._stop, timeout_s=TRAFFIC_TIMEOUT_S))
 
     def end_fetches(self) -> None:
         """End all fetches and keep what resumes them; what is there is lent to whoever asks."""

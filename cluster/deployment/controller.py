@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from ...errors import InterruptedByUserError, MagnetarError, StageLostError
 from ...fetcher.checkpoint.release import ReleaseFacts, facts_to_json
@@ -30,9 +30,11 @@ from .status import (
     Report,
     StageLoad,
     with_condition,
+    without_condition,
 )
 
 WATCH_S: Final = 0.5
+_FETCHING: Final[tuple[Phase, ...]] = ("metadata", "plan", "download", "verify")
 _CONDITION_OF: Final[dict[Phase, ConditionType]] = {
     "metadata": "SourceVerified",
     "plan": "PipelinePlaced",
@@ -76,6 +78,9 @@ class Controller:
         self._open_phases: set[Phase] = set()
         self._finished_phases: set[Phase] = set()
         self._fetching: Future[None] | None = None
+        self._short_of_room: dict[str, str] = {}
+        """By host, what its agent says of its disk."""
+        self._room_lock = threading.Lock()
         self._stop = threading.Event()
         self._agents = AgentGroup(
             deployment=spec.name,
@@ -112,6 +117,13 @@ class Controller:
             return self._pipeline.expert_tokens() if is_ready else {}
         except StageLostError:  # `poll` tells of it
             return {}
+
+    def traffic(self) -> tuple[dict[str, Any], ...]:
+        """By node, what it had from and gave to peers inside and outside; empty at the end."""
+        try:
+            return self._agents.traffic()
+        except MagnetarError:  # `poll` tells of what ends a deployment
+            return ()
 
     def stop(self) -> None:
         """Begin to end everything; `poll` says when that is done."""
@@ -280,11 +292,31 @@ class Controller:
             self._publish(Progress(phase=phase, message=message, finished=True))
 
     def _publish(self, progress: Progress) -> None:
+        self._note_room(progress)
         if len(self._nodes) == 1:
             progress = replace(progress, node="")
         if progress.finished and not progress.node:
             self._finished_phases.add(progress.phase)
         self._board.publish(progress)
+
+    def _note_room(self, progress: Progress) -> None:
+        """Keep the condition that tells which nodes wait for room on their disks."""
+        with self._room_lock:
+            before = dict(self._short_of_room)
+            if progress.is_paused:
+                self._short_of_room[progress.node] = progress.message
+            elif progress.phase in _FETCHING:
+                self._short_of_room.pop(progress.node, None)
+            if (short := self._short_of_room) == before:
+                return
+            if short:
+                message = "; ".join(f"{host}: {short[host]}" for host in sorted(short))
+                self._hold("DiskHasRoom", "DiskFull", message, status=False)
+                return
+        with self._lock:
+            conditions = without_condition(self._status.conditions, "DiskHasRoom")
+            self._status = replace(self._status, conditions=conditions)
+        self._change()
 
     def _hold(
         self, kind: ConditionType, reason: str, message: str = "", *, status: bool = True

@@ -13,7 +13,7 @@ from ...errors import (
     PreflightError,
     StageLostError,
 )
-from ...fetcher.progress import Progress, ProgressSink
+from ...fetcher.progress import ProgressSink
 from ..plan import ExpertHost, Plan, StagePlan
 from ..runtime.ray_calls import any_ended, call, endings, gather
 from ..runtime.ray_runtime import RayNode
@@ -27,6 +27,7 @@ from .assignment import (
     StageAssignment,
     helper_name,
 )
+from .load_progress import load_progress
 from .status import StageLoad
 
 PLACE_TIMEOUT_S: Final = 60.0
@@ -204,8 +205,6 @@ class PipelineGroup:
             CheckpointError: the weights do not.
         """
         loading = self._members[1:]
-        total = sum(stage.weights_bytes for stage in plan.stages)
-        total += sum(helper.weights_bytes for _, helper in _helpers_of(plan))
         began = time.monotonic()
 
         def tell(*, finished: bool = False) -> None:
@@ -213,19 +212,11 @@ class PipelineGroup:
             loads: list[StageLoad] = gather(refs, who="a stage", stop=self._stop)
             on_loaded(tuple(loads))
             helping = [helper.loaded_bytes.remote() for each in self._helpers for helper in each]
-            num_bytes = sum(load.num_bytes for load in loads) + sum(gather(helping, who="a helper"))
-            done = total if finished else min(total, num_bytes)
-            seconds = time.monotonic() - began
-            on_progress(
-                Progress(
-                    phase="load",
-                    done_bytes=done,
-                    total_bytes=total,
-                    rate_bytes_per_s=done / seconds if seconds else 0.0,
-                    message=_layers_ready(loads),
-                    finished=finished,
-                )
-            )
+            helped: list[int] = gather(helping, who="a helper")
+            for progress in load_progress(
+                plan, loads, helped, seconds=time.monotonic() - began, finished=finished
+            ):
+                on_progress(progress)
 
         refs = [self._briefing, *(member.load.remote() for member in loading)]
         found = gather(refs, who="the pipeline", stop=self._stop, meanwhile=tell)
@@ -328,12 +319,6 @@ class PipelineGroup:
                     f"Ray does not grant the memory that the plan found free ({wanted}); another "
                     "deployment has reserved it: take that down, or use other nodes"
                 )
-
-
-def _layers_ready(loads: Sequence[StageLoad]) -> str:
-    """``layers 5/16 7/16``: of each stage, in order."""
-    counts = " ".join(f"{load.num_layers}/{load.total_layers}" for load in loads)
-    return f"layers ready {counts}"
 
 
 def _helpers_of(plan: Plan) -> Iterator[tuple[StagePlan, ExpertHost]]:

@@ -2,7 +2,7 @@
 
 import traceback
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal, get_args
 
 from ... import errors
 from ...errors import MagnetarError
@@ -10,7 +10,13 @@ from ...fetcher.progress import Phase, Progress
 from ..plan import Plan
 
 ConditionType = Literal[
-    "SourceVerified", "PipelinePlaced", "WeightsReady", "StagesReady", "EndpointReady", "Ready"
+    "SourceVerified",
+    "PipelinePlaced",
+    "WeightsReady",
+    "StagesReady",
+    "EndpointReady",
+    "DiskHasRoom",
+    "Ready",
 ]
 PARTS: tuple[ConditionType, ...] = (
     "SourceVerified",
@@ -19,7 +25,10 @@ PARTS: tuple[ConditionType, ...] = (
     "StagesReady",
     "EndpointReady",
 )
-"""`Ready` is the AND of these."""
+"""`Ready` is the AND of these.
+
+`DiskHasRoom` is there, and false, only while the download of a node waits for room."""
+_ORDER: Final = get_args(ConditionType)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,4 +174,11 @@ def with_condition(
             last_transition_time=now,
         )
     )
-    return tuple(by_type[kind] for kind in (*PARTS, "Ready") if kind in by_type)
+    return tuple(by_type[kind] for kind in _ORDER if kind in by_type)
+
+
+def without_condition(
+    conditions: tuple[Condition, ...], gone: ConditionType
+) -> tuple[Condition, ...]:
+    """Take one away that is none of `PARTS`."""
+    return tuple(condition for condition in conditions if condition.type != gone)

@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from ..progress import ProgressSink
@@ -14,6 +14,7 @@ from .contacts import Contacts, shown
 from .magnet import split_peer
 from .session import Address, SessionSettings, TorrentSession, is_local, own_interfaces, routes
 from .swarm import Swarm
+from .traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,7 @@ class Connection:
         self._node = node
         self._swarm: Swarm | None = None
         self._addresses: tuple[Address, ...] = ()
-        self._received_bytes = 0
-        self._sent_bytes = 0
+        self._traffic = Traffic()
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -72,12 +72,18 @@ class Connection:
     @property
     def received_bytes(self) -> int:
         """Payload that came over the network."""
-        return self._swarm.received_bytes if self._swarm is not None else self._received_bytes
+        return self.traffic.received_bytes
 
     @property
     def sent_bytes(self) -> int:
         """Payload that went to others, at the last reading."""
-        return self._swarm.sent_bytes if self._swarm is not None else self._sent_bytes
+        return self.traffic.sent_bytes
+
+    @property
+    def traffic(self) -> Traffic:
+        """By peer and in all, at the last reading; for any thread."""
+        swarm = self._swarm
+        return swarm.traffic() if swarm is not None else self._traffic
 
     def has_way_out(self) -> bool:
         """Whether there is a route to anybody of these sources; after `swarm`."""
@@ -111,9 +117,8 @@ class Connection:
         """Ends the session, if there is one."""
         swarm, self._swarm = self._swarm, None
         if swarm is not None:
-            sent_bytes = swarm.sent_bytes
+            self._traffic = replace(swarm.traffic(), peers=())
             swarm.close()
-            self._received_bytes, self._sent_bytes = swarm.received_bytes, sent_bytes
 
 
 def _settings(sources: Sources, addresses: tuple[Address, ...]) -> SessionSettings:

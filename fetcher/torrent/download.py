@@ -64,6 +64,11 @@ class Download:
         if self._connection.is_started and self._has_joined:
             self._connection.swarm().count()
 
+    def tend(self) -> None:
+        """Keeps a session in order that has nothing to do; now and then, between other methods."""
+        if self._connection.is_started:
+            self._connection.swarm().tend()
+
     def fetch_pieces(self, needed: set[int]) -> set[int]:
         """Fetches these pieces and no others; returns all that may be read from the files."""
         swarm = self._open()
@@ -128,7 +133,9 @@ class Download:
         # One of two calls the other: a second connection would be closed, and tried again.
         lenders = {lender.address for lender in self._lenders}
         called = [each for each in role.partners if each in lenders or self._address < each]
-        self._connection.swarm().join(tuple(map(split_peer, called)))
+        swarm = self._connection.swarm()
+        swarm.know(split_peer(partner)[0] for partner in role.partners)
+        swarm.join(tuple(map(split_peer, called)))
         self._sharing.give(role)
 
     def member(self, host: str) -> Member:
@@ -237,7 +244,9 @@ class Download:
         )
         self._is_open = True
         self._have = tuple(status.have)
-        swarm.join(tuple(split_peer(lender.address) for lender in self._lenders))
+        lending = tuple(split_peer(lender.address) for lender in self._lenders)
+        swarm.know(host for host, _ in lending)
+        swarm.join(lending)
         return swarm
 
     def _look_again(self) -> Swarm:

@@ -27,6 +27,7 @@ from .session import (
     TorrentSession,
     listening_address,
 )
+from .traffic import Traffic, TrafficLog
 
 POLL_S: Final = 1.0
 CHECK_S: Final = 10.0
@@ -64,9 +65,7 @@ class Lending:
     The release is not locked by it: others may go on fetching into it meanwhile.
     """
 
-    def __init__(
-        self, session: TorrentSession, holding: Holding, lender: Lender, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, session: TorrentSession, holding: Holding, lender: Lender) -> None:
         self.lender = lender
         self._session = session
         self._holding = holding
@@ -74,7 +73,7 @@ class Lending:
         self._has_ended = False
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._clock = clock
+        self._traffic = TrafficLog()
         self._thread = threading.Thread(target=self._serve, name="lending")
         self._thread.start()
 
@@ -132,13 +131,18 @@ class Lending:
             return None
         place.mark_lent()
         lender = Lender(host=host, address=shown((address, port)), torrent=metainfo.raw, held=held)
-        return cls(session, holding, lender, clock)
+        return cls(session, holding, lender)
 
     @property
     def sent_bytes(self) -> int:
         """Payload given so far, as read about a second ago."""
         status = self._session.status()
         return status.uploaded_bytes if status is not None else 0
+
+    @property
+    def traffic(self) -> Traffic:
+        """By peer and in all, as read about a second ago."""
+        return self._traffic.reading(received_bytes=0, sent_bytes=self.sent_bytes)
 
     def is_current(self) -> bool:
         """Whether it still gives, and the store has verified no more since it was opened."""
@@ -164,6 +168,7 @@ class Lending:
                         name = self._holding.metainfo.name
                         logger.warning("%s is shared no more: %s", name, event.reason)
                         return
+                self._traffic.note(self._session.peers(), self._admitted)
         finally:
             with self._lock:
                 self._has_ended = True

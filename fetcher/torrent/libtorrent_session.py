@@ -23,6 +23,7 @@ from .session import (
     ListenFailed,
     Listening,
     MetadataArrived,
+    PeerBanned,
     PeerConnected,
     PeerLost,
     PeersFound,
@@ -162,13 +163,27 @@ class LibtorrentSession:
         return self._status
 
     def peers(self) -> list[PeerView]:
-        flags = self._lt.peer_info
+        flags, handle = self._lt.peer_info, self._handle
+        if handle is None:
+            return []
+        try:
+            found = handle.get_peer_info()
+        except RuntimeError:
+            return []  # It was removed just now.
         return [
             PeerView(
                 has_needed=bool(peer.flags & flags.interesting),
                 chokes_us=bool(peer.flags & flags.remote_choked),
+                address=(str(peer.ip[0]), int(peer.ip[1])),
+                client=_text(peer.client),
+                received_bytes=peer.total_download,
+                sent_bytes=peer.total_upload,
+                received_bytes_per_s=peer.payload_down_speed,
+                sent_bytes_per_s=peer.payload_up_speed,
+                num_pieces=peer.num_pieces,
+                num_bad_pieces=peer.num_hashfails,
             )
-            for peer in self._handle.get_peer_info()
+            for peer in found
             if not peer.flags & (flags.connecting | flags.handshake)
         ]
 
@@ -301,6 +316,7 @@ class LibtorrentSession:
             ),
             lt.save_resume_data_failed_alert: lambda alert: ResumeData(b""),
             lt.hash_failed_alert: lambda alert: BadPiece(alert.piece_index),
+            lt.peer_ban_alert: lambda alert: PeerBanned(alert.endpoint),
             lt.cache_flushed_alert: lambda alert: Flushed(),
             lt.torrent_checked_alert: self._read_checked,
             lt.torrent_removed_alert: lambda alert: Removed(),
@@ -354,6 +370,7 @@ def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
         | category.storage_notification
         | category.tracker_notification
         | category.connect_notification
+        | category.peer_notification
         | category.dht_notification,
         "alert_queue_size": 100_000,
         "listen_interfaces": settings.listen,
@@ -406,6 +423,12 @@ def _refuse_disagreement(info: Any, metainfo: Metainfo) -> None:
         raise ReleaseError(
             f"unsafe torrent {metainfo.name}: libtorrent would save other file names than it lists"
         )
+
+
+def _text(client: bytes | str) -> str:
+    """What a peer calls itself, in printable characters alone."""
+    text = client if isinstance(client, str) else client.decode(errors="replace")
+    return "".join(letter for letter in text[:60] if letter.isprintable())
 
 
 def _is_full(error: Any) -> bool:

@@ -95,11 +95,22 @@ class TorrentStatus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerView:
-    """One connected peer, as far as it explains why nothing moves."""
+    """One connected peer; amounts are payload since it connected."""
 
     has_needed: bool
     """It has pieces that we want."""
     chokes_us: bool
+    address: Address = ("", 0)
+    client: str = ""
+    """By its own account."""
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    received_bytes_per_s: float = 0.0
+    sent_bytes_per_s: float = 0.0
+    num_pieces: int = 0
+    """That it has."""
+    num_bad_pieces: int = 0
+    """With wrong hashes, of which it had sent a part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +181,13 @@ class BadPiece:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerBanned:
+    """A peer sent bad pieces and is let in no more."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
 class Flushed:
     """Everything that was verified when `flush` was called is in the files."""
 
@@ -196,6 +214,7 @@ Event = (
     | ListenFailed
     | ResumeData
     | BadPiece
+    | PeerBanned
     | Flushed
     | Checked
     | Removed
@@ -223,7 +242,7 @@ class TorrentSession(Protocol):
         ...
 
     def peers(self) -> list[PeerView]:
-        """The connected peers; blocks for a moment."""
+        """The connected peers; none before `add`. For any thread, blocks for a moment."""
         ...
 
     def begun(self) -> frozenset[int]:

@@ -89,6 +89,7 @@ class Sharing:
             try:
                 status = swarm.fetch(
                     asked,
+                    whole=waves,
                     phase=phase,
                     doing=doing,
                     gives_up=self._gives_up(role, None if is_owner else timeout_s or float("inf")),

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ...errors import DiskFullError, DownloadError, InterruptedByUserError, TimedOutError
-from ..progress import Phase, Progress, ProgressSink
+from ..progress import NUM_PARTS, Phase, Progress, ProgressSink
 from ..waves import Waves
-from .contacts import Contacts
+from .contacts import Contacts, shown
+from .metainfo import Metainfo
 from .room_watch import RoomWatch
 from .session import (
     Address,
@@ -19,6 +20,7 @@ from .session import (
     Flushed,
     Listening,
     MetadataArrived,
+    PeerBanned,
     Removed,
     ResumeData,
     StorageFailed,
@@ -26,6 +28,7 @@ from .session import (
     TorrentSession,
     TorrentStatus,
 )
+from .traffic import Traffic, TrafficLog
 from .write_out import WriteOut
 
 POLL_S = 0.1
@@ -37,6 +40,7 @@ FRESH_S = 2.0
 COUNT_S = 1.5
 HASH_S = 10.0
 """Without an outcome for so long, found pieces wait for hashes that only others have."""
+COUNT_PEERS_S = 1.0
 ANSWER_S = 60.0
 """How long the session itself may take for what needs no network."""
 
@@ -82,10 +86,16 @@ class Swarm:
         self._resumed_s = clock()
         self._bad: set[int] = set()
         self._hashing = (0, 0)
-        self._earlier_bytes = 0
+        self._earlier_bytes = self._earlier_sent_bytes = 0
         self._is_checking = False
         self._has_files = False
         self._listens: list[Address] = []
+        self._traffic = TrafficLog()
+        self._inside: frozenset[str] = frozenset()
+        self._metainfo: Metainfo | None = None
+        self._waves = Waves(())
+        self._whole: Waves | None = None
+        self._counted_s = clock()
 
     @property
     def received_bytes(self) -> int:
@@ -95,9 +105,27 @@ class Swarm:
 
     @property
     def sent_bytes(self) -> int:
-        """Payload sent since the torrent was added, at the last reading."""
+        """Payload sent in all, at the last reading."""
         status = self._session.status()
-        return status.uploaded_bytes if status is not None else 0
+        return self._earlier_sent_bytes + (status.uploaded_bytes if status else 0)
+
+    def traffic(self) -> Traffic:
+        """What went between us and our peers, at the last reading. For any thread."""
+        return self._traffic.reading(received_bytes=self.received_bytes, sent_bytes=self.sent_bytes)
+
+    def know(self, hosts: Iterable[str]) -> None:
+        """These IP addresses are nodes of the cluster, for `traffic`. For any thread."""
+        self._inside |= frozenset(hosts)
+
+    def tend(self) -> None:
+        """Takes what happened while nothing was waited for; within a minute at the least.
+
+        Raises:
+            DownloadError: the disk failed.
+        """
+        for event in self._session.poll(0.0):
+            self._take(event)
+        self._look_at_peers()
 
     def count(self) -> None:
         """Takes readings for so long that `sent_bytes` and `received_bytes` are right.
@@ -108,6 +136,7 @@ class Swarm:
         while self._clock() < until_s:
             for event in self._session.poll(POLL_S):
                 self._take(event)
+        self._look_at_peers()
 
     def address(self, host: str | None) -> Address | None:
         """Where the session listens on this IP address, or anywhere; None if it does not."""
@@ -129,6 +158,7 @@ class Swarm:
 
     def only(self, hosts: Iterable[str] | None) -> None:
         """See `TorrentSession.only`; who is let in again is asked at once."""
+        self._look_at_peers()  # Some are gone after it.
         self._session.only(hosts)
         self._session.connect(self._named_peers)
 
@@ -159,7 +189,8 @@ class Swarm:
 
     def add(self, job: TorrentJob) -> TorrentStatus:
         """Adds a torrent and waits until what is on disk is known."""
-        self._save_path = job.save_path
+        self._save_path, self._metainfo = job.save_path, job.metainfo
+        self._waves, self._whole = Waves(()), None
         self._seen.discard(Checked)
         self._write_out.restart()
         self._session.add(job)
@@ -176,6 +207,7 @@ class Swarm:
         self,
         waves: Waves,
         *,
+        whole: Waves | None = None,
         urgent: tuple[int, ...] = (),
         phase: Phase,
         doing: str,
@@ -183,7 +215,8 @@ class Swarm:
     ) -> TorrentStatus:
         """Waits until every piece of the waves is verified and in the files; no other is wanted.
 
-        Meanwhile `on_readable` hears of those that are.
+        Meanwhile `on_readable` hears of those that are. `whole` is what progress is told of, where
+        these waves are only a part of it.
 
         While the disk is short of room it says so and waits for that too.
 
@@ -193,6 +226,7 @@ class Swarm:
             failed. InterruptedByUserError: `stop` was set.
         """
         front = -1
+        self._waves, self._whole = waves, whole
 
         def is_there() -> bool:
             nonlocal front
@@ -211,6 +245,7 @@ class Swarm:
 
         while True:
             self._wait(is_there, phase=phase, doing=doing, gives_up=gives_up)
+            self._report(phase, doing)
             status = self._session.status()
             assert status is not None
             try:
@@ -238,14 +273,18 @@ class Swarm:
 
     def remove(self) -> None:
         """Takes the torrent out of the session; its files are then closed."""
-        self._earlier_bytes = self.received_bytes
+        self._look_at_peers()
+        self._earlier_bytes, self._earlier_sent_bytes = self.received_bytes, self.sent_bytes
         self._has_files = False
         self._answer(Removed, self._session.remove)
 
     def close(self) -> None:
         """Ends the session."""
-        self._earlier_bytes = self.received_bytes
         self._session.close()
+
+    def _look_at_peers(self) -> None:
+        self._counted_s = self._clock()
+        self._traffic.note(self._session.peers(), self._inside)
 
     def _checked(self, found: set[int], piece_length: int) -> TorrentStatus:
         """Waits until it is known what is on disk: `found` pieces are hashed by the way."""
@@ -295,6 +334,8 @@ class Swarm:
         self._contacts.note(event)
         if isinstance(event, MetadataArrived):
             self._metadata = event.info
+        elif isinstance(event, PeerBanned):
+            self._traffic.note_ban(shown(event.address))
         elif isinstance(event, Listening):
             self._listens.append(event.address)
         elif isinstance(event, Flushed):
@@ -336,6 +377,8 @@ class Swarm:
                         raise
                     self._room.ran_full(self._clock())
             now_s = self._clock()
+            if now_s - self._counted_s >= COUNT_PEERS_S:
+                self._look_at_peers()
             if self._waits_for_room(phase, now_s):
                 moved_s = now_s
                 continue
@@ -367,7 +410,7 @@ class Swarm:
             return False
         look = self._room.look(self._save_path, status, now_s)
         if look.message:
-            self._report(phase, look.message)
+            self._report(phase, look.message, is_paused=True)
         if look.must_recheck:
             self.recheck()
         return look.is_short
@@ -394,23 +437,36 @@ class Swarm:
             f"or wait longer with --timeout{private}"
         )
 
-    def _report(self, phase: Phase, message: str) -> None:
+    def _report(self, phase: Phase, message: str, *, is_paused: bool = False) -> None:
         status = self._session.status() or TorrentStatus()
         done, total = status.wanted_done_bytes, status.wanted_bytes
         rate = status.rate_bytes_per_s
+        parts: tuple[float, ...] = ()
         if status.state == "checking":
             # The reading counts what was found good; a person waits for what was looked at.
             done, rate = int(status.checked * total), 0.0
         elif self._is_checking:
             done, total = self._hashing
+        elif status.have and self._metainfo is not None:
+            whole = self._whole or self._waves
+            parts = whole.parts(status.have, NUM_PARTS)
+            if self._whole is not None:
+                # The session wants a part of it at the moment. Pieces are counted as whole.
+                length, pieces = self._metainfo.piece_length, whole.pieces
+                total = length * len(pieces)
+                done = length * sum(status.have[piece] for piece in pieces)
+        lan_rate, _ = self._traffic.rates()
         self._on_progress(
             Progress(
                 phase=phase,
                 done_bytes=done,
                 total_bytes=total,
                 rate_bytes_per_s=rate,
+                lan_bytes_per_s=min(rate, lan_rate),
                 message=message,
                 node=self._node,
+                parts=parts,
+                is_paused=is_paused,
             )
         )
 

@@ -1,5 +1,6 @@
 """The controller with real actors and a fake pipeline: phases, failures, faults, the end."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from magnetar.cluster.runtime.ray_calls import call
 from magnetar.cluster.runtime.ray_runtime import NAMESPACE, home_node, local_ray, ray_nodes
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.errors import NotFoundError, PortInUseError, StageLostError
-from magnetar.fetcher.progress import PHASES
+from magnetar.fetcher.progress import PHASES, Progress
 from magnetar.tests.fake_roles import FakeGateway, FakeHelper, FakeStage
+from magnetar.tests.lab.test_full_disk import small_disk
 from magnetar.tests.releases import write_release
+from magnetar.tests.seeder import seeding
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -80,6 +83,10 @@ def poll(controller: Any, cursor: int = 0) -> Report:
     report = call(controller.poll.remote(cursor), who="the controller")
     assert isinstance(report, Report)
     return report
+
+
+def news(controller: Any) -> tuple[Progress, ...]:
+    return poll(controller).progress
 
 
 def status_when(controller: Any, reached: Callable[[DeploymentStatus], bool]) -> DeploymentStatus:
@@ -164,3 +171,38 @@ def test_an_error_of_an_agent_keeps_its_class(ray: Any, spec: DeploymentSpec) ->
         status = status_when(controller, lambda status: status.finished)
         assert status.failure is not None
         assert isinstance(status.failure.to_error(), NotFoundError)
+
+
+def test_a_node_that_waits_for_room_is_a_condition_until_there_is_some(
+    ray: Any, spec: DeploymentSpec, release: Path, tmp_path: Path
+) -> None:
+    def waits(status: DeploymentStatus) -> bool:
+        return any(condition.type == "DiskHasRoom" for condition in status.conditions)
+
+    disk = tmp_path / "disk"
+    with (
+        small_disk(disk, num_bytes=16_000_000),
+        seeding(release, upload_bytes_per_s=1_000_000) as seed,
+    ):
+        source = SourceSpec(kind="magnet", location=seed.magnet)
+        with controlled(ray, replace(spec, source=source, store=str(disk))) as controller:
+            deadline = time.monotonic() + 60
+            while not any(each.phase == "download" and each.parts for each in news(controller)):
+                assert time.monotonic() < deadline
+                threading.Event().wait(0.05)
+            fill(disk / "ballast")
+            status = status_when(controller, lambda status: waits(status) or status.finished)
+            (condition,) = (each for each in status.conditions if each.type == "DiskHasRoom")
+            assert (condition.status, condition.reason) == (False, "DiskFull")
+            assert condition.message.startswith(f"{ray_nodes()[0].host}: paused: ")
+            (disk / "ballast").unlink()
+            status = status_when(controller, lambda status: status.ready or status.finished)
+            assert status.failure is None
+            assert not waits(status)
+
+
+def fill(ballast: Path) -> None:
+    """Leaves no room on its disk."""
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))

@@ -9,6 +9,7 @@ from magnetar.cluster.deployment.status import (
     DeploymentStatus,
     Failure,
     with_condition,
+    without_condition,
 )
 from magnetar.errors import DiskSpaceError, MagnetarError, TimedOutError
 from magnetar.fetcher.progress import Progress
@@ -83,3 +84,13 @@ def test_the_board_keeps_the_latest_reading_of_each_phase_and_node() -> None:
     news, cursor = board.since(0)
     assert [(reading.node, reading.done_bytes) for reading in news] == [("b", 2), ("a", 3)]
     assert board.since(cursor) == ((), cursor)
+
+
+def test_a_disk_without_room_is_told_and_changes_nothing_else() -> None:
+    before = all_true("1")
+    short = with_condition(
+        before, "DiskHasRoom", status=False, reason="DiskFull", message="h1: paused", now="2"
+    )
+    assert ready(short).status
+    assert [each.type for each in short][-2:] == ["DiskHasRoom", "Ready"]
+    assert without_condition(short, "DiskHasRoom") == before

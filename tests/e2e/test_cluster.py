@@ -23,6 +23,19 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 # With 256 MB for a process and 60 MB of keys and values a layer: no layer, 1, 3, and 1 of four.
 MEMORIES = {"h1": 330, "h2": 400, "h3": 540, "h4": 380}
 CONCURRENCY = 450
+SOON = ("--timeout=20",)
+LATER = """
+apiVersion: magnetar/v1
+kind: Deployment
+metadata: {{name: later}}
+spec:
+  source: {{magnet: "{magnet}"}}
+  placement:
+    rayAddress: {address}
+    store: "{store}/later-{{host}}"
+    nodes: [{{node: h2, exclude: true}}, {{node: h3, exclude: true}}]
+  serve: {{port: 0, maxConcurrency: 4}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +102,25 @@ def test_up_status_and_down_are_separate_commands(address: str, tmp_path: Path) 
     reply = client.completions.create(model="tiny", prompt=[1, 2, 3], max_tokens=8)
     assert reply.usage is not None
     assert reply.usage.completion_tokens > 0
+
+    # The seeder is gone: whoever comes now has nobody but the nodes that hold it.
+    alone = run(
+        "fetch", seed.magnet, f"--ray-address={address}", f"--store={tmp_path}/alone", *SOON
+    )
+    assert alone.returncode == 0, alone.stderr
+    for file in release.iterdir():
+        assert (Path(alone.stdout.strip()) / file.name).read_bytes() == file.read_bytes()
+    later = tmp_path / "later.yaml"
+    later.write_text(LATER.format(magnet=seed.magnet, address=address, store=tmp_path))
+    up = run("up", "-f", str(later), "--detach", *SOON)
+    assert up.returncode == 0, up.stderr
+    (second,) = (each for each in status() if each["name"] == "later")
+    (share,) = (each for each in second["fetched"] if each["wanted_bytes"] > 100_000)
+    assert share["received_bytes"] >= share["wanted_bytes"]
+    nodes = {node["host"]: node for node in second["traffic"]}
+    assert sum(node["wan_received_bytes"] for node in nodes.values()) == 0
+    assert nodes[share["host"]]["lan_received_bytes"] >= share["wanted_bytes"]
+    assert run("down", "later").returncode == 0
 
     again = run("up", str(release), f"--ray-address={address}", "--name=tiny", "--port=0")
     assert again.returncode == 2

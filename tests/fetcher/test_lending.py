@@ -121,6 +121,7 @@ def test_only_what_nobody_holds_comes_from_outside(
             received = fetch.received_bytes
         piece_map = PieceMap.of_torrent(parse_metainfo(seed.torrent), root="release/")
         missing = frozenset(range(piece_map.num_pieces)) - lending.lender.held
+        assert fetch.traffic.lan_received_bytes == piece_map.num_bytes(lending.lender.held)
         assert comes_to_have_sent(lending, piece_map.num_bytes(lending.lender.held))
         assert received - lending.sent_bytes == piece_map.num_bytes(missing) > 0
     assert weights(tmp_path / "1", seed) == (release / WEIGHTS).read_bytes()

@@ -92,8 +92,16 @@ def test_every_byte_comes_from_outside_once(seed: SeedInfo, tmp_path: Path) -> N
         together(fetches, Fetch.count)
         received = sum(fetch.received_bytes for fetch in fetches)
         from_outside = received - sum(fetch.sent_bytes for fetch in fetches)
+        traffic = [fetch.traffic for fetch in fetches]
         together(fetches, lambda fetch: fetch.verify())
         wanted = sum(fetch.wanted_bytes for fetch in fetches)
+    # What one had from another is what that gave it, by either's account and by peer.
+    assert sum(each.lan_sent_bytes for each in traffic) == sum(each.sent_bytes for each in traffic)
+    lan_received = sum(each.lan_received_bytes for each in traffic)
+    assert lan_received == sum(each.lan_sent_bytes for each in traffic) == received - from_outside
+    for each in traffic:
+        sides = {peer.address.partition(":")[0]: peer.side for peer in each.peers}
+        assert {host for host, side in sides.items() if side == "lan"} <= set(LAN_HOSTS)
     piece_map = PieceMap.of_torrent(parse_metainfo(seed.torrent), root="release/")
     unique = piece_map.num_bytes(range(piece_map.num_pieces))
     assert wanted > 1.5 * unique

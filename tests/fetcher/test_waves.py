@@ -94,3 +94,21 @@ def test_who_waits_for_pieces_hears_of_them_and_of_their_loss() -> None:
     assert heard == [True]
     arrival.tell(frozenset({2}))
     assert not arrival.wait([1], 0)
+
+
+@given(some_waves, pieces, st.integers(1, 30))
+def test_parts_hold_every_piece_once_and_in_order(
+    wanted: list[frozenset[int]], there: frozenset[int], num_parts: int
+) -> None:
+    waves = Waves.of(*wanted)
+    order = [piece for wave in waves.waves for piece in sorted(wave)]
+    have = [piece in there for piece in range(NUM_PIECES)]
+    parts = waves.parts(have, num_parts)
+    assert len(parts) == num_parts
+    held, taken = [piece in there for piece in order], 0
+    for number, part in enumerate(parts, start=1):
+        size = len(order) * number // num_parts - taken
+        mine = held[taken : taken + size]
+        assert part == (sum(mine) / size if size else 0.0)
+        taken += size
+    assert taken == len(order)

@@ -1,0 +1,63 @@
+"""How far a pipeline is with reading its weights, in all and by node."""
+
+from collections.abc import Iterator, Sequence
+
+from ...fetcher.progress import Progress
+from ..plan import Plan
+from .status import StageLoad
+
+
+def load_progress(
+    plan: Plan,
+    loads: Sequence[StageLoad],
+    helped_bytes: Sequence[int],
+    *,
+    seconds: float,
+    finished: bool,
+) -> Iterator[Progress]:
+    """A reading of every node of several, then that of the pipeline.
+
+    `loads` are of the stages in order, `helped_bytes` of their helpers, stage by stage.
+    """
+    done: dict[str, int] = {}
+    total: dict[str, int] = {}
+    layers: dict[str, list[StageLoad]] = {}
+
+    def add(host: str, num_bytes: int, weights_bytes: int) -> None:
+        # What is converted while it is read may take more than was planned for.
+        done[host] = done.get(host, 0) + (
+            weights_bytes if finished else min(num_bytes, weights_bytes)
+        )
+        total[host] = total.get(host, 0) + weights_bytes
+
+    for stage, load in zip(plan.stages, loads, strict=True):
+        add(stage.host, load.num_bytes, stage.weights_bytes)
+        layers.setdefault(stage.host, []).append(load)
+    helpers = [helper for stage in plan.stages for helper in stage.helpers]
+    for helper, num_bytes in zip(helpers, helped_bytes, strict=True):
+        add(helper.host, num_bytes, helper.weights_bytes)
+
+    def reading(hosts: Sequence[str], own: Sequence[StageLoad], *, node: str = "") -> Progress:
+        done_bytes = sum(done[host] for host in hosts)
+        return Progress(
+            phase="load",
+            done_bytes=done_bytes,
+            total_bytes=sum(total[host] for host in hosts),
+            rate_bytes_per_s=done_bytes / seconds if seconds else 0.0,
+            message=layers_ready(own),
+            node=node,
+            finished=finished,
+            num_layers=sum(load.num_layers for load in own),
+            total_layers=sum(load.total_layers for load in own),
+        )
+
+    if len(total) > 1:
+        for host in total:
+            yield reading([host], layers.get(host, []), node=host)
+    yield reading(list(total), loads)
+
+
+def layers_ready(loads: Sequence[StageLoad]) -> str:
+    """``layers ready 5/16 7/16``: of each stage, in order; nothing where there is none."""
+    counts = " ".join(f"{load.num_layers}/{load.total_layers}" for load in loads)
+    return f"layers ready {counts}" if counts else ""
