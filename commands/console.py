@@ -11,16 +11,11 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, Self, TextIO, get_args
+from typing import Literal, Protocol, Self, TextIO, get_args
 
 from ..fetcher.progress import Progress
-from .phases import PhaseState, format_bytes, format_duration
-
-if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
-    from rich.live import Live
-    from rich.spinner import Spinner
-    from rich.table import Table
+from .bar_view import BarView
+from .phases import PhaseState, format_duration, format_eta, format_rate, headed
 
 ProgressMode = Literal["auto", "bar", "plain", "json", "none"]
 PROGRESS_MODES: tuple[ProgressMode, ...] = get_args(ProgressMode)
@@ -28,8 +23,6 @@ Clock = Callable[[], float]
 
 _JSON_INTERVAL_S = 1.0
 _PLAIN_INTERVAL_S = 10.0
-_BAR_COLUMNS = 90
-"""On a narrower terminal the numbers take the room of the bar."""
 
 
 class View(Protocol):
@@ -62,7 +55,7 @@ class SilentView:
         pass
 
     def note(self, text: str, kind: str) -> None:
-        _write_line(self._stream, _headed(text, kind))
+        _write_line(self._stream, headed(text, kind))
 
     def event(self, kind: str, fields: dict[str, object]) -> None:
         pass
@@ -99,10 +92,15 @@ class JsonView:
                 "done_bytes": progress.done_bytes,
                 "total_bytes": progress.total_bytes,
                 "rate_bytes_per_s": round(progress.rate_bytes_per_s),
+                "lan_bytes_per_s": round(progress.lan_bytes_per_s),
                 "eta_s": None if eta_s is None else round(eta_s, 1),
                 "elapsed_s": round(now - began, 3),
                 "message": progress.message,
                 "finished": progress.finished,
+                "paused": progress.is_paused,
+                "parts": [round(part, 2) for part in progress.parts],
+                "num_layers": progress.num_layers,
+                "total_layers": progress.total_layers,
             },
         )
 
@@ -145,100 +143,9 @@ class PlainView(SilentView):
         if phase.ended is not None:
             parts.append(f"done in {format_duration(phase.elapsed_s(now))}")
         elif total.rate_bytes_per_s > 0:
-            parts.append(f"{format_bytes(total.rate_bytes_per_s)}/s")
-            if total.eta_s is not None:
-                parts.append(f"{format_duration(total.eta_s)} left")
+            parts += [format_rate(total), format_eta(total)]
         parts.append(phase.message)
         return f"{phase.phase}: {', '.join(part for part in parts if part) or 'begins'}"
-
-
-class BarView:
-    """One live line per phase on a terminal."""
-
-    def __init__(self, terminal: "RichConsole", clock: Clock = time.monotonic) -> None:
-        self._terminal = terminal
-        self._clock = clock
-        self._phases: dict[str, PhaseState] = {}
-        self._live: Live | None = None
-        # rich has a lock of its own and calls `_table` while it holds it. So the order is: this
-        # lock for the life of the display, then rich's, then the one for the phases alone.
-        self._live_lock = threading.Lock()
-        self._phases_lock = threading.Lock()
-        self._spinner: Spinner | None = None
-
-    def progress(self, progress: Progress) -> None:
-        now = self._clock()
-        with self._phases_lock:
-            phase = self._phases.setdefault(progress.phase, PhaseState(progress.phase, now))
-            phase.observe(progress, now)
-        with self._live_lock:
-            if self._live is None:
-                self._live = self._new_live()
-                self._live.start()
-
-    def note(self, text: str, kind: str) -> None:
-        style = {"error": "bold red", "warning": "yellow"}.get(kind)
-        self._terminal.print(_headed(text, kind), style=style, markup=False, highlight=False)
-
-    def event(self, kind: str, fields: dict[str, object]) -> None:
-        pass
-
-    def pause(self) -> None:
-        with self._live_lock:
-            if self._live is not None:
-                self._live.stop()
-                self._live = None
-        with self._phases_lock:
-            # Lines of finished phases stay on the screen and are not drawn again.
-            self._phases = {
-                name: phase for name, phase in self._phases.items() if phase.ended is None
-            }
-
-    def _new_live(self) -> "Live":
-        from rich.live import Live
-
-        return Live(
-            console=self._terminal,
-            get_renderable=self._table,
-            refresh_per_second=8,
-            redirect_stdout=False,
-        )
-
-    def _table(self) -> "Table":
-        from rich.progress_bar import ProgressBar
-        from rich.spinner import Spinner
-        from rich.table import Table
-        from rich.text import Text
-
-        now = self._clock()
-        plain = self._terminal.options.ascii_only
-        # One for all lines and refreshes: it counts time from when it is first drawn.
-        spinner = self._spinner = self._spinner or Spinner("line" if plain else "dots")
-        has_room = self._terminal.width >= _BAR_COLUMNS
-        table = Table.grid(padding=(0, 1), expand=True)
-        for _ in range(6):
-            table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        with self._phases_lock:
-            for phase in self._phases.values():
-                total, over = phase.total(), phase.ended is not None
-                eta = "" if total.eta_s is None else f"{format_duration(total.eta_s)} left"
-                rate = f"{format_bytes(total.rate_bytes_per_s)}/s"
-                moves = total.total_bytes and phase.phase not in ("warm", "serving")
-                table.add_row(
-                    Text("done" if plain else "✓", style="green") if over else spinner,
-                    Text(phase.phase, style="bold"),
-                    ProgressBar(total=total.total_bytes, completed=total.done_bytes, width=24)
-                    if moves and not over and has_room
-                    else "",
-                    phase.amount(),
-                    format_duration(phase.elapsed_s(now))
-                    if over or not total.rate_bytes_per_s
-                    else rate,
-                    "" if over else eta,
-                    Text(phase.message, style="dim"),
-                )
-        return table
 
 
 class Console:
@@ -303,10 +210,6 @@ def _view(mode: ProgressMode, stream: TextIO) -> View:
     if mode == "json":
         return JsonView(stream)
     return PlainView(stream) if mode == "plain" else SilentView(stream)
-
-
-def _headed(text: str, kind: str) -> str:
-    return f"magnetar: {kind}: {text}" if kind != "error" else f"magnetar: {text}"
 
 
 def _write_line(stream: TextIO, text: str) -> None:

@@ -1,5 +1,6 @@
 """The state of a phase, summed over the nodes that report it, and amounts as people read them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..fetcher.progress import Progress
@@ -27,6 +28,44 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def headed(text: str, kind: str) -> str:
+    """A ``note``, ``warning`` or ``error`` as people are told it."""
+    return f"magnetar: {kind}: {text}" if kind != "error" else f"magnetar: {text}"
+
+
+def format_rate(progress: Progress) -> str:
+    """``12 MB/s``, and where nodes bring each other something, ``12 MB/s WAN, 80 MB/s LAN``."""
+    lan = progress.lan_bytes_per_s
+    if not lan:
+        return f"{format_bytes(progress.rate_bytes_per_s)}/s"
+    wan = max(0.0, progress.rate_bytes_per_s - lan)
+    return f"{format_bytes(wan)}/s WAN, {format_bytes(lan)}/s LAN"
+
+
+def format_eta(progress: Progress) -> str:
+    """``4:05 left``, or nothing where that cannot be said."""
+    return "" if progress.eta_s is None else f"{format_duration(progress.eta_s)} left"
+
+
+def format_amount(progress: Progress) -> str:
+    """``40.1 GB of 93.4 GB``, or nothing where bytes mean nothing."""
+    if progress.phase in ("warm", "serving") or not progress.total_bytes:
+        return ""
+    if progress.finished:
+        return format_bytes(progress.total_bytes)
+    return f"{format_bytes(progress.done_bytes)} of {format_bytes(progress.total_bytes)}"
+
+
+def pieces_bar(parts: Sequence[float], *, plain: bool) -> str:
+    """One character for each part: empty, begun, half there, nearly and whole."""
+    shades = " .:+#" if plain else " ░▒▓█"
+    return "".join(shades[_shade(part)] for part in parts)
+
+
+def _shade(part: float) -> int:
+    return 4 if part >= 1 else 0 if part <= 0 else 1 + min(2, int(part * 3))
+
+
 @dataclass(slots=True)
 class PhaseState:
     """One phase of the whole deployment, summed over the nodes that report on their own."""
@@ -50,17 +89,28 @@ class PhaseState:
         if over and len(nodes) > 1:
             self.message = f"{len(nodes)} nodes"
 
+    def nodes(self) -> list[Progress]:
+        """What each of several nodes says, by name; empty where only one does."""
+        found = [self.readings[node] for node in sorted(self.readings) if node]
+        return found if len(found) > 1 else []
+
     def total(self) -> Progress:
         """All nodes together; the deployment's own reading counts only where no node reports."""
         nodes = [reading for node, reading in self.readings.items() if node]
-        parts = nodes or list(self.readings.values())
+        each = nodes or list(self.readings.values())
+        moving = [reading for reading in each if not reading.finished]
         return Progress(
-            phase=parts[0].phase,
-            done_bytes=sum(part.done_bytes for part in parts),
-            total_bytes=sum(part.total_bytes for part in parts),
-            rate_bytes_per_s=sum(part.rate_bytes_per_s for part in parts if not part.finished),
+            phase=each[0].phase,
+            done_bytes=sum(reading.done_bytes for reading in each),
+            total_bytes=sum(reading.total_bytes for reading in each),
+            rate_bytes_per_s=sum(reading.rate_bytes_per_s for reading in moving),
+            lan_bytes_per_s=sum(reading.lan_bytes_per_s for reading in moving),
             message=self.message,
             finished=self.ended is not None,
+            parts=each[0].parts if len(each) == 1 else (),
+            num_layers=sum(reading.num_layers for reading in each),
+            total_layers=sum(reading.total_layers for reading in each),
+            is_paused=any(reading.is_paused for reading in moving),
         )
 
     def elapsed_s(self, now: float) -> float:
@@ -68,10 +118,5 @@ class PhaseState:
         return (self.ended or now) - self.began
 
     def amount(self) -> str:
-        """``40.1 GB of 93.4 GB``, or nothing where bytes mean nothing."""
-        total = self.total()
-        if self.phase in ("warm", "serving") or not total.total_bytes:
-            return ""
-        if self.ended is not None:
-            return format_bytes(total.total_bytes)
-        return f"{format_bytes(total.done_bytes)} of {format_bytes(total.total_bytes)}"
+        """That of all nodes together."""
+        return format_amount(self.total())

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console as RichConsole
 
-from magnetar.commands.console import PROGRESS_MODES, BarView, Console, JsonView, PlainView
+from magnetar.commands.bar_view import BarView
+from magnetar.commands.console import PROGRESS_MODES, Console, JsonView, PlainView
 from magnetar.commands.phases import PhaseState, format_bytes, format_duration
 from magnetar.fetcher.progress import Progress
 
