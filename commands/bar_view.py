@@ -110,7 +110,7 @@ class BarView:
                     if over or not total.rate_bytes_per_s
                     else format_rate(total),
                     "" if over else format_eta(total),
-                    Text("" if total.is_paused else phase.message, style="dim"),
+                    Text(_message(phase), style="dim"),
                 )
                 if not over:
                     for cells in self._node_rows(phase.nodes()):
@@ -151,6 +151,14 @@ class BarView:
             return Text(shades, style="yellow" if progress.is_paused else "cyan")
         done = progress.total_bytes if progress.finished else progress.done_bytes
         return ProgressBar(total=progress.total_bytes, completed=done, width=NUM_PARTS)
+
+
+def _message(phase: PhaseState) -> str:
+    """Nothing that the lines of nodes below say too."""
+    own = phase.readings.get("")
+    if phase.ended is None and phase.nodes():
+        return own.message if own is not None else ""
+    return "" if phase.total().is_paused else phase.message
 
 
 def _fraction(progress: Progress) -> float:

@@ -81,7 +81,8 @@ class PhaseState:
         """Takes in a reading of this phase."""
         self.readings[progress.node] = progress
         nodes = [node for node in self.readings if node]
-        prefix = f"{progress.node}: " if len(nodes) > 1 and progress.message else ""
+        is_one_of_several = progress.node and len(nodes) > 1
+        prefix = f"{progress.node}: " if is_one_of_several and progress.message else ""
         self.message = prefix + progress.message
         own = self.readings.get("")
         over = own.finished if own else all(each.finished for each in self.readings.values())

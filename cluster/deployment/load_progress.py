@@ -1,10 +1,14 @@
 """How far a pipeline is with reading its weights, in all and by node."""
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from ...fetcher.progress import Progress
 from ..plan import Plan
 from .status import StageLoad
+
+TELLING_SHARE: Final = 0.1
+"""Of the bytes, from which on they tell of a rate."""
 
 
 def load_progress(
@@ -39,11 +43,14 @@ def load_progress(
 
     def reading(hosts: Sequence[str], own: Sequence[StageLoad], *, node: str = "") -> Progress:
         done_bytes = sum(done[host] for host in hosts)
+        total_bytes = sum(total[host] for host in hosts)
+        # Processes start and the download goes on: the first bytes say nothing of the last.
+        is_telling = seconds > 0 and done_bytes >= total_bytes * TELLING_SHARE
         return Progress(
             phase="load",
             done_bytes=done_bytes,
-            total_bytes=sum(total[host] for host in hosts),
-            rate_bytes_per_s=done_bytes / seconds if seconds else 0.0,
+            total_bytes=total_bytes,
+            rate_bytes_per_s=done_bytes / seconds if is_telling else 0.0,
             message=layers_ready(own),
             node=node,
             finished=finished,
