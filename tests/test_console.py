@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import threading
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -152,6 +154,70 @@ def test_bar_draws_one_line_per_phase_and_not_again_after_a_pause() -> None:
     view.pause()
     assert "metadata" not in stream.getvalue()[len(drawn) :]
     assert "4.00" not in stream.getvalue()
+
+
+def drawn(view: BarView, stream: io.StringIO) -> list[str]:
+    """The last picture, line by line, without colours."""
+    view.pause()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    lines = text.replace("\r", "\n").splitlines()
+    last = max(number for number, line in enumerate(lines) if "download" in line)
+    return [line.rstrip() for line in lines[last:] if line.strip()]
+
+
+def test_bar_draws_a_line_for_each_of_several_nodes() -> None:
+    stream, clock = Terminal(), FakeClock()
+    view = BarView(RichConsole(file=stream, force_terminal=True, width=120), clock)
+    view.progress(Progress(phase="download"))
+    parts = (1.0,) * 12 + (0.5,) * 4 + (0.1,) * 4 + (0.0,) * 4
+    near = download(600, node="a", rate=90.0, message="release")
+    view.progress(replace(near, parts=parts, lan_bytes_per_s=60.0))
+    view.progress(download(200, node="b", message="no peers; nothing for 9 s"))
+    together, a, b = drawn(view, stream)
+    assert "800 B of 2.00 kB" in together
+    assert "30 B/s WAN, 60 B/s LAN" in together
+    assert "release" not in together
+    assert a.split()[:2] == ["a", "█" * 12 + "▒" * 4 + "░" * 4]
+    assert "600 B of 1.00 kB" in a
+    assert a.endswith("4.4 s left")
+    assert b.split()[0] == "b"
+    assert b.endswith("no peers; nothing for 9 s")
+
+
+def test_bar_of_many_nodes_shows_those_with_furthest_to_go() -> None:
+    stream = Terminal()
+    view = BarView(RichConsole(file=stream, force_terminal=True, width=120))
+    for number in range(20):
+        view.progress(download(1000 - 10 * number, node=f"n{number:02}", rate=1.0))
+    names = [line.split()[0] for line in drawn(view, stream)[1:]]
+    assert names == [f"n{number}" for number in range(12, 20)] + ["and"]
+
+
+def test_bar_tells_in_full_which_node_waits_for_room() -> None:
+    stream = Terminal()
+    view = BarView(RichConsole(file=stream, force_terminal=True, width=70))
+    message = "paused: 93.4 GB are to come and 3.1 MB are free; make room on the disk of /data"
+    view.progress(download(600, node="a", rate=90.0))
+    view.progress(replace(download(200, node="b", message=message), is_paused=True))
+    assert f"b: {message}" in " ".join(line.strip() for line in drawn(view, stream))
+
+
+def test_json_tells_programs_of_parts_layers_and_pauses() -> None:
+    stream = io.StringIO()
+    JsonView(stream).progress(
+        Progress(
+            phase="load",
+            parts=(1.0, 1 / 3),
+            num_layers=3,
+            total_layers=8,
+            is_paused=True,
+            lan_bytes_per_s=7.2,
+        )
+    )
+    told = json.loads(stream.getvalue())
+    assert told["parts"] == [1.0, 0.33]
+    assert (told["num_layers"], told["total_layers"]) == (3, 8)
+    assert (told["paused"], told["lan_bytes_per_s"]) == (True, 7)
 
 
 def test_bar_survives_many_threads_that_speak_at_once() -> None:
