@@ -9,6 +9,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from ...errors import DownloadError, ReleaseError
@@ -62,10 +63,15 @@ class LibtorrentSession:
         self._reaches_out = True
         self._status: TorrentStatus | None = None
         self._asked_s = 0.0
-        self._earlier_bytes = 0
+        self._earlier = (0, 0)
+        """Bytes received and sent before a recheck."""
         self._readers: Mapping[type, Callable[[Any], Event | None]] = self._alert_readers()
 
     def add(self, job: TorrentJob) -> None:
+        self._earlier = (0, 0)
+        self._begin(job)
+
+    def _begin(self, job: TorrentJob) -> None:
         try:
             handle = self._session.add_torrent(self._params(job))
         except RuntimeError as error:
@@ -76,7 +82,6 @@ class LibtorrentSession:
         self._job = job
         self._status = None
         self._asked_s = 0.0
-        self._earlier_bytes = 0
 
     def _params(self, job: TorrentJob) -> Any:
         lt = self._lt
@@ -264,10 +269,15 @@ class LibtorrentSession:
         self._handle.unset_flags(flags.upload_mode | flags.paused)
 
     def recheck(self) -> None:
+        # A new torrent, and not force_recheck: blocks that a full disk did not take are read back
+        # as others, and then whoever had sent them is banned for good as if he had lied.
+        old, job, status = self._handle, self._job, self._status or TorrentStatus()
+        assert job is not None
+        job = replace(job, resume=None, piece_priorities=old.get_piece_priorities())
         # libtorrent counts from zero after it.
-        self._earlier_bytes = self._status.downloaded_bytes if self._status else 0
-        self._status = None
-        self._handle.force_recheck()
+        self._earlier = (status.downloaded_bytes, status.uploaded_bytes)
+        self._session.remove_torrent(old)
+        self._begin(job)
 
     def remove(self) -> None:
         handle, self._handle = self._handle, None
@@ -348,8 +358,8 @@ class LibtorrentSession:
                 checked=status.progress if state == "checking" else 0.0,
                 wanted_bytes=status.total_wanted,
                 wanted_done_bytes=status.total_wanted_done,
-                downloaded_bytes=self._earlier_bytes + status.total_payload_download,
-                uploaded_bytes=status.total_payload_upload,
+                downloaded_bytes=self._earlier[0] + status.total_payload_download,
+                uploaded_bytes=self._earlier[1] + status.total_payload_upload,
                 wasted_bytes=status.total_redundant_bytes + status.total_failed_bytes,
                 rate_bytes_per_s=status.download_payload_rate,
             )

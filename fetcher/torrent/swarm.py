@@ -400,7 +400,7 @@ class Swarm:
                         doing_now += f"; nothing for {idle_s:.0f} s"
                 else:
                     doing_now = doing
-                self._report(phase, doing_now)
+                self._report(phase, doing_now, is_idle=idle_s >= STALL_S)
             self._keep_up(now_s)
 
     def _waits_for_room(self, phase: Phase, now_s: float) -> bool:
@@ -437,10 +437,13 @@ class Swarm:
             f"or wait longer with --timeout{private}"
         )
 
-    def _report(self, phase: Phase, message: str, *, is_paused: bool = False) -> None:
+    def _report(
+        self, phase: Phase, message: str, *, is_paused: bool = False, is_idle: bool = False
+    ) -> None:
         status = self._session.status() or TorrentStatus()
         done, total = status.wanted_done_bytes, status.wanted_bytes
-        rate = status.rate_bytes_per_s
+        # libtorrent's is a mean, which takes a minute to come to nothing.
+        rate = 0.0 if is_paused or is_idle else status.rate_bytes_per_s
         parts: tuple[float, ...] = ()
         if status.state == "checking":
             # The reading counts what was found good; a person waits for what was looked at.

@@ -1,6 +1,5 @@
 """The controller with real actors and a fake pipeline: phases, failures, faults, the end."""
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.errors import NotFoundError, PortInUseError, StageLostError
 from magnetar.fetcher.progress import PHASES, Progress
 from magnetar.tests.fake_roles import FakeGateway, FakeHelper, FakeStage
-from magnetar.tests.lab.test_full_disk import small_disk
+from magnetar.tests.lab.test_full_disk import fill, small_disk
 from magnetar.tests.releases import write_release
 from magnetar.tests.seeder import seeding
 
@@ -199,10 +198,3 @@ def test_a_node_that_waits_for_room_is_a_condition_until_there_is_some(
             status = status_when(controller, lambda status: status.ready or status.finished)
             assert status.failure is None
             assert not waits(status)
-
-
-def fill(ballast: Path) -> None:
-    """Leaves no room on its disk."""
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1 << 16))
