@@ -273,7 +273,8 @@ class LibtorrentSession:
         # as others, and then whoever had sent them is banned for good as if he had lied.
         old, job, status = self._handle, self._job, self._status or TorrentStatus()
         assert job is not None
-        job = replace(job, resume=None, piece_priorities=old.get_piece_priorities())
+        wanted = old.get_piece_priorities()
+        job = replace(job, known=None, found={}, begun=(), piece_priorities=wanted)
         # libtorrent counts from zero after it.
         self._earlier = (status.downloaded_bytes, status.uploaded_bytes)
         self._session.remove_torrent(old)
