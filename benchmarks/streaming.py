@@ -27,6 +27,7 @@ from magnetar.cluster.links.link import LinkListener, TcpLink, dial
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.step import Sample, StepPlan, StepResult
 from magnetar.serve.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from magnetar.tests.api_server import listening
 from magnetar.tests.tokenizers_for_tests import mistral_tokenizer_file
 
 GOAL_MS = 0.2
@@ -119,8 +120,6 @@ async def _read(address: str) -> int:
 @contextmanager
 def service() -> Iterator[Callable[[int], int]]:
     """A server in this process; what it gives runs so many streams and returns their tokens."""
-    from magnetar.serve.api.app import create_app
-    from magnetar.serve.api.server import Server, bind
     from magnetar.serve.engine.engine import Engine
 
     context = multiprocessing.get_context("spawn")
@@ -155,18 +154,6 @@ def service() -> Iterator[Callable[[int], int]]:
         eos_token_ids=tokenizer.eos_ids,
     )
     engine.start()
-    app = create_app(
-        engine=engine,
-        tokenizer=tokenizer,
-        chat_format="none",
-        model_name="manual",
-        max_context_tokens=4096,
-        created=0,
-        api_key=None,
-    )
-    server = Server(app, bind("127.0.0.1", 0))
-    server.start()
-    clients.send(server.address)
 
     def run(num_streams: int) -> int:
         clients.send(num_streams)
@@ -174,10 +161,11 @@ def service() -> Iterator[Callable[[int], int]]:
         return num_tokens
 
     try:
-        yield run
+        with listening(engine, tokenizer=tokenizer, max_context_tokens=4096) as server:
+            clients.send(server.address)
+            yield run
+            clients.send(0)
     finally:
-        clients.send(0)
-        server.stop()
         engine.stop()
         listener.close()
 

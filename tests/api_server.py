@@ -1,4 +1,4 @@
-"""The real HTTP server on loopback over a `FakeEngine`, for tests with real clients."""
+"""The real HTTP server on loopback: over any engine, or a `FakeEngine` with real clients."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ from openai import DefaultHttpxClient, OpenAI
 
 from magnetar.fetcher.config import ChatFormat
 from magnetar.serve.api.app import create_app
+from magnetar.serve.api.served_model import EngineLike
 from magnetar.serve.api.server import Server, bind
 from magnetar.serve.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from magnetar.serve.text.tokenizer import Tokenizer
@@ -46,15 +47,15 @@ class Service:
 
 
 @contextmanager
-def serving(
-    engine: FakeEngine,
+def listening(
+    engine: EngineLike,
     *,
     chat_format: ChatFormat = "none",
     tokenizer: Tokenizer = MISTRAL,
     max_context_tokens: int = 512,
     api_key: str | None = None,
-) -> Iterator[Service]:
-    """Serve `engine` until the block ends; it must have let go of every request by then."""
+) -> Iterator[Server]:
+    """A server of `engine` until the block ends."""
     app = create_app(
         engine=engine,
         tokenizer=tokenizer,
@@ -66,18 +67,48 @@ def serving(
     )
     server = Server(app, bind("127.0.0.1", 0))
     server.start()
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with (
-            httpx.Client(base_url=server.url, timeout=20, headers=headers, trust_env=False) as http,
-            OpenAI(
-                base_url=f"{server.url}/v1",
-                api_key=api_key or "none",
-                max_retries=0,
-                http_client=DefaultHttpxClient(trust_env=False),
-            ) as openai,
-        ):
-            yield Service(server=server, engine=engine, http=http, openai=openai)
+        yield server
     finally:
         server.stop(drain_s=5)
+
+
+def http_client(server: Server, *, api_key: str | None = None) -> httpx.Client:
+    """A plain client."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return httpx.Client(base_url=server.url, timeout=60, headers=headers, trust_env=False)
+
+
+def openai_client(server: Server, *, api_key: str | None = None) -> OpenAI:
+    """OpenAI's own."""
+    return OpenAI(
+        base_url=f"{server.url}/v1",
+        api_key=api_key or "none",
+        max_retries=0,
+        http_client=DefaultHttpxClient(trust_env=False),
+    )
+
+
+@contextmanager
+def serving(
+    engine: FakeEngine,
+    *,
+    chat_format: ChatFormat = "none",
+    tokenizer: Tokenizer = MISTRAL,
+    max_context_tokens: int = 512,
+    api_key: str | None = None,
+) -> Iterator[Service]:
+    """Serve `engine` until the block ends; it must have let go of every request by then."""
+    with (
+        listening(
+            engine,
+            chat_format=chat_format,
+            tokenizer=tokenizer,
+            max_context_tokens=max_context_tokens,
+            api_key=api_key,
+        ) as server,
+        http_client(server, api_key=api_key) as http,
+        openai_client(server, api_key=api_key) as openai,
+    ):
+        yield Service(server=server, engine=engine, http=http, openai=openai)
     assert engine.num_running == 0

@@ -7,10 +7,8 @@ from contextlib import contextmanager
 
 import httpx
 
-from magnetar.serve.api.app import create_app
-from magnetar.serve.api.server import Server, bind
 from magnetar.serve.engine.engine import Engine
-from magnetar.tests.api_server import MISTRAL
+from magnetar.tests.api_server import http_client, listening
 from magnetar.tests.fake_stage import expected_tokens, fake_stages, running_engine
 
 NUM_BLOCKS = 60
@@ -20,23 +18,12 @@ NUM_BLOCKS = 60
 def served(num_stages: int) -> Iterator[tuple[httpx.Client, Engine]]:
     """A client of an API over `num_stages` stages, and their engine."""
     stages = fake_stages(num_stages, num_kv_blocks=NUM_BLOCKS)
-    with running_engine(stages, num_kv_blocks=NUM_BLOCKS) as (engine, _):
-        app = create_app(
-            engine=engine,
-            tokenizer=MISTRAL,
-            chat_format="none",
-            model_name="sums",
-            max_context_tokens=NUM_BLOCKS * 16,
-            created=0,
-            api_key=None,
-        )
-        server = Server(app, bind("127.0.0.1", 0))
-        server.start()
-        try:
-            with httpx.Client(base_url=server.url, timeout=20, trust_env=False) as client:
-                yield client, engine
-        finally:
-            server.stop(drain_s=5)
+    with (
+        running_engine(stages, num_kv_blocks=NUM_BLOCKS) as (engine, _),
+        listening(engine, max_context_tokens=NUM_BLOCKS * 16) as server,
+        http_client(server) as client,
+    ):
+        yield client, engine
 
 
 def test_many_clients_at_once_get_their_own_tokens() -> None:

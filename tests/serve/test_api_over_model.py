@@ -2,16 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
-from openai import DefaultHttpxClient, OpenAI
+from openai import OpenAI
 
 from magnetar.fetcher.config import ModelConfig
-from magnetar.serve.api.app import create_app
-from magnetar.serve.api.server import Server, bind
-from magnetar.tests.api_server import MISTRAL
+from magnetar.tests.api_server import MISTRAL, MODEL, listening, openai_client
 from magnetar.tests.fake_stage import running_engine
 from magnetar.tests.stages import MemorySource, Pipeline, random_tensors
 
@@ -30,35 +27,19 @@ CONFIG = ModelConfig(
 PROMPT = [1, *range(300, 340), *range(300, 320)]
 
 
-@contextmanager
-def served(*bounds: int) -> Iterator[OpenAI]:
-    """A client of a small random model, split at `bounds`."""
-    stages = Pipeline(CONFIG, MemorySource(random_tensors(CONFIG)), bounds=bounds).stages
-    with running_engine(stages, num_kv_blocks=64, config=CONFIG, eos_token_ids=MISTRAL.eos_ids) as (
-        engine,
-        _,
+@pytest.fixture(scope="module", params=[(0, 3), (0, 1, 3), (0, 1, 2, 3)], ids=str)
+def client(request: pytest.FixtureRequest) -> Iterator[OpenAI]:
+    """A client of a small random model in one, two and three stages."""
+    stages = Pipeline(CONFIG, MemorySource(random_tensors(CONFIG)), bounds=request.param).stages
+    with (
+        running_engine(stages, num_kv_blocks=64, config=CONFIG, eos_token_ids=MISTRAL.eos_ids) as (
+            engine,
+            _,
+        ),
+        listening(engine, max_context_tokens=256) as server,
+        openai_client(server) as client,
     ):
-        app = create_app(
-            engine=engine,
-            tokenizer=MISTRAL,
-            chat_format="none",
-            model_name="small",
-            max_context_tokens=256,
-            created=0,
-            api_key=None,
-        )
-        server = Server(app, bind("127.0.0.1", 0))
-        server.start()
-        try:
-            with OpenAI(
-                base_url=f"{server.url}/v1",
-                api_key="none",
-                max_retries=0,
-                http_client=DefaultHttpxClient(trust_env=False),
-            ) as client:
-                yield client
-        finally:
-            server.stop(drain_s=5)
+        yield client
 
 
 def logits_of(token_ids: list[int]) -> torch.Tensor:
@@ -67,16 +48,11 @@ def logits_of(token_ids: list[int]) -> torch.Tensor:
     return torch.cat([pipeline.logits(pipeline.row(0, [token])) for token in token_ids])
 
 
-SPLIT = pytest.mark.parametrize("bounds", [(0, 3), (0, 1, 3), (0, 1, 2, 3)], ids=str)
-
-
-@SPLIT
-def test_the_likelihood_of_a_text_is_the_models(bounds: tuple[int, ...]) -> None:
-    with served(*bounds) as client:
-        for _ in range(2):  # the second time the prompt is in the KV cache
-            answer = client.completions.create(
-                model="small", prompt=[PROMPT], max_tokens=1, logprobs=1, echo=True, temperature=0
-            )
+def test_the_likelihood_of_a_text_is_the_models(client: OpenAI) -> None:
+    for _ in range(2):  # the second time the prompt is in the KV cache
+        answer = client.completions.create(
+            model=MODEL, prompt=[PROMPT], max_tokens=1, logprobs=1, echo=True, temperature=0
+        )
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.tokens is not None
@@ -92,17 +68,15 @@ def test_the_likelihood_of_a_text_is_the_models(bounds: tuple[int, ...]) -> None
     assert best[-1] == logprobs.token_logprobs[-1], "the greedy token has the highest float itself"
 
 
-@SPLIT
-def test_penalties_are_those_of_all_tokens_before(bounds: tuple[int, ...]) -> None:
-    with served(*bounds) as client:
-        answer = client.completions.create(
-            model="small",
-            prompt=PROMPT,
-            max_tokens=12,
-            temperature=0,
-            frequency_penalty=2,
-            extra_body={"repetition_penalty": 3, "ignore_eos": True, "return_token_ids": True},
-        )
+def test_penalties_are_those_of_all_tokens_before(client: OpenAI) -> None:
+    answer = client.completions.create(
+        model=MODEL,
+        prompt=PROMPT,
+        max_tokens=12,
+        temperature=0,
+        frequency_penalty=2,
+        extra_body={"repetition_penalty": 3, "ignore_eos": True, "return_token_ids": True},
+    )
     token_ids = answer.choices[0].model_dump()["token_ids"]
     logits = logits_of([*PROMPT, *token_ids])
     for index, token_id in enumerate(token_ids):
@@ -114,15 +88,11 @@ def test_penalties_are_those_of_all_tokens_before(bounds: tuple[int, ...]) -> No
         assert float(adjusted[token_id]) == pytest.approx(float(adjusted.max()), abs=1e-4)
 
 
-@SPLIT
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_embeddings_are_of_length_1_and_those_of_one_stage(
-    pooling: str, bounds: tuple[int, ...]
-) -> None:
-    with served(*bounds) as client:
-        answer = client.embeddings.create(
-            model="small", input=[PROMPT, PROMPT[:9], PROMPT], extra_body={"pooling": pooling}
-        )
+def test_embeddings_are_of_length_1_and_those_of_one_stage(pooling: str, client: OpenAI) -> None:
+    answer = client.embeddings.create(
+        model=MODEL, input=[PROMPT, PROMPT[:9], PROMPT], extra_body={"pooling": pooling}
+    )
     vectors = [torch.tensor(each.embedding) for each in answer.data]
     assert len(vectors[0]) == CONFIG.dim
     torch.testing.assert_close(vectors[0], vectors[2])
@@ -146,22 +116,20 @@ SCHEMA = {
 }
 
 
-@SPLIT
-def test_a_model_of_random_numbers_keeps_to_a_schema(bounds: tuple[int, ...]) -> None:
-    with served(*bounds) as client:
-        answer = client.completions.create(
-            model="small",
-            prompt=PROMPT,
-            max_tokens=150,
-            n=3,
-            seed=1,
-            extra_body={
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "fruit", "schema": SCHEMA, "strict": True},
-                }
-            },
-        )
+def test_a_model_of_random_numbers_keeps_to_a_schema(client: OpenAI) -> None:
+    answer = client.completions.create(
+        model=MODEL,
+        prompt=PROMPT,
+        max_tokens=150,
+        n=3,
+        seed=1,
+        extra_body={
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "fruit", "schema": SCHEMA, "strict": True},
+            }
+        },
+    )
     for choice in answer.choices:
         assert choice.finish_reason == "stop"
         fruit = json.loads(choice.text)

@@ -12,9 +12,7 @@ import httpx
 import pytest
 
 from magnetar.fetcher.config import ModelConfig
-from magnetar.serve.api.app import create_app
-from magnetar.serve.api.server import Server, bind
-from magnetar.tests.api_server import EOS, MISTRAL
+from magnetar.tests.api_server import EOS, MISTRAL, http_client, listening
 from magnetar.tests.fake_stage import running_engine
 from magnetar.tests.stages import MemorySource, Pipeline, random_tensors
 
@@ -80,25 +78,14 @@ def served(num_stages: int) -> Iterator[httpx.Client]:
         num_kv_blocks=64,
         batch_invariant=True,
     ).stages
-    with running_engine(
-        stages, num_kv_blocks=NUM_KV_BLOCKS, config=CONFIG, eos_token_ids=MISTRAL.eos_ids
-    ) as (engine, _):
-        app = create_app(
-            engine=engine,
-            tokenizer=MISTRAL,
-            chat_format="none",
-            model_name="small",
-            max_context_tokens=256,
-            created=0,
-            api_key=None,
-        )
-        server = Server(app, bind("127.0.0.1", 0))
-        server.start()
-        try:
-            with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
-                yield client
-        finally:
-            server.stop(drain_s=5)
+    with (
+        running_engine(
+            stages, num_kv_blocks=NUM_KV_BLOCKS, config=CONFIG, eos_token_ids=MISTRAL.eos_ids
+        ) as (engine, _),
+        listening(engine, max_context_tokens=256) as server,
+        http_client(server) as client,
+    ):
+        yield client
         assert engine.stats().kv_blocks_free == NUM_KV_BLOCKS
 
 
