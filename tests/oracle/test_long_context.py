@@ -55,6 +55,7 @@ def prompt_of(num_tokens: int) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_cores")
 def test_logits_after_32k_tokens_in_chunks_agree() -> None:
     model, prompt = tiny_model(), prompt_of(NUM_TOKENS)
     with torch.no_grad():

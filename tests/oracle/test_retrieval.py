@@ -191,6 +191,7 @@ def test_what_lies_outside_the_window_is_not_found() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize(("dtype", "batch_invariant"), WAYS)
 def test_values_are_found_by_their_keys_32k_tokens_later(dtype: str, batch_invariant: bool) -> None:
     prompt = prompt_of(NUM_TOKENS, ages=(NUM_TOKENS - 4, 9001, 18))
