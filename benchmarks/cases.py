@@ -21,12 +21,14 @@ class Engine:
     stages: int = 1
     threads: int = 0
     """Of each stage; 0: one for every core."""
+    batch_invariant: bool = False
 
     @property
     def label(self) -> str:
         """For tables."""
         words = [self.program, self.model, self.dtype]
-        return "/".join([*words, f"{self.stages}-stages"] if self.stages > 1 else words)
+        words += [f"{self.stages}-stages"] if self.stages > 1 else []
+        return "/".join([*words, "reproducible"] if self.batch_invariant else words)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +39,8 @@ class Case:
     ours: Engine
     others: tuple[Engine, ...]
     task: Task
-    goal: float
+    goal: float | None
+    """Of the ratio; None where it is only told."""
     at_wall: bool = False
     """Compare with read bandwidth over active bytes instead."""
 
@@ -64,10 +67,13 @@ def _against_peers(name: str, ours: Engine, task: Task, goal: float) -> Case:
     return Case(name=name, ours=ours, others=_beside_peers(ours), task=task, goal=goal)
 
 
-def _against_ours(name: str, ours: Engine, other: Engine, task: Task, goal: float) -> Case:
+def _against_ours(
+    name: str, ours: Engine, other: Engine, task: Task, goal: float | None = None
+) -> Case:
     return Case(name=name, ours=ours, others=(other,), task=task, goal=goal)
 
 
+EXACT = Engine(batch_invariant=True)
 INT8, INT4 = Engine(dtype="int8"), Engine(dtype="int4")
 RATES = (
     _against_peers("decode-1", BF16, _decode(1, 32), 1.0),
@@ -76,6 +82,10 @@ RATES = (
     _against_peers("decode-32", BF16, _decode(32, 12), 1.5),
     _against_peers("prefill-512", BF16, _prefill(512), 1.2),
     _against_peers("prefill-4096", BF16, _prefill(4096), 1.2),
+    _against_ours("reproducible-decode-1", EXACT, BF16, _decode(1, 32)),
+    _against_ours("reproducible-decode-8", EXACT, BF16, _decode(8, 16)),
+    _against_ours("reproducible-decode-32", EXACT, BF16, _decode(32, 12)),
+    _against_ours("reproducible-prefill-512", EXACT, BF16, _prefill(512)),
     _against_ours("stages-2", Engine(stages=2), BF16, _decode(16, 16), 0.95),
     _against_ours("stages-4", Engine(stages=4), BF16, _decode(16, 16), 0.95),
     _against_ours("int8-over-bf16", INT8, BF16, _decode(1, 32), 1.7),
@@ -94,4 +104,7 @@ _AFTER = _NAMES.index("prefill-4096") + 1
 NAMES = (*_NAMES[:_AFTER], FIRST_TOKEN, *_NAMES[_AFTER:], HOP, SCHEDULER, STREAMED)
 """All cases in the order of a run: those of the same engines are neighbours, for loading takes
 longer than measuring."""
-QUICK = ("decode-1", "decode-1-wall", "decode-8", "decode-32", "prefill-512")
+QUICK = (
+    *("decode-1", "decode-1-wall", "decode-8", "decode-32", "prefill-512"),
+    *("reproducible-decode-1", HOP, SCHEDULER, STREAMED),
+)

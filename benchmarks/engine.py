@@ -1,14 +1,15 @@
 """Our engine beside others, on one machine and in the same minutes.
 
-    python benchmarks/engine.py --quick            under six minutes; no peer but transformers
-    python benchmarks/engine.py                    every case, every peer that is installed
+    python benchmarks/engine.py --quick              under six minutes; no peer but transformers
+    python benchmarks/engine.py --output FILE        every case, every peer that is installed
     python benchmarks/engine.py --case decode-1 --case prefill-512 --rounds 7
 
 Each engine is a process of its own that loads the model once (`peers/`); then the engines take
 turns, several rounds of them, so that whatever else the machine does falls on all alike. Rates are
 medians of the rounds; a ratio is the median of the rounds' ratios. Peers are looked for in
 ``--peers DIR``, which `peers/install.sh` fills; one that is not there is left out. Prints a table
-on stderr and one JSON object per case on stdout.
+on stderr and one JSON object per case on stdout. FILE grows by a case at a time, and the same
+command goes on where an earlier one ended.
 """
 
 import argparse
@@ -39,16 +40,23 @@ from magnetar.benchmarks.cases import (
     Case,
     Engine,
 )
-from magnetar.benchmarks.engine_process import ANSWER_TIMEOUT_S, CACHE, HERE, Runner, command
+from magnetar.benchmarks.clock import Clock
+from magnetar.benchmarks.engine_process import (
+    ANSWER_TIMEOUT_S,
+    CACHE,
+    HERE,
+    Runner,
+    command,
+    model_folder,
+)
 from magnetar.benchmarks.peers.runner import Task
+from magnetar.benchmarks.record import Record
 from magnetar.benchmarks.synthetic import SHAPES
 from magnetar.benchmarks.up import machine
+from magnetar.benchmarks.verdict import table, verdict
 
-ROUNDS = 5
+ROUNDS, QUICK_ROUNDS = 5, 3
 BYTES_PER_WEIGHT = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
-CASE_S = 75.0
-"""After so long a case has had its rounds, if it had two."""
-
 
 HOP_GOAL_MS = 0.3
 HOP_STAGES = 3
@@ -58,15 +66,22 @@ FULL_REQUESTS, LOAD_REQUESTS = 16, 32
 
 
 class Bench:
-    """Engines that are loaded, and everything measured so far."""
+    """Engines that are loaded, and what they can be measured by."""
 
-    def __init__(self, *, peers: Path, threads: int, rounds: int, wanted: Sequence[str]) -> None:
+    def __init__(
+        self, *, peers: Path, threads: int, rounds: int, wanted: Sequence[str], clock: Clock
+    ) -> None:
         self._peers, self._threads, self._rounds = peers, threads, rounds
         self._programs = (OURS, *wanted)
+        self._clock = clock
         self._runners: dict[Engine, Runner] = {}
         self._left_out: set[Engine] = set()
         """Peers that do not load: they are tried once."""
-        self.versions: dict[str, dict[str, str]] = {}
+
+    @property
+    def versions(self) -> dict[str, dict[str, str]]:
+        """Of the engines that are loaded."""
+        return {engine.program: runner.versions for engine, runner in self._runners.items()}
 
     def run(self, case: Case) -> dict[str, Any]:
         """Every engine of the case in turn, round after round."""
@@ -74,21 +89,24 @@ class Bench:
         rates: dict[str, list[float]] = {}
         walls: list[float] = []
         details: dict[str, Any] = {}
+        task = self._clock.task(case.task)
         warm = replace(
-            case.task,
+            task,
             seed=-1,
-            num_prompt=min(512, case.task.num_prompt),
-            num_tokens=min(4, case.task.num_tokens),
+            num_prompt=min(512, task.num_prompt),
+            num_tokens=min(4, task.num_tokens),
         )
         for runner in list(runners):
             self._try(case.ours, runners, runner, warm)
+        least, case_s = 1 if self._clock.quick else 2, self._clock.case_s()
         began = time.monotonic()
         for number in range(self._rounds):
-            if number >= 2 and time.monotonic() - began > CASE_S:
+            taken_s = time.monotonic() - began
+            if number >= least and taken_s * (number + 1) / number > case_s:
                 break
             shift = number % len(runners)
             for runner in runners[shift:] + runners[:shift]:
-                answer = self._try(case.ours, runners, runner, replace(case.task, seed=number))
+                answer = self._try(case.ours, runners, runner, replace(task, seed=number))
                 label = runner.engine.label
                 if answer is None:
                     rates.pop(label, None)
@@ -102,7 +120,7 @@ class Bench:
             active = SHAPES[case.ours.model].active_params() * BYTES_PER_WEIGHT[case.ours.dtype]
             rates["memory wall"] = [gbps * 1e9 / active for gbps in walls]
             details["read_gbps"] = round(statistics.median(walls), 1)
-        return _verdict(case, ours, rates) | {"details": details}
+        return verdict(case, ours, rates) | {"details": details}
 
     def run_hop(self) -> dict[str, Any]:
         """What a further stage adds to the time of a token, on a model that hardly computes.
@@ -202,7 +220,6 @@ class Bench:
                 self._left_out.add(engine)
                 continue
             self._runners[engine] = runner
-            self.versions[engine.program] = runner.versions
         return [self._runners[engine] for engine in engines if engine in self._runners]
 
     def _try(
@@ -220,24 +237,6 @@ class Bench:
             return None
 
 
-def _verdict(case: Case, ours: Sequence[float], rates: dict[str, list[float]]) -> dict[str, Any]:
-    """The object that is printed."""
-    result: dict[str, Any] = {"case": case.name, "ours": round(statistics.median(ours), 2)}
-    if not rates:
-        return result | {"best_peer": None, "ratio": None, "goal": case.goal, "holds": None}
-    best = max(rates, key=lambda label: statistics.median(rates[label]))
-    ratio = statistics.median(a / b for a, b in zip(ours, rates[best], strict=True))
-    return result | {
-        "best_peer": best,
-        "reference": round(statistics.median(rates[best]), 2),
-        "ratio": round(ratio, 3),
-        "goal": case.goal,
-        "holds": ratio >= case.goal,
-        "rates": {label: round(statistics.median(of), 2) for label, of in rates.items()},
-        "spread": [round(min(ours), 2), round(max(ours), 2)],
-    }
-
-
 def _read_gbps(threads: int) -> float:
     """How fast memory is read by a plain sum; the best of some, as it is a property."""
     import torch
@@ -252,9 +251,9 @@ def _read_gbps(threads: int) -> float:
     return values.nbytes / best_s / 1e9
 
 
-def run_script(name: str, judged: str) -> dict[str, Any]:
+def run_script(name: str, judged: str, *options: str) -> dict[str, Any]:
     """A case that is a benchmark of its own: its line of the name that begins like `judged`."""
-    command = [sys.executable, str(HERE / name)]
+    command = [sys.executable, str(HERE / name), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S)
     if done.returncode:
         raise RuntimeError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -262,25 +261,6 @@ def run_script(name: str, judged: str) -> dict[str, Any]:
     found = next(line for line in lines if line["case"].startswith(judged) and "holds" in line)
     details = {line["case"]: line["ours"] for line in lines if line is not found}
     return found | {"best_peer": None, "unit": found["case"], "details": details}
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """The verdicts as people read them."""
-    rows = [f"{'case':<16} {'ours':>8} {'other':>8} {'ratio':>6} {'goal':>9}  holds  against"]
-    for result in results:
-        if "skipped" in result:
-            rows.append(f"{result['case']:<16} {result['skipped']}")
-            continue
-        others = result.get("rates") or {}
-        against = ", ".join(f"{label} {rate:g}" for label, rate in others.items())
-        numbers = [result.get(key) for key in ("ours", "reference", "ratio")]
-        ours, other, ratio = ["-" if each is None else f"{each:.2f}" for each in numbers]
-        holds = {True: "yes", False: "no", None: "-"}[result["holds"]]
-        rows.append(
-            f"{result['case']:<16} {ours:>8} {other:>8} {ratio:>6} {result['goal']!s:>9}"
-            f"  {holds:<5}  {against or result.get('best_peer') or result.get('unit', '')}"
-        )
-    return "\n".join(rows)
 
 
 def main() -> None:
@@ -292,43 +272,69 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=CACHE / "peers", metavar="DIR")
     parser.add_argument("--rounds", type=int, metavar="N", help="at most so many")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--output", type=Path, metavar="FILE", help="keep the JSON objects there")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="keep each result there; cases that are there already are not measured again",
+    )
     args = parser.parse_args()
     CACHE.mkdir(parents=True, exist_ok=True)
-    about = machine() | {"threads": args.threads, "quick": args.quick}
+    try:
+        record = Record(args.output, machine() | {"threads": args.threads, "quick": args.quick})
+    except ValueError as error:
+        parser.error(str(error))
+    wanted = args.case or (QUICK if args.quick else NAMES)
+    names = [name for name in wanted if name not in record.results]
+    for case in RATES:
+        if case.name in names:
+            model_folder(case.ours.model)  # made now, not in the time of its first case
+    clock = Clock(len(names), quick=args.quick)
     bench = Bench(
         peers=args.peers,
         threads=args.threads,
-        rounds=args.rounds or (3 if args.quick else ROUNDS),
+        rounds=args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS),
         wanted=args.peer or (("transformers",) if args.quick else PEERS),
+        clock=clock,
     )
+    runs = _runs(bench, clock)
+    failed: dict[str, dict[str, Any]] = {}
+    try:
+        for name in names:
+            began = time.monotonic()
+            try:
+                result = runs[name]() if clock.begin() else {"skipped": "no time was left for it"}
+            except Exception as error:
+                traceback.print_exc()
+                result = {"skipped": f"failed: {error}"}
+            result |= {
+                "case": name,
+                "took_s": round(time.monotonic() - began),
+                "load": round(os.getloadavg()[0], 2),
+                "engines": bench.versions,
+            }
+            print(json.dumps(result), flush=True)
+            record.add(result)
+            if "skipped" in result:
+                failed[name] = result
+    finally:
+        bench.close()
+        found = failed | record.results
+        print(table([found[name] for name in wanted if name in found]), file=sys.stderr)
+
+
+def _runs(bench: Bench, clock: Clock) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What measures each case."""
+    rounds = ("--rounds", "1") if clock.quick else ()
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         case.name: partial(bench.run, case) for case in RATES
     }
-    runs |= {
+    return runs | {
         HOP: bench.run_hop,
         FIRST_TOKEN: bench.run_first_token,
         SCHEDULER: partial(run_script, "scheduler.py", "schedule, 64 requests, 1 stages"),
-        STREAMED: partial(run_script, "streaming.py", "CPU of a streamed token"),
+        STREAMED: partial(run_script, "streaming.py", "CPU of a streamed token", *rounds),
     }
-    results = []
-    try:
-        for name in args.case or (QUICK if args.quick else NAMES):
-            began = time.monotonic()
-            try:
-                result = runs[name]() | {"case": name}
-            except Exception as error:
-                traceback.print_exc()
-                result = {"case": name, "skipped": f"failed: {error}"}
-            results.append(result | {"took_s": round(time.monotonic() - began)})
-            print(json.dumps(results[-1]), flush=True)
-    finally:
-        bench.close()
-        print(table(results), file=sys.stderr)
-        if args.output:
-            about |= {"engines": bench.versions, "load_after": round(os.getloadavg()[0], 2)}
-            lines = [json.dumps(row) for row in (about, *results)]
-            args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """Engines as processes: how each is started, told what to measure, and ended."""
 
+import atexit
 import contextlib
+import functools
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,12 +84,11 @@ def command(engine: Engine, *, peers: Path, threads: int) -> list[str]:
     script = HERE / "peers" / f"{engine.program}_runner.py"
     python = sys.executable
     if engine.program != OURS:
-        python = str(peers / engine.program / "bin" / "python")
-        if not Path(python).exists():
-            raise FileNotFoundError(f"{engine.program} is not in {peers}")
+        python = _interpreter(engine.program, peers)
     arguments = [str(folder), "--threads", str(engine.threads or threads)]
     if engine.program == OURS:
         arguments += ["--stages", str(engine.stages), "--dtype", engine.dtype]
+        arguments += ["--batch-invariant"] if engine.batch_invariant else []
     if engine.program == "llama":
         bf16 = folder.with_suffix(".gguf")
         if not bf16.exists():
@@ -93,6 +97,16 @@ def command(engine: Engine, *, peers: Path, threads: int) -> list[str]:
             subprocess.run([*copy, str(folder), str(bf16)], check=True, stdout=sys.stderr)
         arguments = [str(bf16), "--threads", str(threads), "--dtype", engine.dtype]
     return [python, str(script), *arguments]
+
+
+def _interpreter(program: str, peers: Path) -> str:
+    """The peer's own; transformers is in our environment too where there are tests."""
+    python = peers / program / "bin" / "python"
+    if python.exists():
+        return str(python)
+    if program == "transformers" and importlib.util.find_spec(program):
+        return sys.executable
+    raise FileNotFoundError(f"{program} is not in {peers}")
 
 
 def model_folder(name: str) -> Path:
@@ -104,13 +118,13 @@ def model_folder(name: str) -> Path:
     return build_demo_release(CACHE / name)
 
 
+@functools.cache
 def _package_link() -> Path:
-    """A folder where ``magnetar`` is this repository, for interpreters that do not have it."""
-    links = CACHE / "links"
-    links.mkdir(parents=True, exist_ok=True)
-    link = links / "magnetar"
-    if link.is_symlink() and link.readlink() != HERE.parent:
-        link.unlink()
-    if not link.is_symlink():
-        link.symlink_to(HERE.parent)
+    """A folder where ``magnetar`` is this repository, for interpreters that do not have it.
+
+    Of this process alone: another checkout may be measured beside it.
+    """
+    links = Path(tempfile.mkdtemp(prefix="magnetar-link-"))
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
+    (links / "magnetar").symlink_to(HERE.parent, target_is_directory=True)
     return links

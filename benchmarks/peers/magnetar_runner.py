@@ -66,7 +66,14 @@ class TimedStage:
 
 
 def run_stage(
-    folder: Path, layers: tuple[int, int], dtype: str, threads: int, blocks: int, pipe: Connection
+    folder: Path,
+    layers: tuple[int, int],
+    pipe: Connection,
+    *,
+    dtype: str,
+    threads: int,
+    blocks: int,
+    batch_invariant: bool,
 ) -> None:
     """The life of a stage process: load, join the ring, compute until the links close."""
     prepare_threads()
@@ -107,7 +114,15 @@ def run_stage(
 class Ring:
     """Stages in processes of their own, and the engine here."""
 
-    def __init__(self, folder: Path, *, num_stages: int, dtype: str, threads: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_stages: int,
+        dtype: str,
+        threads: int,
+        batch_invariant: bool = False,
+    ) -> None:
         from magnetar.serve.engine.engine import Engine
 
         facts = facts_of(folder)
@@ -120,7 +135,13 @@ class Ring:
             ours, theirs = context.Pipe()
             context.Process(
                 target=run_stage,
-                args=(folder, layers, dtype, threads, blocks, theirs),
+                args=(folder, layers, theirs),
+                kwargs={
+                    "dtype": dtype,
+                    "threads": threads,
+                    "blocks": blocks,
+                    "batch_invariant": batch_invariant,
+                },
                 daemon=True,
             ).start()
             theirs.close()  # so that a stage that dies is an end of file here
@@ -225,9 +246,16 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=1)
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--batch-invariant", action="store_true")
     args = parser.parse_args()
     claim_stdout()
-    ring = Ring(args.folder, num_stages=args.stages, dtype=args.dtype, threads=args.threads)
+    ring = Ring(
+        args.folder,
+        num_stages=args.stages,
+        dtype=args.dtype,
+        threads=args.threads,
+        batch_invariant=args.batch_invariant,
+    )
     versions = {name: importlib.metadata.version(name) for name in ("magnetar", "torch")}
     serve(versions, lambda task: asyncio.run(ring.measure(task)))
     os._exit(0)  # the stages are daemons of this process
