@@ -4,6 +4,7 @@ They are OpenMP's, shared by torch and the compiled kernels. Every thread that c
 of its own, whose idle threads spin for a moment before they sleep.
 """
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -33,5 +34,5 @@ def end_team() -> None:
     import torch
 
     openmp = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
-    if openmp.exists():
+    with contextlib.suppress(OSError, AttributeError):  # another OpenMP, or one older than 5.0
         ctypes.CDLL(str(openmp)).omp_pause_resource_all(_PAUSE_SOFT)
