@@ -1,0 +1,59 @@
+"""Peers that send what they like, among peers that do not."""
+
+import random
+import threading
+from pathlib import Path
+
+from magnetar.fetcher.fetch import Fetch
+from magnetar.fetcher.progress import Progress
+from magnetar.fetcher.torrent.create import create_torrent
+from magnetar.fetcher.torrent.metainfo import parse_metainfo
+from magnetar.tests.lab.wire_peers import WirePeer, WirePeers
+
+WEIGHTS = "consolidated.00.pth"
+PIECE_BYTES = 1 << 17
+NUM_BYTES = 40 * PIECE_BYTES + 5
+MAX_PIECES = 4
+
+
+def ignore(progress: Progress) -> None: ...
+
+
+def test_garbage_costs_a_few_pieces_and_never_stays_on_the_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "release"
+    folder.mkdir()
+    content = random.Random(0).randbytes(NUM_BYTES)
+    (folder / WEIGHTS).write_bytes(content)
+    (folder / "params.json").write_text("{}")
+    (folder / "tokenizer.model").write_bytes(b"t")
+    torrent = tmp_path / "torrent"
+    torrent.write_bytes(raw := create_torrent(folder, piece_length=PIECE_BYTES))
+    whole = content + b"{}t"
+
+    def right(piece: int, begin: int, size: int) -> bytes:
+        start = piece * PIECE_BYTES + begin
+        return whole[start : start + size]
+
+    def wrong(piece: int, begin: int, size: int) -> bytes:
+        return bytes(size)
+
+    peers = [
+        WirePeer(read=wrong if number < 2 else right, host=f"127.78.0.{number + 1}")
+        for number in range(5)
+    ]
+    with (
+        WirePeers(parse_metainfo(raw), peers),
+        Fetch(
+            kind="torrent",
+            location=str(torrent),
+            store=tmp_path / "store",
+            peers=tuple(peer.address for peer in peers),
+            timeout_s=30,
+            on_progress=ignore,
+            stop=threading.Event(),
+        ) as fetch,
+    ):
+        found = fetch.download()
+        assert (found / WEIGHTS).read_bytes() == content
+    assert all(peer.sent_bytes <= MAX_PIECES * PIECE_BYTES for peer in peers[:2])
+    assert sum(peer.sent_bytes for peer in peers[2:]) >= NUM_BYTES
