@@ -330,6 +330,7 @@ class LibtorrentSession:
             lt.peer_ban_alert: lambda alert: PeerBanned(alert.endpoint),
             lt.cache_flushed_alert: lambda alert: Flushed(),
             lt.torrent_checked_alert: self._read_checked,
+            lt.torrent_finished_alert: self._read_finished,
             lt.torrent_removed_alert: lambda alert: Removed(),
         }
 
@@ -338,6 +339,10 @@ class LibtorrentSession:
         self._status = None
         self._asked_s = 0.0
         return Checked()
+
+    def _read_finished(self, alert: Any) -> None:
+        # Whoever waits for the last piece should not wait for the next reading too.
+        self._asked_s = 0.0
 
     def _read_status(self, alert: Any) -> None:
         states = self._lt.torrent_status.states
@@ -410,7 +415,7 @@ def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
         "initial_picker_threshold": 0,
         "send_buffer_watermark": 4 << 20,
         "send_buffer_low_watermark": 1 << 20,
-        "max_queued_disk_bytes": 256 << 20,
+        "max_queued_disk_bytes": 128 << 20,
         "file_pool_size": 100,
         # For checking what is on the disk; pieces that arrive are hashed by other threads.
         "hashing_threads": len(os.sched_getaffinity(0)),
