@@ -25,10 +25,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from magnetar.benchmarks.fetching.row import Row
+from magnetar.benchmarks.up import machine
 from magnetar.fetcher.checkpoint.checked_files import CheckedFiles
 from magnetar.fetcher.demo.build import build_demo_release
 from magnetar.fetcher.fetch import Fetch
@@ -46,28 +46,6 @@ NUM_SEEDS = 3
 DEMO_BYTES_PER_S = 40_000_000
 IN_FILE = (3, 0, 7, 4, 1, 6, 2, 5)
 """The order of the layers in the file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One case; of `ratio` less is better where `goal` is an upper bound."""
-
-    case: str
-    ours: float
-    reference: float
-    goal: float
-    is_floor: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        ratio = self.ours / self.reference
-        return {
-            "case": self.case,
-            "ours": round(self.ours, 4),
-            "reference": round(self.reference, 4),
-            "ratio": round(ratio, 4),
-            "goal": self.goal,
-            "holds": ratio >= self.goal if self.is_floor else ratio <= self.goal,
-        }
 
 
 def layers(num_bytes: int) -> list[TensorEntry]:
@@ -323,8 +301,6 @@ def main() -> None:
     if args.demo:
         keep(demo_rows(args.demo))
     if args.output:
-        from up import machine  # type: ignore[import-not-found]  # beside this script
-
         args.output.write_text("\n".join([json.dumps(machine()), *lines]) + "\n", encoding="utf-8")
 
 
