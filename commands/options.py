@@ -219,9 +219,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_output(inspect)
 
-    store = verb("store", "list what the store holds, or print the folder of a release")
-    store.add_argument("action", choices=("ls", "path"), help="what to do")
-    store.add_argument("release", nargs="?", metavar="RELEASE", help="name or info-hash, for path")
+    store = verb(
+        "store",
+        "list, check or delete what the store holds, or print the folder of a release",
+        "ls lists the releases, path prints the folder of one. verify hashes all that is on "
+        "record, of one or of all, names what is damaged and has the next fetch bring it again. "
+        "gc deletes releases that no deployment uses and that nobody has used for long.",
+    )
+    store.add_argument("action", choices=("ls", "path", "gc", "verify"), help="what to do")
+    store.add_argument(
+        "release", nargs="?", metavar="RELEASE", help="name or info-hash, for path and verify"
+    )
+    store.add_argument(
+        "--dry-run", action="store_true", help="gc: say what would be deleted, and delete nothing"
+    )
+    store.add_argument(
+        "--older-than",
+        type=_age,
+        metavar="TIME",
+        help="gc: what was not used for this long, for example 12h or 7d; 0s is all (30d)",
+    )
     _add_store(store)
     _add_output(store)
 
@@ -439,6 +456,10 @@ def _duration(text: str) -> float:
     if not seconds:
         raise argparse.ArgumentTypeError(f"{text!r} is no time: write 90s, 30m, 12h or 7d")
     return seconds
+
+
+def _age(text: str) -> float:
+    return 0.0 if text in ("0", "0s") else _duration(text)
 
 
 def _window(text: str) -> int | Literal["none"]:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from .demo import demo
 from .nodes import nodes
 from .plan_output import shown_plan
 from .serving import need_importable_package, serving, status_table
+from .stored import store
 
 if TYPE_CHECKING:
     from ..fetcher.fetch import Fetch
@@ -189,38 +190,6 @@ def inspect(args: argparse.Namespace, console: Console, stop: threading.Event) -
         told["split"] = split_json(costs)
         table += "\n\n" + split_table(costs, has_own=own is not None)
     console.data(_json(told) if args.output == "json" else table)
-
-
-def store(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
-    """Lists the releases of the store, or prints the folder of one."""
-    from ..fetcher.store import Store
-
-    if (args.action == "path") != (args.release is not None):
-        raise UsageError("write: magnetar store ls, or magnetar store path RELEASE")
-    held = Store(_store(args)).releases()
-    if args.action == "ls":
-        if args.output == "json":
-            told = [asdict(release) | {"folder": str(release.folder)} for release in held]
-            console.data(_json(told))
-        elif held:
-            lines = (
-                f"{release.info_hash[:12]}  {release.num_bytes:>16,} bytes  "
-                f"{'whole' if release.complete else 'part '}  {release.name}"
-                for release in held
-            )
-            console.data("\n".join(lines))
-        else:
-            console.note("the store is empty; magnetar fetch SOURCE fills it")
-        return
-    found = [each for each in held if args.release in (each.name, each.info_hash)]
-    if len(found) != 1:
-        names = ", ".join(f"{each.name} ({each.info_hash})" for each in found or held)
-        what = "several releases" if found else "no release"
-        raise NotFoundError(
-            f"the store has {what} called {args.release!r}; there is {names or 'nothing'}"
-        )
-    folder = str(found[0].folder)
-    console.data(_json({"folder": folder}) if args.output == "json" else folder)
 
 
 def status(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:

@@ -3,12 +3,13 @@
 ::
 
     STORE/releases/INFO_HASH/lock          held by the process that works on the release
-                             lent          held by those that give it to other nodes
+                             use           held by those that read the release, or lend it
                              torrent       checked metainfo, info dictionary alone
                              resume        libtorrent's resume data
                              record.json   fingerprints of the files when they were last verified
                              manifest.json SHA-256 of its tensors, as far as they were ever read
                              data/NAME/... the files
+          trash/...                        what `store gc` is about to delete
           folders/KEY.json                 the same record for a release folder elsewhere
           folders/KEY.manifest.json        and the same sums
           seeds/KEY.json, KEY.torrent      the torrent made of a folder elsewhere
@@ -16,6 +17,7 @@
 Every file but the data is replaced as a whole, so that a crash leaves the old one or the new one.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -25,7 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import PreflightError, ReleaseError
+from ..errors import DownloadError, PreflightError, ReleaseError
 from .record import RecordFile, fingerprints, replace_file
 from .torrent.metainfo import Metainfo, parse_metainfo
 
@@ -40,6 +42,8 @@ class StoredRelease:
     num_bytes: int
     """Bytes that its files take on disk."""
     folder: Path
+    used_s: float
+    """When it was last fetched into, checked or taken for use, in seconds of the system's clock."""
 
 
 class ReleaseFolder:
@@ -54,7 +58,7 @@ class ReleaseFolder:
         self._torrent = root / "torrent"
         self._resume = root / "resume"
         self._lock: int | None = None
-        self._lent: int | None = None
+        self._used: int | None = None
 
     def lock(self) -> None:
         """Takes the release for this process until `unlock`, or until the process ends.
@@ -64,19 +68,14 @@ class ReleaseFolder:
         """
         if self._lock is not None:
             return
-        self.root.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = self._flocked("lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(file, 400, 0).decode(errors="replace").strip() or "another process"
-            os.close(file)
             raise PreflightError(
-                f"{holder} is working on this release in {self.root}: "
+                f"{self._holder()} is working on this release in {self.root}: "
                 "wait until it is done, end it, or use another --store"
             ) from error
         except OSError as error:
-            os.close(file)
             raise PreflightError(
                 f"{self.root} cannot be locked ({error.strerror}): use a --store on a local disk"
             ) from error
@@ -91,31 +90,88 @@ class ReleaseFolder:
             os.close(self._lock)
             self._lock = None
 
-    def mark_lent(self) -> None:
-        """Says to `is_lent` of any process, until `unmark_lent`, that others are given this."""
-        if self._lent is None:
-            self._lent = os.open(self.root / "lent", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(self._lent, fcntl.LOCK_SH)
+    def use(self) -> None:
+        """Keeps the release from being deleted until `end_use`, or until the process ends.
 
-    def unmark_lent(self) -> None:
+        Any number of processes may; none is kept from fetching into it.
+        """
+        if self._used is None:
+            self._used = self._flocked("use", fcntl.LOCK_SH)
+            os.utime(self._used)
+
+    def end_use(self) -> None:
         """Takes that back; does nothing when it was not said."""
-        if self._lent is not None:
-            os.close(self._lent)
-            self._lent = None
+        if self._used is not None:
+            os.close(self._used)
+            self._used = None
 
-    def is_lent(self) -> bool:
-        """Whether a process gives this release to other nodes."""
-        try:
-            file = os.open(self.root / "lent", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(file)
+    def is_used(self) -> bool:
+        """Whether another process works on the release or uses it."""
+        for name in ("lock", "use"):
+            if not (self.root / name).exists():
+                continue
+            try:
+                os.close(self._flocked(name, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            except BlockingIOError:
+                return True
         return False
+
+    def used_s(self) -> float:
+        """When it was last locked or used, by the system's clock; 0 for never."""
+        times = [0.0]
+        for name in ("lock", "use"):
+            with contextlib.suppress(OSError):
+                times.append((self.root / name).stat().st_mtime)
+        return max(times)
+
+    def discard(self, trash: Path) -> None:
+        """Moves the release out of the store, into a new folder of that name, in one step.
+
+        Raises:
+            PreflightError: a process works on it or uses it. DownloadError: it cannot be moved.
+        """
+        self.lock()
+        try:
+            use = self._flocked("use", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.unlock()
+            raise PreflightError(
+                f"a deployment or another process uses the release in {self.root}: end it first"
+            ) from error
+        try:
+            trash.parent.mkdir(parents=True, exist_ok=True)
+            self.root.rename(trash)
+        except OSError as error:
+            raise DownloadError(f"{self.root} cannot be moved ({error.strerror})") from error
+        finally:
+            os.close(use)
+            self.unlock()
+
+    def _flocked(self, name: str, operation: int) -> int:
+        """A file of the release, locked; not one that was deleted while we waited for it."""
+        path = self.root / name
+        while True:
+            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                continue  # The folder went just now.
+            try:
+                fcntl.flock(file, operation)
+                if os.path.samestat(os.fstat(file), os.stat(path)):
+                    return file
+            except FileNotFoundError:
+                pass
+            except OSError:
+                os.close(file)
+                raise
+            os.close(file)
+
+    def _holder(self) -> str:
+        try:
+            return (self.root / "lock").read_bytes()[:400].decode(errors="replace").strip()
+        except OSError:
+            return "another process"
 
     def metainfo(self) -> Metainfo | None:
         """The metainfo saved earlier, if it is there and belongs to this info-hash."""
@@ -173,6 +229,11 @@ class Store:
         key = self.root / "seeds" / _key(folder)
         return RecordFile(key.with_suffix(".json")), key.with_suffix(".torrent")
 
+    @property
+    def trash(self) -> Path:
+        """Holds what is about to be deleted, and what a crash kept from it."""
+        return self.root / "trash"
+
     def releases(self) -> tuple[StoredRelease, ...]:
         """Every release whose metainfo is there, complete or not, by name."""
         found = []
@@ -191,6 +252,7 @@ class Store:
                     and all(now.get(path) == known for path, known in record.files.items()),
                     num_bytes=sum(file.allocated for file in now.values()),
                     folder=place.data / metainfo.name,
+                    used_s=place.used_s(),
                 )
             )
         return tuple(sorted(found, key=lambda release: (release.name, release.info_hash)))

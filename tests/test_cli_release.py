@@ -130,6 +130,55 @@ def test_the_store_lists_its_releases_and_says_where_one_is(seed: str, tmp_path:
     assert run("store", "path", store, "--progress=none").returncode == 2
 
 
+def test_the_store_names_what_is_damaged_and_the_next_fetch_brings_only_that(
+    seed: str, release: Path, tmp_path: Path
+) -> None:
+    store = f"--store={tmp_path}"
+    assert data_of("store", "verify", store) == ""
+    weights = Path(data_of("fetch", seed, store)) / "consolidated.00.pth"
+    assert data_of("store", "verify", "tiny-moe", store).endswith("bytes, all right")
+
+    # A byte that turned on the disk: size and time are as they were.
+    before, times = weights.read_bytes(), weights.stat()
+    damaged = bytearray(before)
+    damaged[len(before) // 2] ^= 1
+    weights.write_bytes(damaged)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = run("store", "verify", store, "-o", "json", "--progress=none")
+    assert done.returncode == 1
+    assert "fetch it again" in done.stderr
+    (told,) = json.loads(done.stdout)
+    assert len(told["damaged_pieces"]) == 1
+    assert told["damaged_tensors"]
+    (part,) = told["damaged"]
+    assert part["file"] == "consolidated.00.pth"
+    assert part["offset"] <= len(before) // 2 < part["offset"] + part["num_bytes"]
+    assert not told["is_right"]
+    assert json.loads(data_of("store", "ls", store, "-o", "json"))[0]["complete"] is False
+    again = json.loads(data_of("fetch", seed, store, "--dry-run", "-o", "json"))
+    assert again["wanted_bytes"] > 0
+    data_of("fetch", seed, store)
+    assert weights.read_bytes() == before
+    assert data_of("store", "verify", store).endswith("bytes, all right")
+
+
+def test_gc_says_what_goes_and_deletes_it_when_asked_to(seed: str, tmp_path: Path) -> None:
+    store = f"--store={tmp_path}"
+    folder = Path(data_of("fetch", seed, store))
+    assert data_of("store", "gc", store).endswith("tiny-moe: kept, used lately")
+    assert data_of("store", "gc", store, "--older-than=0s", "--dry-run").endswith(
+        "would be deleted"
+    )
+    assert folder.exists()
+    told = json.loads(data_of("store", "gc", store, "--older-than=0s", "-o", "json"))
+    assert told["freed_bytes"] > 0
+    assert [each["name"] for each in told["releases"]] == ["tiny-moe"]
+    assert not folder.exists()
+    assert data_of("store", "ls", store) == ""
+    for wrong in (("gc", "tiny-moe"), ("ls", "--dry-run"), ("path",)):
+        assert run("store", *wrong, store, "--progress=none").returncode == 2
+
+
 def test_verify_of_what_is_not_in_the_store_is_not_found(seed: str, tmp_path: Path) -> None:
     done = run("verify", seed, f"--store={tmp_path}", "--progress", "plain")
     assert done.returncode == 4

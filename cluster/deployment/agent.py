@@ -17,7 +17,7 @@ from ...fetcher.fetch import Fetch
 from ...fetcher.ownership import Member, Role
 from ...fetcher.piece_map import ByteRange
 from ...fetcher.progress import Progress
-from ...fetcher.store import Store
+from ...fetcher.store import ReleaseFolder, Store
 from ...fetcher.torrent.lending import Lender, Lending
 from ...fetcher.torrent.traffic import Traffic, added
 from ..inventory.inventory import probe_node
@@ -60,6 +60,7 @@ class NodeAgent:
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._fetch: Fetch | None = None
+        self._used: ReleaseFolder | None = None
         self._has_metadata = False
         self._lendings: dict[str, Lending] = {}
         self._lending_lock = threading.Lock()
@@ -108,6 +109,9 @@ class NodeAgent:
                 if lenders:
                     fetch.borrow(lenders, lan_address=self._address)
                 fetch.metadata()
+                if self._used is None and fetch.info_hash is not None:
+                    self._used = Store(self._store).release_folder(fetch.info_hash)
+                    self._used.use()
                 self._has_metadata = True
             return fetch.info_hash
 
@@ -240,11 +244,13 @@ class NodeAgent:
         return {"host": self._host} | added(parts).to_json()
 
     def close(self) -> None:
-        """End the fetch as `end_fetch` does, and all that is lent."""
+        """End the fetch as `end_fetch` does, and all that is lent; the release may go then."""
         try:
             self.end_fetch()
         finally:
             self._is_over.set()
+            if self._used is not None:
+                self._used.end_use()
             with self._lending_lock:
                 for lending in self._lendings.values():
                     lending.close()

@@ -10,7 +10,7 @@ from ..store import ReleaseFolder
 from ..waves import Waves
 from .metainfo import Metainfo
 from .piece_check import PieceCheck
-from .remains import Remains, boot_id, data_runs, survey
+from .remains import Remains, boot_id, data_runs, found_blocks, survey
 
 
 class Holding:
@@ -81,6 +81,16 @@ class Holding:
             fingerprints(self.place.data, self.selection.wanted),
             recorded_ns=self.place.record.written_ns(),
             boot=self._boot,
+            data_runs=lambda path: data_runs(self.place.data / path),
+        )
+
+    def blocks_of(self, pieces: Collection[int]) -> dict[int, tuple[bool, ...]]:
+        """Which blocks of these pieces may be in the files."""
+        return found_blocks(
+            self.metainfo,
+            self.selection.wanted,
+            pieces,
+            recorded=self.place.record.read().pieces,
             data_runs=lambda path: data_runs(self.place.data / path),
         )
 

@@ -93,7 +93,9 @@ class Lending:
             return None
         selection = select_files({file.path: file.length for file in metainfo.files})
         holding = Holding(place, metainfo, selection)
+        place.use()
         if not (verified := holding.verified()):
+            place.end_use()
             return None
         session = session_factory(
             SessionSettings(
@@ -128,8 +130,8 @@ class Lending:
             held = frozenset()
         if not held:
             session.close()
+            place.end_use()
             return None
-        place.mark_lent()
         lender = Lender(host=host, address=shown((address, port)), torrent=metainfo.raw, held=held)
         return cls(session, holding, lender)
 
@@ -173,7 +175,7 @@ class Lending:
             with self._lock:
                 self._has_ended = True
                 self._session.close()
-            self._holding.place.unmark_lent()
+            self._holding.place.end_use()
 
 
 def _checked(session: TorrentSession, clock: Callable[[], float]) -> frozenset[int]:

@@ -12,7 +12,7 @@ pieces count that were known to be there.
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -75,10 +75,12 @@ def survey(
     unsure |= record.pieces - lasting
     return Remains(
         known=known,
-        found=_found(
+        found=found_blocks(
             metainfo,
-            sorted(unsure - known),
-            list(_joined(_file_runs(metainfo, wanted, record.pieces, now, data_runs))),
+            wanted,
+            unsure - known,
+            recorded=record.pieces,
+            data_runs=lambda path: data_runs(path) if path in now else (),
         ),
         begun=frozenset(range(metainfo.num_pieces)) - unsure,
     )
@@ -124,10 +126,19 @@ def _is_ours(
     return seen.size >= known.size and seen.mtime_ns >= known.mtime_ns
 
 
-def _found(
-    metainfo: Metainfo, pieces: Collection[int], runs: Sequence[Run]
+def found_blocks(
+    metainfo: Metainfo,
+    wanted: Collection[str],
+    pieces: Iterable[int],
+    *,
+    recorded: frozenset[int],
+    data_runs: Callable[[str], Iterable[Run]],
 ) -> dict[int, tuple[bool, ...]]:
-    """Of these pieces the blocks that lie in the runs, as far as there are any."""
+    """Which blocks of these pieces may be in the files; nothing of pieces without any.
+
+    `recorded` pieces had their hashes once.
+    """
+    runs = list(_joined(_file_runs(metainfo, wanted, recorded, data_runs)))
     starts = [start for start, _ in runs]
 
     def has_data(start: int, end: int) -> bool:
@@ -136,7 +147,7 @@ def _found(
 
     found = {}
     space = max(file.offset + file.length for file in metainfo.files)
-    for piece in pieces:
+    for piece in sorted(pieces):
         low = piece * metainfo.piece_length
         high = min(low + metainfo.piece_length, space)
         cuts = range(low, high, BLOCK_BYTES)
@@ -167,7 +178,6 @@ def _file_runs(
     metainfo: Metainfo,
     wanted: Collection[str],
     recorded: frozenset[int],
-    now: Mapping[str, Fingerprint],
     data_runs: Callable[[str], Iterable[Run]],
 ) -> Iterator[Run]:
     """Where there is data in the space of the pieces, in order.
@@ -184,7 +194,7 @@ def _file_runs(
             for piece in sorted({*metainfo.pieces(file)} & recorded):
                 low = piece * metainfo.piece_length
                 yield max(low, file.offset), min(low + metainfo.piece_length, end)
-        elif file.path in now:
+        else:
             for start, stop in data_runs(file.path):
                 if start < file.length:
                     yield file.offset + start, min(file.offset + stop, end)

@@ -71,9 +71,9 @@ def lent(seed: SeedInfo, store: Path, share: ByteRange) -> Iterator[Lending]:
     assert lending is not None
     with ExitStack() as stack:
         stack.callback(lending.close)
-        assert place.is_lent()
+        assert place.is_used()
         yield lending
-    assert not place.is_lent()
+    assert not place.is_used()
 
 
 def nobody(seed: SeedInfo) -> str:
