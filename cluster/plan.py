@@ -34,6 +34,9 @@ class Device:
     """What a layer takes in every step whatever its size."""
     step_overhead_s: float = 0.0
     """What a stage takes in every step beside its layers."""
+    helper_overhead_s: float = 0.0
+    """What a layer takes longer once helpers compute some of its experts, beside the way there and
+    back: asking, waiting, putting the outputs in order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +49,8 @@ class Link:
     gbps: float
     """Gigabytes (1e9) per second; a 10 Gbit/s network has 1.25."""
     overhead_s: float = 0.1e-3
-    """Software of one message: framing, two wake-ups."""
+    """Software of one message, as far as `rtt_s` does not hold it: framing, two wake-ups. A link
+    measured through the transport has none beside its round trip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

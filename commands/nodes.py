@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Measures this machine, or every node of a Ray cluster and the links between them."""
+    from ..cluster.inventory.link_cache import remember_links
     from ..manifests.inventory import inventory_document
 
     console.note("measuring takes some seconds; what was measured before is taken from the cache")
@@ -24,14 +25,13 @@ def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
         inventory = _here(again=args.again)
     else:
         need_importable_package()
-        from ..cluster.inventory.link_cache import remember_links
         from ..cluster.runtime.ray_runtime import joined_ray, ray_nodes
         from ..cluster.runtime.survey import survey
         from ..serve.gauge import ModelGauge
 
         with joined_ray(args.ray_address):
             inventory = survey(ray_nodes(), ModelGauge, again=args.again)
-        remember_links(inventory)
+    remember_links(inventory)
     if args.output == "table":
         console.data(nodes_table(inventory))
     elif args.output == "json":
@@ -66,7 +66,12 @@ def nodes_table(inventory: "Inventory") -> str:
     if inventory.links:
         wires = [("from", "to", "round trip", "bandwidth")]
         wires += [
-            (link.source, link.target, milliseconds(link.rtt_s), f"{link.gbps:.3g} GB/s")
+            (
+                link.source,
+                "itself" if link.target == link.source else link.target,
+                milliseconds(link.rtt_s),
+                f"{link.gbps:.3g} GB/s",
+            )
             for link in inventory.links
         ]
         lines += ["", *_columns(wires)]
@@ -83,9 +88,11 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _here(*, again: bool) -> "Inventory":
     from ..cluster.inventory.inventory import host_label, probe_node
+    from ..cluster.inventory.link_probe import probe_itself
     from ..cluster.inventory.measure import measure_speeds
     from ..cluster.plan import Inventory
     from ..serve.gauge import ModelGauge
 
     node = probe_node(host_label(), "127.0.0.1", default_store())
-    return Inventory(nodes=(measure_speeds(node, ModelGauge(), again=again),))
+    measured = measure_speeds(node, ModelGauge(), again=again)
+    return Inventory(nodes=(measured,), links=(probe_itself(node.host, node.address),))

@@ -62,6 +62,11 @@ class DeviceEntry(Part):
         default=0.0, description="What a stage takes in every step beside its layers."
     )
 
+    helper_overhead_microseconds: Overhead = Field(
+        default=0.0,
+        description="What a layer takes longer with experts elsewhere, beside the way there.",
+    )
+
     @model_validator(mode="after")
     def _known_enough(self) -> "DeviceEntry":
         if self.memory_bytes is not None and self.memory_gigabytes is not None:
@@ -96,6 +101,7 @@ class DeviceEntry(Part):
             dtype_gemm_gflops=tuple(self.gemm_by_dtype.items()),
             layer_overhead_s=self.layer_overhead_microseconds / 1e6,
             step_overhead_s=self.step_overhead_microseconds / 1e6,
+            helper_overhead_s=self.helper_overhead_microseconds / 1e6,
         )
 
 
@@ -145,6 +151,10 @@ class Wire(Part):
         ge=0, le=60_000, allow_inf_nan=False, description="There and back."
     )
     gigabytes_per_second: Rate = Field(description="10 Gbit/s are 1.25.")
+    overhead_microseconds: Overhead = Field(
+        default=100.0,
+        description="Software of a message; 0 where the round trip was measured with it.",
+    )
 
     def to_link(self, source: str, target: str) -> Link:
         """The same for the planner."""
@@ -153,6 +163,7 @@ class Wire(Part):
             target=target,
             rtt_s=self.rtt_milliseconds / 1000,
             gbps=self.gigabytes_per_second,
+            overhead_s=self.overhead_microseconds / 1e6,
         )
 
 
@@ -244,6 +255,7 @@ def inventory_document(inventory: Inventory) -> dict[str, Any]:
                         "target": link.target,
                         "rttMilliseconds": round(link.rtt_s * 1000, 4),
                         "gigabytesPerSecond": float(f"{link.gbps:.4g}"),
+                        "overheadMicroseconds": round(link.overhead_s * 1e6, 1),
                     }
                     for link in inventory.links
                 ]
@@ -273,6 +285,7 @@ def _device_value(device: PlanDevice) -> dict[str, Any]:
     for name, seconds in (
         ("layerOverheadMicroseconds", device.layer_overhead_s),
         ("stepOverheadMicroseconds", device.step_overhead_s),
+        ("helperOverheadMicroseconds", device.helper_overhead_s),
     ):
         if seconds:
             value[name] = float(f"{seconds * 1e6:.4g}")

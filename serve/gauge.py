@@ -1,8 +1,8 @@
 """How fast a device runs the kernels and layers of stages: `cluster.inventory.measure.Gauge`.
 
 Weights are read as decoding reads them: one token's vector times matrices that no cache holds. What
-a layer takes whatever its size (calls, threads that wait for each other) is the slope between two
-models so small that nothing else is left of them.
+a layer takes whatever its size (calls, threads that wait for each other, matrices that end before
+reading is at its rate) is what small layers take beside their bytes.
 """
 
 import time
@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ..cluster.footprint import form_bytes
+from ..cluster.inventory.measure import Overheads
 from ..cluster.plan import ComputeDtype
-from ..fetcher.config import ModelConfig
-from ..fetcher.tensors import TensorEntry, TensorIndex
 from .model.threads import prepare_threads
+from .small_model import small_layer_bytes, small_stage, small_step
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ READ_BYTES: Final = 256 << 20
 """Weights that take turns; larger than the caches of a processor."""
 READ_WIDTH: Final = 4096
 GEMM_ROWS: Final = 512
-NUM_LAYERS: Final = (2, 6)
+NUM_LAYERS: Final = (2, 8)
 """Of the two small models."""
 
 
@@ -38,9 +38,9 @@ class ModelGauge:
         """Gigabytes of weights per second, as they are held at this dtype."""
         import torch
 
+        held = form_bytes(dtype, (READ_WIDTH, READ_WIDTH))
+        products = _products(dtype, device, max(1, int(READ_BYTES / held)))
         with _Threads(num_threads), torch.inference_mode():
-            held = form_bytes(dtype, (READ_WIDTH, READ_WIDTH))
-            products = _products(dtype, device, max(1, int(READ_BYTES / held)))
             token = torch.ones(1, READ_WIDTH, dtype=_compute_dtype(dtype), device=device)
 
             def once() -> None:
@@ -53,18 +53,27 @@ class ModelGauge:
         """Billions of operations per second with as many rows as a chunk of a prompt has."""
         import torch
 
+        (product,) = _products(dtype, device, 1)
         with _Threads(num_threads), torch.inference_mode():
-            (product,) = _products(dtype, device, 1)
             rows = torch.ones(GEMM_ROWS, READ_WIDTH, dtype=_compute_dtype(dtype), device=device)
             flops = 2 * GEMM_ROWS * READ_WIDTH**2
             return flops / min(_seconds(lambda: product(rows), device)) / 1e9
 
-    def overhead_s(self, dtype: ComputeDtype, device: str, num_threads: int) -> tuple[float, float]:
-        """Seconds of a layer, and of a whole step beside its layers, when nothing is computed."""
+    def overheads(self, dtype: ComputeDtype, device: str, num_threads: int) -> Overheads:
+        """What a small layer, its step and asking a helper take beside the bytes of the layer."""
+        from .hand_overs import helper_s, worker_s
+
         with _Threads(num_threads):
             few, many = (_step_s(num, dtype, device) for num in NUM_LAYERS)
-        layer_s = max(0.0, (many - few) / (NUM_LAYERS[1] - NUM_LAYERS[0]))
-        return layer_s, max(0.0, few - NUM_LAYERS[0] * layer_s)
+            layer_s = max(0.0, (many - few) / (NUM_LAYERS[1] - NUM_LAYERS[0]))
+            read_s = small_layer_bytes(dtype) / self.read_gbps(dtype, device, num_threads) / 1e9
+            around_s = worker_s(small_stage(NUM_LAYERS[0], dtype=dtype, device=device))
+            asking_s = helper_s(dtype=dtype, device=device)
+        return Overheads(
+            layer_s=max(0.0, layer_s - read_s),
+            step_s=max(0.0, around_s - NUM_LAYERS[0] * layer_s),
+            helper_s=max(0.0, asking_s - layer_s),
+        )
 
 
 class _Threads:
@@ -83,90 +92,13 @@ class _Threads:
         self._set(self._before)
 
 
-class _Noise:
-    """A `TensorSource` of a small model: random numbers in the shapes that the loader asks for."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        dim, hidden, heads = config.dim, config.hidden_dim, config.n_heads * config.head_dim
-        keys = config.n_kv_heads * config.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (config.vocab_size, dim)}
-        for layer in range(config.n_layers):
-            at = f"layers.{layer}"
-            for part, rows in (("wq", heads), ("wk", keys), ("wv", keys)):
-                shapes[f"{at}.attention.{part}"] = (rows, dim)
-            shapes[f"{at}.attention.wo"] = (dim, heads)
-            shapes |= {f"{at}.{norm}": (dim,) for norm in ("attention_norm", "ffn_norm")}
-            shapes[f"{at}.feed_forward.gate"] = (config.num_experts, dim)
-            for expert in range(config.num_experts):
-                of = f"{at}.feed_forward.experts.{expert}"
-                shapes |= {f"{of}.w1": (hidden, dim), f"{of}.w3": (hidden, dim)}
-                shapes[f"{of}.w2"] = (dim, hidden)
-        shapes |= {"norm": (dim,), "output": (config.vocab_size, dim)}
-        self.index = TensorIndex(
-            {
-                f"{name}.weight": TensorEntry(
-                    name=f"{name}.weight",
-                    source_name=name,
-                    file="noise",
-                    offset=number,
-                    dtype="bf16",
-                    shape=shape,
-                )
-                for number, (name, shape) in enumerate(shapes.items())
-            }
-        )
-
-    def read(self, name: str) -> "torch.Tensor":
-        """Small numbers, so that nothing overflows."""
-        import torch
-
-        shape = self.index[name].shape
-        return torch.randn(shape, dtype=torch.bfloat16) * 0.1
-
-
 def _step_s(num_layers: int, dtype: ComputeDtype, device: str) -> float:
-    """One decode step of one stream through a stage that has next to nothing to compute."""
-    from .engine.stage import Stage
-    from .engine.step import SamplingParams, StepPlan, StepRow
-
-    config = ModelConfig(
-        dim=64,
-        n_layers=num_layers,
-        head_dim=16,
-        hidden_dim=64,
-        n_heads=4,
-        n_kv_heads=2,
-        norm_eps=1e-5,
-        vocab_size=512,
-        rope_theta=1e4,
-        max_context_tokens=4096,
-        num_experts=8,
-        num_experts_per_tok=2,
-    )
-    stage = Stage.load(
-        config=config,
-        source=_Noise(config),
-        first_layer=0,
-        end_layer=num_layers,
-        has_embeddings=True,
-        has_output=True,
-        dtype=dtype,
-        device=device,
-        num_kv_blocks=4096 // 16,
-    )
-    greedy = SamplingParams(temperature=0.0)
-    position = 0
+    """One decode step of one stream through a stage of small layers."""
+    stage, position = small_stage(num_layers, dtype=dtype, device=device), 0
 
     def once() -> None:
         nonlocal position
-        row = StepRow(
-            request_id=0,
-            position=position,
-            token_ids=(1,),
-            new_block_ids=tuple(range(4096 // 16)) if position == 0 else (),
-            sampling=greedy,
-        )
-        stage.step(StepPlan(step_id=position, rows=(row,)), None)
+        stage.step(small_step(position), None)
         position += 1
 
     return min(_seconds(once, device, limit=1024))

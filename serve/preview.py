@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..cluster.deployment.agent_group import AgentGroup
 from ..cluster.inventory.inventory import host_label, probe_node
+from ..cluster.inventory.link_cache import remembered_links
 from ..cluster.plan import Inventory, Plan
 from ..cluster.planning.expert_pins import pin_experts
 from ..cluster.planning.plan_diff import with_memory_of
@@ -130,4 +131,5 @@ def _look_here(
     with contextlib.closing(fetch):
         fetch.metadata()
         facts = fetch.facts(given=source.given, known=source.known)
-    return facts, Inventory(nodes=(probe_node(host, "127.0.0.1", store),))
+    nodes = (probe_node(host, "127.0.0.1", store),)
+    return facts, Inventory(nodes=nodes, links=remembered_links(nodes))

@@ -15,7 +15,7 @@ def remember_links(inventory: Inventory) -> None:
     """Keep the links of `inventory`, over those that were kept before."""
     names = {node.host: _name(node) for node in inventory.nodes}
     rows = {
-        f"{names[link.source]} {names[link.target]}": [link.rtt_s, link.gbps]
+        f"{names[link.source]} {names[link.target]}": [link.rtt_s, link.gbps, link.overhead_s]
         for link in inventory.links
     }
     file = _file()
@@ -29,10 +29,10 @@ def remembered_links(nodes: Sequence[Node]) -> tuple[Link, ...]:
     """What is kept of the links between `nodes`, which are known by name and address."""
     rows = _read()
     return tuple(
-        Link(source=a.host, target=b.host, rtt_s=float(row[0]), gbps=float(row[1]))
+        Link(source=a.host, target=b.host, rtt_s=row[0], gbps=row[1], overhead_s=row[2])
         for a in nodes
         for b in nodes
-        if (row := rows.get(f"{_name(a)} {_name(b)}")) is not None
+        if (row := rows.get(f"{_name(a)} {_name(b)}")) is not None and len(row) == 3
     )
 
 

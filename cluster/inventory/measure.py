@@ -5,20 +5,31 @@ import os
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ...settings import data_dir
 from ..plan import ComputeDtype, Device, DeviceKind, Node
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the method; figures of another one are measured again."""
 DTYPES: Final[Mapping[DeviceKind, tuple[ComputeDtype, ...]]] = {
     "cpu": ("bf16", "fp32", "int8", "int4"),
     "cuda": ("bf16", "fp32"),
 }
 """What is measured. On CUDA int8 and int4 are not fast yet; they count as bf16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overheads:
+    """Seconds that are left when nothing is computed."""
+
+    layer_s: float
+    step_s: float
+    """Of a step, beside its layers and the way to the stage."""
+    helper_s: float
+    """Of a layer with a helper, beside the layer itself and the way there and back."""
 
 
 class Gauge(Protocol):
@@ -32,8 +43,8 @@ class Gauge(Protocol):
         """Billions of operations per second with hundreds of tokens."""
         ...
 
-    def overhead_s(self, dtype: ComputeDtype, device: str, num_threads: int) -> tuple[float, float]:
-        """Seconds of a layer, and of a step beside its layers, when nothing is computed."""
+    def overheads(self, dtype: ComputeDtype, device: str, num_threads: int) -> Overheads:
+        """What a layer, a step and asking a helper take when nothing is computed."""
         ...
 
 
@@ -67,12 +78,13 @@ def measure_speeds(node: Node, gauge: Gauge, *, again: bool = False) -> Node:
 def _measure(device: Device, num_threads: int, gauge: Gauge) -> dict[str, Any]:
     where = "cpu" if device.kind == "cpu" else f"cuda:{device.index}"
     dtypes = DTYPES[device.kind]
-    layer_s, step_s = gauge.overhead_s("bf16", where, num_threads)
+    overheads = gauge.overheads("bf16", where, num_threads)
     return {
         "read_gbps": {dtype: gauge.read_gbps(dtype, where, num_threads) for dtype in dtypes},
         "gemm_gflops": {dtype: gauge.gemm_gflops(dtype, where, num_threads) for dtype in dtypes},
-        "layer_overhead_s": layer_s,
-        "step_overhead_s": step_s,
+        "layer_overhead_s": overheads.layer_s,
+        "step_overhead_s": overheads.step_s,
+        "helper_overhead_s": overheads.helper_s,
     }
 
 
@@ -91,6 +103,7 @@ def _with_row(device: Device, row: dict[str, Any] | None) -> Device:
         dtype_gemm_gflops=others(row["gemm_gflops"]),
         layer_overhead_s=row["layer_overhead_s"],
         step_overhead_s=row["step_overhead_s"],
+        helper_overhead_s=row["helper_overhead_s"],
     )
 
 

@@ -227,8 +227,10 @@ class SpeedPlanner:
         share = 1 - (1 - cost.experts_per_token / cost.num_experts) ** tokens
         read = helper.weights_bytes * share / (speed.read_gbps * 1e9)
         rows = tokens * cost.hidden_bytes
+        outputs = rows * cost.experts_per_token
         there, back = placing.link(home, number), placing.link(number, home)
-        return replace(helper, step_s=read, hop_s=hop_s(rows, there) + hop_s(rows, back))
+        way_s = hop_s(rows, there) + hop_s(outputs, back) + placing.speed(home).helper_overhead_s
+        return replace(helper, step_s=read, hop_s=way_s)
 
     def _batch(self, num_stages: int) -> int:
         return -(-self._workload.max_concurrency // num_stages)

@@ -75,7 +75,8 @@ def survey(nodes: Sequence[RayNode], gauge: type[Gauge], *, again: bool = False)
         secret = secrets.token_bytes(32)
         listening = [probe.listen.remote(secret) for probe in probes.values()]
         addresses = dict(zip(hosts, gather(listening, who=who, timeout_s=TIMEOUT_S), strict=True))
-        links: list[Link] = []
+        own = [probes[host].probe.remote(host, addresses[host], secret) for host in hosts]
+        links: list[Link] = gather(own, who=who, timeout_s=TIMEOUT_S)
         for pairs in rounds(hosts):
             calls = [probes[a].probe.remote(b, addresses[b], secret) for a, b in pairs]
             links += gather(calls, who=who, timeout_s=TIMEOUT_S)

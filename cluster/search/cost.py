@@ -32,6 +32,8 @@ class Speed:
     gemm_gflops: float = float("inf")
     layer_overhead_s: float = 0.0
     """What a layer takes in every step whatever its size."""
+    helper_overhead_s: float = 0.0
+    """What a layer of it takes longer once helpers compute some of its experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +103,7 @@ def device_speed(device: Device, dtype: ComputeDtype) -> Speed | None:
         read_gbps=read,
         gemm_gflops=float("inf") if gflops is None else gflops,
         layer_overhead_s=device.layer_overhead_s,
+        helper_overhead_s=device.helper_overhead_s,
     )
 
 

@@ -168,12 +168,16 @@ def _hosts_time(
     `reach_OH` is the part of all tokens that need a host, `needed_OH` how many of its experts a
     token needs on average.
     """
-    rows_OH = tokens * reach_OH / np.maximum(1 - (1 - reach_OH) ** tokens, 1e-12)
+    # Each row goes once to a host that it needs, and every output of an expert comes back.
+    likely_OH = np.maximum(1 - (1 - reach_OH) ** tokens, 1e-12)
+    rows_OH, outputs_OH = tokens * reach_OH / likely_OH, tokens * needed_OH / likely_OH
     is_hit = hit_OHS > 0
     away = [seat.link is not None for seat in seats]
-    # Rows to all helpers leave through the one network card of the home.
+    # Rows to and from all helpers pass the one network card of the home.
     card_gbps = max((seat.link.gbps for seat in seats if seat.link is not None), default=1.0)
-    sent_OS = ((rows_OH * away)[:, :, None] * is_hit).sum(axis=1) * model.hidden_bytes
+    both_OH = (rows_OH + outputs_OH) * model.hidden_bytes
+    card_OS = ((both_OH * away)[:, :, None] * is_hit).sum(axis=1) / (card_gbps * 1e9)
+    home_s = next((seat.speed.helper_overhead_s for seat in seats if seat.link is None), 0.0)
     found = np.zeros(np.broadcast_shapes(is_hit.shape, (*rows_OH.shape, 1)))
     flops = expert_flops(model, layer)
     for number, seat in enumerate(seats):
@@ -182,9 +186,9 @@ def _hosts_time(
         compute = tokens * needed_OH[:, number] * flops / (seat.speed.gemm_gflops * 1e9)
         seconds = np.maximum(read, compute[:, None])
         if seat.link is not None:
-            wire = rows_OH[:, number] * model.hidden_bytes / (seat.link.gbps * 1e9)
-            carried = np.maximum(wire[:, None], sent_OS / (card_gbps * 1e9))
-            seconds = seconds + 2 * (seat.link.overhead_s + seat.link.rtt_s / 2 + carried)
+            wire = both_OH[:, number] / (seat.link.gbps * 1e9)
+            carried = np.maximum(wire[:, None], card_OS)
+            seconds = seconds + 2 * seat.link.overhead_s + seat.link.rtt_s + carried + home_s
         found[:, number] = np.where(is_hit[:, number], seconds, 0.0)
     return found
 

@@ -9,7 +9,7 @@ import pytest
 from magnetar.cluster.inventory.inventory import probe_node
 from magnetar.cluster.inventory.link_cache import remember_links, remembered_links
 from magnetar.cluster.inventory.link_probe import Echo, probe_link
-from magnetar.cluster.inventory.measure import measure_speeds, with_known_speeds
+from magnetar.cluster.inventory.measure import Overheads, measure_speeds, with_known_speeds
 from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node
 from magnetar.cluster.runtime.survey import rounds
 from magnetar.commands.nodes import nodes_table
@@ -29,8 +29,8 @@ class FixedGauge:
     def gemm_gflops(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
         return 100.0 * num_threads
 
-    def overhead_s(self, dtype: ComputeDtype, device: str, num_threads: int) -> tuple[float, float]:
-        return 0.001, 0.002
+    def overheads(self, dtype: ComputeDtype, device: str, num_threads: int) -> Overheads:
+        return Overheads(layer_s=0.001, step_s=0.002, helper_s=0.003)
 
 
 @pytest.fixture
@@ -49,6 +49,7 @@ def test_speeds_are_measured_once_and_known_to_every_later_probe(home: Path) -> 
     assert dict(device.dtype_read_gbps)["fp32"] == 8.0
     assert device.gemm_gflops == 400.0
     assert (device.layer_overhead_s, device.step_overhead_s) == (0.001, 0.002)
+    assert device.helper_overhead_s == 0.003
     num_calls = gauge.num_calls
     assert measure_speeds(node, gauge) == measured
     assert gauge.num_calls == num_calls
@@ -92,7 +93,7 @@ def test_measured_links_are_remembered_for_the_same_nodes(
         for host, address in (("a", "10.0.0.1"), ("b", "10.0.0.2"), ("b", "10.0.0.3"))
     )
     assert remembered_links([a, b]) == ()
-    link = Link(source="a", target="b", rtt_s=0.001, gbps=1.5)
+    link = Link(source="a", target="b", rtt_s=0.001, gbps=1.5, overhead_s=0.0)
     remember_links(Inventory(nodes=(a, b), links=(link,)))
     assert remembered_links([a, b]) == (link,)
     assert remembered_links([a, moved]) == ()

@@ -31,6 +31,7 @@ def test_a_measured_inventory_survives_the_file(tmp_path: Path) -> None:
             dtype_gemm_gflops=(("fp32", 155.5),),
             layer_overhead_s=0.00015,
             step_overhead_s=0.0002,
+            helper_overhead_s=0.0004,
         ),
         Device(kind="cuda", index=0, memory_bytes=1000),
         Device(kind="cuda", index=1, memory_bytes=2000),

@@ -2,9 +2,10 @@
 
 import pytest
 
+from magnetar.cluster.inventory.link_probe import ECHOES, PAUSE_S
 from magnetar.cluster.inventory.measure import DTYPES
 from magnetar.cluster.plan import ComputeDtype
-from magnetar.serve import gauge
+from magnetar.serve import gauge, hand_overs
 from magnetar.serve.gauge import ModelGauge
 
 
@@ -14,6 +15,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gauge, "READ_BYTES", 1 << 18)
     monkeypatch.setattr(gauge, "READ_WIDTH", 256)
     monkeypatch.setattr(gauge, "GEMM_ROWS", 16)
+    monkeypatch.setattr(hand_overs, "NUM_STEPS", 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES["cpu"])
@@ -23,10 +25,11 @@ def test_every_dtype_of_a_processor_can_be_measured(dtype: ComputeDtype) -> None
 
 
 def test_overheads_are_the_time_of_a_small_step() -> None:
-    layer_s, step_s = ModelGauge().overhead_s("bf16", "cpu", 1)
-    assert 0 <= layer_s < 1
-    assert 0 <= step_s < 1
-    assert layer_s + step_s > 0
+    found = ModelGauge().overheads("bf16", "cpu", 1)
+    assert 0 <= found.layer_s < 1
+    assert 0 <= found.step_s < 1
+    assert 0 < found.helper_s < 1
+    assert found.layer_s + found.step_s > 0
 
 
 def test_the_number_of_threads_is_as_before() -> None:
@@ -38,9 +41,11 @@ def test_the_number_of_threads_is_as_before() -> None:
 
 
 def test_a_processor_is_measured_within_ten_seconds() -> None:
-    # Reading, multiplying, and two small models.
+    # Reading, multiplying, and two small models; then steps to a worker and, by layer, to a helper.
     num_slices = 2 * len(DTYPES["cpu"]) + 2
-    assert num_slices * _SLICE_S < 5
+    num_pauses = (2 + 4) * _NUM_STEPS + 2 * ECHOES
+    assert num_slices * _SLICE_S + num_pauses * PAUSE_S < 6
 
 
 _SLICE_S = gauge.SLICE_S
+_NUM_STEPS = hand_overs.NUM_STEPS
