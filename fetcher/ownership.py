@@ -41,6 +41,8 @@ class Role:
     """Taken from other members."""
     partners: tuple[str, ...]
     """Addresses of all others."""
+    ready: frozenset[int] = frozenset()
+    """Those of `borrowed` that another member holds already: they come before all else."""
 
 
 def assign_roles(members: Sequence[Member]) -> Mapping[str, Role]:
@@ -93,6 +95,7 @@ def assign_roles(members: Sequence[Member]) -> Mapping[str, Role]:
                 if any(taker.host != member.host for taker in takers[piece])
             ),
             borrowed=missing - own,
+            ready=(missing - own) & held,
             partners=tuple(other.address for other in members if other.host != member.host),
         )
     return roles

@@ -42,6 +42,10 @@ class Waves:
         """Only these pieces, in the same order; those that no wave has come last."""
         return Waves.of(*(wave & pieces for wave in self.waves), pieces)
 
+    def only(self, pieces: frozenset[int]) -> "Waves":
+        """Those of these pieces that a wave has, in the same order."""
+        return Waves.of(*(wave & pieces for wave in self.waves))
+
     def front(self, have: Sequence[bool]) -> int:
         """The first wave that lacks a piece; their number when none does."""
         for number, wave in enumerate(self.waves):

@@ -296,6 +296,7 @@ class Download:
             owned=missing - lent,
             lent=frozenset(),
             borrowed=missing & lent,
+            ready=missing & lent,
             partners=tuple(lender.address for lender in self._lenders),
         )
 

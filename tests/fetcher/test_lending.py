@@ -127,6 +127,20 @@ def test_only_what_nobody_holds_comes_from_outside(
     assert weights(tmp_path / "1", seed) == (release / WEIGHTS).read_bytes()
 
 
+def test_what_is_held_comes_before_anything_is_asked_for_outside(
+    seed: SeedInfo, tmp_path: Path
+) -> None:
+    with lent(seed, tmp_path / "0", HALF) as lending:
+        lending.admit([BORROWER_HOST])
+        with fetching(nobody(seed), tmp_path / "1", timeout_s=2) as fetch:
+            fetch.borrow([lending.lender], lan_address=BORROWER_HOST)
+            with pytest.raises(TimedOutError):
+                fetch.download()
+            held = fetch.piece_map()
+            assert held is not None
+            assert fetch.received_bytes >= held.num_bytes(lending.lender.held)
+
+
 def test_nobody_is_let_in_who_did_not_ask(seed: SeedInfo, tmp_path: Path) -> None:
     with lent(seed, tmp_path / "0", EVERYTHING) as lending:
         lending.admit(["127.0.0.13"])

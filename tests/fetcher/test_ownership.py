@@ -49,6 +49,7 @@ def test_every_missing_piece_crosses_once_and_everybody_gets_what_it_wants(
             continue
         assert not role.owned & member.held
         assert role.borrowed <= held | frozenset(owned)
+        assert role.ready == role.borrowed & held
         awaited = frozenset().union(
             *(roles[other.host].borrowed for other in together if other.host != member.host)
         )
