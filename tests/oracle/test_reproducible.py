@@ -43,7 +43,7 @@ MODELS = {
     ),
 }
 GREEDY = SamplingParams(temperature=0.0, num_logprobs=3)
-NUM_ANSWER = 16
+NUM_ANSWER = 24
 ROOMY = 256
 
 
