@@ -7,19 +7,6 @@ rule covers prompts in chunks, decoding and the return of preempted requests (as
 Several steps are in flight at once. A request whose next token is awaited has nothing to compute
 and is passed over; a long prompt may have several chunks on their way.
 
-Why blocks can be handed out again at once, while steps that use them are still in flight: links
-and stages keep the order of steps. Wherever a later step writes into a block, every earlier step
-has been computed already, reads and writes included; and a request reads only slots that it has
-written itself, in the same or an earlier step. The stages must merely forget the old table before
-a request gets a new one, which `StepPlan.released` says in the very next step.
-
-For the same reason a full block may be shared as soon as the step that fills it is *scheduled*,
-long before its result: whoever takes it is part of a later step, which every stage computes after
-that one. It is not shared within one step, where the order of rows is the stages' own affair; and
-that the request that fills it is aborted or preempted meanwhile changes nothing, because a step
-that was sent is computed whole. Nobody writes into a shared block: it is full, and a request's own
-tokens begin after it.
-
 A preempted request takes the path of its first run again: its prompt in the same rows, and each
 token of its answer in a row of its own. In floating point the same tokens round otherwise in rows
 of another length, and where two of them are nearly as likely the rest of an answer would turn out
@@ -31,7 +18,6 @@ where one did before; prompts are therefore cut at the borders of blocks. What i
 outside of reproducible mode, is what else is computed in the same steps.
 """
 
-from bisect import insort
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,11 +26,11 @@ from operator import attrgetter
 from ...cluster.footprint import STEP_TOKENS
 from ...errors import UsageError
 from ...settings import KV_BLOCK_TOKENS
-from .blocks import BlockPool, blocks_for
+from .admission import Admission
+from .blocks import blocks_for
 from .request import FinishReason, Request, TokenEvent
 from .step import Sample, StepPlan, StepResult, StepRow
 
-_BY_RANK = attrgetter("rank")
 _BY_LAST_STEP = attrgetter("last_step_id")
 
 
@@ -58,12 +44,9 @@ class _Flight:
 
 
 class Scheduler:
-    """Requests by rank, their KV blocks, and the steps in flight.
+    """Gives each step its tokens, and the requests theirs.
 
-    A request's rank is its priority and, among equals, its arrival. Nobody overtakes a waiting
-    request of better rank, and when blocks run out, the running request of the worst rank gives its
-    own back and is computed again later. So the best of the running requests always advances. One
-    that waits takes blocks from nobody, whatever its rank.
+    Which requests may take part, and with which KV blocks, `Admission` decides.
     """
 
     def __init__(
@@ -78,36 +61,27 @@ class Scheduler:
     ) -> None:
         if min(num_kv_blocks, max_context_tokens, max_running, num_stages, max_step_tokens) < 1:
             raise ValueError("every size of a scheduler must be at least 1")
-        self._pool = BlockPool(num_kv_blocks)
+        self._admission = Admission(num_kv_blocks=num_kv_blocks, max_running=max_running)
         self._max_context_tokens = max_context_tokens
         self._max_running = max_running
         self._num_stages = num_stages
         self._eos_token_ids = eos_token_ids
         # A row of every running request must fit into a step, or one might starve.
         self._max_step_tokens = max(max_step_tokens, max_running)
-        self._waiting: list[Request] = []
-        self._running: list[Request] = []
-        self._requests: dict[int, Request] = {}
         self._in_flight: deque[_Flight] = deque()
-        self._released: list[int] = []
         self._filling: list[Request] = []
         """Requests with blocks that the step in the making fills."""
         self._next_step_id = 0
-        self.num_preemptions = 0
-        self.num_cache_queries = 0
-        """Tokens of prompts that were looked for in the KV cache."""
-        self.num_cache_hits = 0
-        """Those that were there."""
 
     @property
     def num_running(self) -> int:
         """Requests that hold KV blocks."""
-        return len(self._running)
+        return len(self._admission.running)
 
     @property
     def num_waiting(self) -> int:
         """Requests without KV blocks, preempted ones included."""
-        return len(self._waiting)
+        return len(self._admission.waiting)
 
     @property
     def num_in_flight(self) -> int:
@@ -117,12 +91,27 @@ class Scheduler:
     @property
     def num_free_blocks(self) -> int:
         """KV blocks that nobody reads; their contents may still be found by others."""
-        return self._pool.num_free
+        return self._admission.num_free_blocks
 
     @property
     def has_requests(self) -> bool:
         """Whether any request is not finished."""
-        return bool(self._requests)
+        return bool(self._admission.requests)
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a running request had to give its blocks back."""
+        return self._admission.num_preemptions
+
+    @property
+    def num_cache_queries(self) -> int:
+        """Tokens of prompts that were looked for in the KV cache."""
+        return self._admission.num_cache_queries
+
+    @property
+    def num_cache_hits(self) -> int:
+        """Those that were there."""
+        return self._admission.num_cache_hits
 
     def check(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuse a request that could never be finished. Any thread may ask.
@@ -144,27 +133,25 @@ class Scheduler:
             )
         # The last token of an answer is never computed with.
         needed = blocks_for(num_tokens - 1)
-        if needed > self._pool.num_blocks:
+        num_blocks = self._admission.num_blocks
+        if needed > num_blocks:
             raise UsageError(
-                f"{asked} need {needed} KV blocks and there are {self._pool.num_blocks}; "
+                f"{asked} need {needed} KV blocks and there are {num_blocks}; "
                 "shorten the prompt, lower max_tokens, or give the deployment more memory"
             )
 
     def add(self, request: Request) -> None:
         """Let a request wait; raises as `check`."""
         self.check(len(request.prompt_ids), request.params.max_tokens)
-        if request.request_id in self._requests:
-            raise ValueError(f"request {request.request_id} is here already")
         request.end_ids = request.params.stop_token_ids
         if not request.params.ignore_eos:
             request.end_ids |= self._eos_token_ids
-        self._requests[request.request_id] = request
-        insort(self._waiting, request, key=_BY_RANK)
+        self._admission.add(request)
 
     def abort(self, request_id: int) -> None:
         """Forget a request now, whatever of it is in flight; unknown ones are ignored."""
-        if request := self._requests.get(request_id):
-            self._remove(request)
+        if request := self._admission.requests.get(request_id):
+            self._admission.remove(request)
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None: nothing can be computed now, or enough is in flight.
@@ -182,13 +169,13 @@ class Scheduler:
         rows += self._prefill_rows(len(rows), may_sample=may_sample)
         if not rows:
             return None
-        self._publish()
-        plan = StepPlan(
-            step_id=self._next_step_id, rows=tuple(rows), released=tuple(self._released)
-        )
+        for request in self._filling:
+            self._admission.publish(request)
+        self._filling.clear()
+        released = self._admission.take_released()
+        plan = StepPlan(step_id=self._next_step_id, rows=tuple(rows), released=released)
         sampled = tuple([row.request_id for row in rows if row.sampling is not None])
         self._in_flight.append(_Flight(plan.step_id, sampled))
-        self._released.clear()
         self._next_step_id += 1
         return plan
 
@@ -209,36 +196,19 @@ class Scheduler:
         self._in_flight.popleft()
         events = []
         for sample in result.samples:
-            if request := self._requests.get(sample.request_id):
+            if request := self._admission.requests.get(sample.request_id):
                 events.append((request.request_id, self._append(request, sample)))
         return events
 
     def check_integrity(self) -> None:
         """Assert what must hold between any two calls. For tests: slow."""
-        self._pool.check_integrity(
-            block_id for request in self._running for block_id in request.block_ids
-        )
-        together = sorted([*self._running, *self._waiting], key=_BY_RANK)
-        assert together == sorted(self._requests.values(), key=_BY_RANK)
-        for queue in (self._running, self._waiting):
-            assert queue == sorted(queue, key=_BY_RANK)
-        assert len(self._running) <= self._max_running
+        self._admission.check_integrity()
         assert len(self._in_flight) <= self._num_stages + 1
-        assert len(set(self._released)) == len(self._released)
         awaited = [key for flight in self._in_flight for key in flight.sampled]
         assert len(set(awaited)) == len(awaited), "two tokens of one request are in flight"
-        for request in together:
+        for request in self._admission.requests.values():
             assert request.awaits_sample == (request.request_id in awaited)
-            assert request.num_blocks_sent <= len(request.block_ids)
-            assert request.num_published <= request.num_scheduled // KV_BLOCK_TOKENS
-            if request.num_blocks_sent:
-                assert blocks_for(request.num_scheduled) <= request.num_blocks_sent
-            else:
-                assert request.num_scheduled == request.num_published * KV_BLOCK_TOKENS
             assert not (request.awaits_sample and request.block_ids and request.num_unscheduled)
-        for request in self._waiting:
-            assert not request.block_ids
-            assert request.num_scheduled == 0
 
     def _decode_rows(self) -> list[StepRow]:
         """One token each of the requests that have waited longest since their last step.
@@ -248,7 +218,7 @@ class Scheduler:
         """
         ready = []
         num_decoding = 0
-        for request in self._running:
+        for request in self._admission.running:
             # `Request.decodes` in place: a step has 64 rows and 100 µs.
             num_unscheduled = len(request.token_ids) - request.num_scheduled
             if num_unscheduled <= 1 and request.num_scheduled > 0:
@@ -263,34 +233,12 @@ class Scheduler:
                 break
             # Making room for one may preempt another that comes later in this list.
             num_slots = len(request.block_ids) * KV_BLOCK_TOKENS
-            if num_slots and (num_slots >= len(request.token_ids) or self._make_room(request)):
+            if num_slots and (
+                num_slots >= len(request.token_ids)
+                or self._admission.make_room(request, step_id=self._next_step_id)
+            ):
                 rows.append(self._row(request, 1))
         return rows
-
-    def _make_room(self, request: Request) -> bool:
-        """Have a block for the request's last token; worse-ranked ones may have to give theirs."""
-        missing = blocks_for(len(request.token_ids)) - len(request.block_ids)
-        while not self._pool.can_allocate(missing):
-            victim = self._running[-1]
-            # It waits when there is no worse one, or the worst is part of this very step: a better
-            # one will end, or preempt it.
-            if victim is request or victim.last_step_id == self._next_step_id:
-                return False
-            self._preempt(victim)
-        request.block_ids += self._pool.allocate(missing)
-        return True
-
-    def _preempt(self, request: Request) -> None:
-        """Take a running request's blocks; all of its tokens will be computed again.
-
-        A token that is in flight for it counts when it comes: it was computed before the stages
-        hear of this.
-        """
-        self._running.remove(request)
-        self._give_back(request)
-        request.num_scheduled = request.num_published = 0
-        insort(self._waiting, request, key=_BY_RANK)
-        self.num_preemptions += 1
 
     def _prefill_rows(self, num_decoding: int, *, may_sample: bool) -> Iterator[StepRow]:
         """Chunks of what is not computed yet, beside so many rows that decode.
@@ -339,51 +287,9 @@ class Scheduler:
     def _prefilling(self) -> Iterator[Request]:
         """Running requests whose prompts are not computed, and then as many more as there is room
         for, even those of which only one token is left to compute."""
-        yield from [request for request in self._running if not request.decodes]
-        while (request := self._admit()) is not None:
+        yield from [request for request in self._admission.running if not request.decodes]
+        while (request := self._admission.admit()) is not None:
             yield request
-
-    def _admit(self) -> Request | None:
-        """Give the first waiting request the blocks of all its tokens, if there is room."""
-        num_running = len(self._running)
-        # At least one block is its own; there is no use in looking for the others before.
-        if (
-            not self._waiting
-            or num_running == self._max_running
-            or not self._pool.can_allocate(1 + num_running)
-        ):
-            return None
-        request = self._waiting[0]
-        # A preempted request must know all its tokens, or the awaited one would be sampled twice.
-        if request.awaits_sample:
-            return None
-        shared = []
-        if request.params.reads_cache:
-            shared = self._pool.match(request.cacheable_digests())
-            num_cached = request.resume_at(len(shared) * KV_BLOCK_TOKENS)
-            del shared[num_cached // KV_BLOCK_TOKENS :]
-        needed = blocks_for(len(request.token_ids)) - len(shared)
-        # A block for each running request to grow into, else one is soon preempted again.
-        if not self._pool.can_allocate(needed + num_running, shared):
-            return None
-        del self._waiting[0]
-        request.block_ids = self._pool.allocate(needed, shared)
-        request.num_published = len(shared)
-        request.num_scheduled = len(shared) * KV_BLOCK_TOKENS
-        if shared:
-            request.note_end(request.num_scheduled)
-        self._count_hit(request)
-        insort(self._running, request, key=_BY_RANK)
-        return request
-
-    def _count_hit(self, request: Request) -> None:
-        """Once for each request: what it finds after a preemption is mostly its own."""
-        if request.num_cached_tokens is not None:
-            return
-        request.num_cached_tokens = request.num_scheduled
-        if request.params.reads_cache:
-            self.num_cache_queries += len(request.prompt_ids)
-            self.num_cache_hits += request.num_scheduled
 
     def _row(self, request: Request, num_tokens: int) -> StepRow:
         """The request's next tokens as part of the step that is being made."""
@@ -398,20 +304,11 @@ class Scheduler:
             self._filling.append(request)
         return row
 
-    def _publish(self) -> None:
-        """Share the blocks that the step, now that it is made, fills."""
-        for request in self._filling:
-            for index in range(request.num_published, request.num_scheduled // KV_BLOCK_TOKENS):
-                self._pool.publish(request.block_ids[index], request.digest(index))
-            request.num_published = request.num_scheduled // KV_BLOCK_TOKENS
-        self._filling.clear()
-
     def _append(self, request: Request, sample: Sample) -> TokenEvent:
         if not sample.is_finite:
             # Numbers that are not finite spread to all tokens of a row, also to those before, which
             # others would take for their own.
-            self._pool.forget(request.block_ids)
-            self._remove(request)
+            self._admission.forget(request)
             return TokenEvent(token_id=0, finish_reason="abort", is_finite=False)
         request.token_ids.append(sample.token_id)
         if request.matcher is not None:
@@ -424,7 +321,7 @@ class Scheduler:
         elif request.num_generated == params.max_tokens:
             finish_reason = "length"
         if finish_reason is not None:
-            self._remove(request)
+            self._admission.remove(request)
         return TokenEvent(
             token_id=sample.token_id,
             logprob=sample.logprob,
@@ -434,15 +331,3 @@ class Scheduler:
             num_cached_tokens=(request.num_cached_tokens or 0) if request.num_generated == 1 else 0,
             finish_reason=finish_reason,
         )
-
-    def _remove(self, request: Request) -> None:
-        del self._requests[request.request_id]
-        (self._running if request in self._running else self._waiting).remove(request)
-        self._give_back(request)
-
-    def _give_back(self, request: Request) -> None:
-        if request.num_blocks_sent:
-            self._released.append(request.request_id)
-        self._pool.free(request.block_ids)
-        request.block_ids, request.num_blocks_sent = [], 0
-        request.sent_history = False

@@ -489,7 +489,7 @@ class Simulation:
             assert ends.get(row.request_id, row.position) == row.position
             ends[row.request_id] = row.position + len(row.token_ids)
             path = self.paths.setdefault(row.request_id, {})
-            request = self.scheduler._requests[row.request_id]
+            request = self.scheduler._admission.requests[row.request_id]
             for position in range(row.position, ends[row.request_id]):
                 # What others computed at first has no row of its own to follow.
                 if position >= (request.num_cached_tokens or 0):
