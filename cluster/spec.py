@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..fetcher.config import ReleaseHints
+from ..fetcher.rates import RateLimits
 from .plan import ComputeDtype, NodeWish, Objective
 from .planning.expert_pins import ExpertPin
 
@@ -25,6 +26,8 @@ class SourceSpec:
     web_seeds: tuple[str, ...] = ()
     timeout_s: float | None = None
     """Give up when nothing arrives for this long; None waits for ever."""
+    limits: RateLimits = field(default_factory=RateLimits)
+    """Of each node."""
     given: ReleaseHints = field(default_factory=ReleaseHints)
     """Facts the user gave; they win over the release's own files."""
     known: ReleaseHints = field(default_factory=ReleaseHints)

@@ -305,6 +305,19 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="give up when nothing arrives for this long (wait for ever)",
     )
+    group.add_argument(
+        "--download-limit",
+        type=_rate,
+        metavar="RATE",
+        help="take at most so much a second from outside, on each node, for example 20MB"
+        " (no limit)",
+    )
+    group.add_argument(
+        "--upload-limit",
+        type=_rate,
+        metavar="RATE",
+        help="give at most so much a second to outside, on each node; 0 is no limit (4MiB)",
+    )
 
 
 def _add_urls(parser: argparse._ActionsContainer) -> None:
@@ -438,16 +451,12 @@ def _positive_float(text: str) -> float:
 
 
 def _rate(text: str) -> int:
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?) ?([kMG]?)(i?)B?(?:/s)?", text.strip())
-    if match is None or (match[3] and not match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no rate: write 500kB or 5MB a second")
-    base = 1024 if match[3] else 1000
-    rate = int(float(match[1]) * base ** ("", "k", "M", "G").index(match[2]))
-    if rate < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} sends nothing: leave the limit out, or raise it"
-        )
-    return rate
+    from ..fetcher.rates import parse_rate
+
+    try:
+        return parse_rate(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _duration(text: str) -> float:

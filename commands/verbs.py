@@ -15,6 +15,7 @@ from ..cluster.spec import DeploymentSpec, SourceSpec
 from ..errors import InterruptedByUserError, NotFoundError, UsageError
 from ..fetcher.config import ReleaseHints
 from ..fetcher.progress import Progress
+from ..fetcher.rates import RateLimits
 from ..settings import default_store
 from .console import Console
 from .demo import demo
@@ -268,6 +269,7 @@ def with_options(spec: DeploymentSpec, args: argparse.Namespace) -> DeploymentSp
         web_seeds=_both(spec.source.web_seeds, options.get("web_seed")),
         timeout_s=options.get("timeout") or spec.source.timeout_s,
         given=_given(args, spec.source.given),
+        limits=_limits(args, spec.source.limits),
     )
     changes = {
         "store": options.get("store") and str(_store(args)),
@@ -312,6 +314,7 @@ def fetching(
         timeout_s=source.timeout_s,
         on_progress=console.progress,
         stop=stop,
+        limits=source.limits,
     )
     with contextlib.closing(fetch):
         if ray_address is not None and (info_hash := fetch.identify()) is not None:
@@ -332,11 +335,25 @@ def _source(args: argparse.Namespace, console: Console) -> SourceSpec:
         given=_given(args, ReleaseHints()),
         on_note=console.note,
     )
-    return replace(source, trackers=tuple(args.tracker or ()), web_seeds=tuple(args.web_seed or ()))
+    return replace(
+        source,
+        trackers=tuple(args.tracker or ()),
+        web_seeds=tuple(args.web_seed or ()),
+        limits=_limits(args, RateLimits()),
+    )
 
 
 def _both(before: tuple[str, ...], given: list[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*before, *(given or ()))))
+
+
+def _limits(args: argparse.Namespace, before: RateLimits) -> RateLimits:
+    options = vars(args)
+    down, up = options.get("download_limit"), options.get("upload_limit")
+    return RateLimits(
+        download_bytes_per_s=before.download_bytes_per_s if down is None else down,
+        upload_bytes_per_s=before.upload_bytes_per_s if up is None else up,
+    )
 
 
 def _given(args: argparse.Namespace, before: ReleaseHints) -> ReleaseHints:

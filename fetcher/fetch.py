@@ -14,6 +14,7 @@ from .outlook import Outlook
 from .ownership import Member, Role
 from .piece_map import ByteRange, PieceMap
 from .progress import Phase, Progress, ProgressSink
+from .rates import RateLimits
 from .store import Store
 from .torrent.connection import Connection, Sources
 from .torrent.lending import Lender
@@ -56,6 +57,7 @@ class Fetch:
         dht: bool | None = None,
         session_factory: Callable[[SessionSettings], TorrentSession] = LibtorrentSession,
         lan_address: str | None = None,
+        limits: RateLimits | None = None,
     ) -> None:
         """`peers`, `trackers` and `web_seeds` are asked besides those of the link. `dht` None asks
         the DHT only when no peer is named. `lan_address` is this node's own, on which it listens
@@ -72,6 +74,7 @@ class Fetch:
         self._stop = stop
         self._node = node
         self._session_factory = session_factory
+        self._limits = limits or RateLimits()
         self._source: TorrentSource | None = None
         if kind != "folder":
             self._source = TorrentSource(
@@ -344,6 +347,7 @@ class Fetch:
             on_progress=self._on_progress,
             stop=self._stop,
             node=self._node,
+            limits=self._limits,
         )
 
     def _finish(self, phase: Phase, *, done: int = 0, message: str = "") -> None:

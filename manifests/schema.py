@@ -16,6 +16,7 @@ from ..cluster.planning.expert_pins import ExpertPin
 from ..cluster.spec import DeploymentSpec
 from ..errors import MagnetarError
 from ..fetcher.only import parse_only
+from ..fetcher.rates import RateLimits, parse_rate
 from ..settings import DEFAULT_HOST, DEFAULT_PORT, default_store
 from .facts import Facts, Part
 from .source import release_name, resolve_source
@@ -68,6 +69,7 @@ def _check_catalogue_name(text: str) -> None:
 
 
 Address = Annotated[str, _checked(_check_peer)]
+Rate = Annotated[str, _checked(parse_rate)]
 
 
 class Source(Facts):
@@ -100,6 +102,22 @@ class Source(Facts):
         allow_inf_nan=False,
         description="Give up when nothing arrives for this long; without it, wait for ever.",
     )
+    download_limit: Rate | None = Field(
+        default=None,
+        description="What each node takes from outside at most a second, such as 20MB.",
+    )
+    upload_limit: Rate | None = Field(
+        default=None,
+        description="What each node gives to outside at most (4 MiB a second); 0: no limit.",
+    )
+
+    def limits(self) -> RateLimits:
+        """The limits, read."""
+        down, up = self.download_limit, self.upload_limit
+        return RateLimits(
+            download_bytes_per_s=0 if down is None else parse_rate(down),
+            upload_bytes_per_s=None if up is None else parse_rate(up),
+        )
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> "Source":
@@ -307,7 +325,10 @@ class Deployment(Part):
             on_note=on_note,
         )
         resolved = replace(
-            resolved, trackers=tuple(source.trackers), web_seeds=tuple(source.web_seeds)
+            resolved,
+            trackers=tuple(source.trackers),
+            web_seeds=tuple(source.web_seeds),
+            limits=source.limits(),
         )
         return DeploymentSpec(
             name=self.metadata.name,

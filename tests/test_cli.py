@@ -58,7 +58,7 @@ def test_version() -> None:
         (["up", "x", "--dtype", "fp33"], "did you mean 'fp32'?"),
         (["up", "x", "--timeout", "nan"], "no number above 0"),
         (["up", "x", "--sliding-window", "-1"], "no whole number above 0"),
-        (["fetch"], "required: SOURCE"),
+        (["inspect"], "required: SOURCE"),
         (["fetch", "magnet:?dn=nothing"], "magnet"),
         (["fetch", "magnet:?xt=urn:btih:xyz"], "magnet"),
         (["up", "magnet:?xt=urn:btih:xyz"], "magnet"),
@@ -133,6 +133,8 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
         ("--upload-limit", "500kB", 500_000),
         ("--upload-limit", "1.5 MiB/s", 3 << 19),
         ("--upload-limit", "2G", 2_000_000_000),
+        ("--upload-limit", "300K", 300_000),
+        ("--upload-limit", "0", 0),
         ("--upload-limit", "64000", 64_000),
         ("--stop-after", "90", 90.0),
         ("--stop-after", "1.5h", 5400.0),
@@ -151,7 +153,7 @@ def test_rates_and_times_are_read_as_people_write_them(
 @pytest.mark.parametrize(
     ("option", "text"),
     [
-        ("--upload-limit", "0"),
+        ("--upload-limit", "0.0001k"),
         ("--upload-limit", "5iB"),
         ("--upload-limit", "fast"),
         ("--stop-after", "0s"),

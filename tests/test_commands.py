@@ -14,6 +14,7 @@ from magnetar.commands.serving import how_to_ask, status_table
 from magnetar.commands.verbs import wanted
 from magnetar.errors import UsageError
 from magnetar.fetcher.config import ReleaseHints
+from magnetar.fetcher.rates import RateLimits
 from magnetar.settings import default_store
 
 SILENT = Console("none", out=io.StringIO(), err=io.StringIO())
@@ -30,7 +31,8 @@ def manifest(tmp_path: Path) -> Path:
     file.write_text(
         "apiVersion: magnetar/v1\nkind: Deployment\nmetadata: {name: from-file}\n"
         "spec:\n"
-        "  source: {folder: release, peers: ['10.0.0.1:1'], ropeTheta: 5, timeoutSeconds: 9}\n"
+        "  source: {folder: release, peers: ['10.0.0.1:1'], ropeTheta: 5, timeoutSeconds: 9,\n"
+        "    downloadLimit: 3MB, uploadLimit: 1MiB}\n"
         "  model: {name: Named, dtype: bf16, maxContextTokens: 100, batchInvariant: true}\n"
         "  placement: {stages: 3, rayAddress: '10.0.0.1:6379', store: store, "
         "objective: throughput}\n"
@@ -60,6 +62,7 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         *("none", "--max-context", "512", "--max-concurrency", "3", "--chat-format", "chatml"),
         *("--api-key-file", "key", "--ray-address", "10.0.0.1:6379"),
         *("--max-running", "70", "--max-waiting", "0", "--batch-invariant"),
+        *("--download-limit", "20MB", "--upload-limit", "0"),
     )
     assert ray_address == "10.0.0.1:6379"
     assert (spec.name, spec.model_name) == ("my-model", "My_Model")
@@ -68,6 +71,7 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (spec.dtype, spec.num_stages, spec.max_context_tokens) == ("fp32", 4, 512)
     assert (spec.store, spec.api_key_file) == (str(tmp_path / "s"), str(tmp_path / "key"))
     assert (spec.source.peers, spec.source.timeout_s) == (("10.0.0.1:1", "[::1]:2"), 1.5)
+    assert spec.source.limits == RateLimits(download_bytes_per_s=20_000_000, upload_bytes_per_s=0)
     assert spec.source.given == ReleaseHints(
         rope_theta=1e4, sliding_window="none", max_context_tokens=512, chat_format="chatml"
     )
@@ -83,18 +87,35 @@ def test_manifest_says_it_all(manifest: Path) -> None:
     assert spec.store == str(manifest.parent / "store")
     assert spec.source.given.rope_theta == 5.0
     assert spec.source.timeout_s == 9.0
+    assert spec.source.limits == RateLimits(
+        download_bytes_per_s=3_000_000, upload_bytes_per_s=1 << 20
+    )
 
 
 def test_options_win_over_the_manifest(manifest: Path) -> None:
     spec, ray_address = spec_of(
         *("up", "-f", str(manifest), "--port", "0", "--stages", "1", "--peer", "10.0.0.2:2"),
-        *("--rope-theta", "6", "--ray-address", "auto", "--name", "other", "--objective", "fit"),
+        *(
+            "--upload-limit",
+            "5k",
+            "--rope-theta",
+            "6",
+            "--ray-address",
+            "auto",
+            "--name",
+            "other",
+            "--objective",
+            "fit",
+        ),
     )
     assert ray_address == "auto"
     assert spec.objective == "fit"
     assert (spec.name, spec.model_name, spec.port, spec.num_stages) == ("other", "other", 0, 1)
     assert spec.source.peers == ("10.0.0.1:1", "10.0.0.2:2")
     assert spec.source.given.rope_theta == 6.0
+    assert spec.source.limits == RateLimits(
+        download_bytes_per_s=3_000_000, upload_bytes_per_s=5_000
+    )
     assert (spec.max_concurrency, spec.running_limit, spec.max_waiting) == (2, 9, 0)
 
 

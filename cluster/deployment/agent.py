@@ -279,6 +279,7 @@ class NodeAgent:
                 stop=self._stop,
                 node=self._host,
                 lan_address=self._lan_address,
+                limits=source.limits,
             )
         return self._fetch
 

@@ -10,9 +10,18 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from ..progress import ProgressSink
+from ..rates import RateLimits
 from .contacts import Contacts, shown
 from .magnet import split_peer
-from .session import Address, SessionSettings, TorrentSession, is_local, own_interfaces, routes
+from .session import (
+    WAN_UPLOAD_BYTES_PER_S,
+    Address,
+    SessionSettings,
+    TorrentSession,
+    is_local,
+    own_interfaces,
+    routes,
+)
 from .swarm import Swarm
 from .traffic import Traffic
 
@@ -44,8 +53,10 @@ class Connection:
         on_progress: ProgressSink,
         stop: threading.Event,
         node: str,
+        limits: RateLimits,
     ) -> None:
         self.sources = sources
+        self._limits = limits
         self.timeout_s = timeout_s
         self.on_resume_data: Callable[[bytes], None] = _ignore
         """What is done with resume data; there is none before a torrent with files is added."""
@@ -101,7 +112,7 @@ class Connection:
         contacts = Contacts(trackers=sources.trackers, peers=sources.peers, dht=sources.dht)
         self._addresses = _resolved(sources.peers, contacts)
         self._swarm = Swarm(
-            session=self._session_factory(_settings(sources, self._addresses)),
+            session=self._session_factory(_settings(sources, self._addresses, self._limits)),
             contacts=contacts,
             named_peers=self._addresses,
             timeout_s=self.timeout_s,
@@ -121,7 +132,9 @@ class Connection:
             swarm.close()
 
 
-def _settings(sources: Sources, addresses: tuple[Address, ...]) -> SessionSettings:
+def _settings(
+    sources: Sources, addresses: tuple[Address, ...], limits: RateLimits
+) -> SessionSettings:
     is_local_only = bool(addresses) and all(is_local(host) for host, _ in addresses)
     urls = sources.trackers + sources.web_seeds
     reaches_out = sources.dht or not all(map(_is_loopback, urls))
@@ -133,6 +146,7 @@ def _settings(sources: Sources, addresses: tuple[Address, ...]) -> SessionSettin
     if lan_address is not None:
         ours = shown((lan_address, 0))
         listen = [*(each for each in listen if each != ours), ours]
+    upload = limits.upload_bytes_per_s
     return SessionSettings(
         listen=",".join(listen),
         # Whoever tries uTP while it is shut out goes on for long, and takes us for connected.
@@ -142,6 +156,8 @@ def _settings(sources: Sources, addresses: tuple[Address, ...]) -> SessionSettin
         # Nobody outside need learn which nodes there are.
         pex=lan_address is None,
         dht=sources.dht,
+        download_bytes_per_s=limits.download_bytes_per_s,
+        upload_bytes_per_s=WAN_UPLOAD_BYTES_PER_S if upload is None else upload,
     )
 
 

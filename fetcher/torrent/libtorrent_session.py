@@ -401,6 +401,7 @@ def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
         "enable_incoming_utp": settings.utp,
         "enable_outgoing_utp": settings.utp,
         "upload_rate_limit": settings.upload_bytes_per_s,
+        "download_rate_limit": settings.download_bytes_per_s,
         "unchoke_slots_limit": -1,
         # Several nodes may share one address, and nodes that have finished stay in touch.
         "allow_multiple_connections_per_ip": True,

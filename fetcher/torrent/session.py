@@ -12,7 +12,7 @@ from ...errors import PortInUseError
 from .metainfo import Metainfo
 
 WAN_UPLOAD_BYTES_PER_S = 4 << 20
-"""libtorrent does not count peers of the local network against this limit."""
+"""libtorrent counts no peers of the local network against limits of a session."""
 
 Address = tuple[str, int]
 """IP address and port."""
@@ -34,7 +34,9 @@ class SessionSettings:
     pex: bool = True
     """Whether peers are told of each other."""
     upload_bytes_per_s: int = WAN_UPLOAD_BYTES_PER_S
-    """0: no limit."""
+    """To outside; 0: no limit."""
+    download_bytes_per_s: int = 0
+    """From outside; 0: no limit."""
     is_small: bool = False
     """It only gives, and mostly waits: few threads and buffers."""
 

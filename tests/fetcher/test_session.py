@@ -301,6 +301,7 @@ def test_announces_itself_to_nobody(session: LibtorrentSession) -> None:
         assert settings[name] is False, name
     assert settings["enable_outgoing_utp"] is False
     assert settings["upload_rate_limit"] > 0
+    assert settings["download_rate_limit"] == 0
 
 
 def test_listens_only_where_the_peers_are() -> None:

@@ -90,6 +90,7 @@ def test_all_errors_come_at_once_in_the_order_of_the_file() -> None:
         ("{folder: a, ropeTheta: -1}", "greater than 0"),
         ("{folder: a, chatFormat: chatlm}", "did you mean 'chatml'"),
         ("{folder: a, timeoutSeconds: '5'}", "should be a valid number, not '5'"),
+        ("{folder: a, downloadLimit: fast}", "'fast' is no rate: write 500kB"),
     ],
 )
 def test_source_that_makes_no_sense_is_refused(source: str, complaint: str) -> None:
