@@ -206,6 +206,17 @@ class UnusedNode:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Concession:
+    """Something that was asked for, or comes with the model, and does not fit."""
+
+    knob: Literal["dtype", "context"]
+    freed_bytes: int
+    """Memory that giving it up freed, on all devices together."""
+    text: str
+    """For people: what was given up, what it freed, and why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """A placement of the whole model."""
 
@@ -215,8 +226,7 @@ class Plan:
     max_context_tokens: int
     max_concurrency: int
     unused: tuple[UnusedNode, ...] = ()
-    notes: tuple[str, ...] = ()
-    """What was conceded, for people."""
+    concessions: tuple[Concession, ...] = ()
     prediction: Prediction | None = None
     """None where no speed is known."""
     num_micro_batches: int | None = None

@@ -1,4 +1,9 @@
-"""Amounts as people read them."""
+"""Amounts and numbers as people read them."""
+
+import re
+import textwrap
+from collections.abc import Sequence
+from itertools import groupby
 
 
 def gigabytes(num_bytes: int) -> str:
@@ -9,7 +14,26 @@ def gigabytes(num_bytes: int) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits; seconds where they are many."""
-    if seconds >= 10:
-        return f"{seconds:.1f} s"
+    """Three digits; seconds from one on."""
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
     return f"{seconds * 1000:.0f} ms" if seconds >= 0.1 else f"{seconds * 1000:.3g} ms"
+
+
+def id_ranges(ids: Sequence[int]) -> str:
+    """Ascending numbers as ``0-3,6``."""
+    found = []
+    for _, run in groupby(enumerate(ids), key=lambda each: each[1] - each[0]):
+        numbers = [number for _, number in run]
+        ends = (numbers[0], numbers[-1])
+        found.append(str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}-{ends[1]}")
+    return ",".join(found)
+
+
+def wrapped(line: str, width: int | None) -> list[str]:
+    """Lines of at most `width` characters, with every amount beside its unit; None: one line."""
+    if width is None or len(line) <= width:
+        return [line]
+    tied = re.sub(r"(?<=\d) (?=(GB|MB|ms|s|tokens)\b)", "\0", line)
+    found = textwrap.wrap(tied, width, subsequent_indent="  ", break_on_hyphens=False)
+    return [each.replace("\0", " ") for each in found]

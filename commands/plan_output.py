@@ -1,6 +1,7 @@
 """A plan in the form that was asked for: table, JSON, YAML or picture, or what it would change."""
 
 import json
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,8 +32,10 @@ def shown_plan(preview: "PlanPreview", *, name: str, output: PlanOutput) -> str:
         num_experts = preview.facts.config.num_experts
         return plan_svg(preview.plan, num_experts=num_experts, title=name).rstrip()
     if output == "table":
-        return plan_table(preview.plan)
-    return _document(plan_json(preview.plan), output)
+        # Whoever parses lines gets them whole.
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        return plan_table(preview.plan, preview.explanation, width=width)
+    return _document(plan_json(preview.plan, preview.explanation), output)
 
 
 def _document(told: dict[str, Any], output: PlanOutput) -> str:

@@ -11,6 +11,7 @@ from ..cluster.inventory.inventory import host_label, probe_node
 from ..cluster.inventory.link_cache import remembered_links
 from ..cluster.plan import Inventory, Plan
 from ..cluster.planning.expert_pins import pin_experts
+from ..cluster.planning.explanation import Explanation, explained
 from ..cluster.planning.plan_diff import with_memory_of
 from ..cluster.planning.planner import plan as place_model
 from ..cluster.planning.planner import predicted
@@ -32,6 +33,7 @@ class PlanPreview:
     facts: ReleaseFacts
     inventory: Inventory
     plan: Plan
+    explanation: Explanation
     running: Plan | None = None
     """What runs now, with its times in the traffic that the plan was made for."""
 
@@ -99,6 +101,7 @@ def plan_only(
         facts=facts,
         inventory=inventory,
         plan=plan,
+        explanation=explained(*model, plan),
         running=None if running is None else predicted(running.plan, *model),
     )
 

@@ -178,7 +178,9 @@ class Controller:
         plan = place_model(facts.config, facts.index, inventory, workload)
         plan = pin_experts(plan, spec.expert_pins, facts.config, facts.index, inventory)
         self._change(plan=plan)
-        self._leave("plan", "; ".join((_placement(plan), *plan.notes)))
+        self._leave(
+            "plan", "; ".join((_placement(plan), *(each.text for each in plan.concessions)))
+        )
         return facts, plan
 
     def _prepare_fetch(

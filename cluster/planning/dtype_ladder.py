@@ -39,7 +39,9 @@ def dtype_choices(
             kept = sum(room[upper][n] for n in range(count) if n not in lowered)
             if kept + sum(room[lower][n] for n in lowered) >= num_layers:
                 choices.append((num_layers - kept, len(lowered), sorted(lowered)))
-        for _, _, chosen in sorted(choices)[:_MOST_TRIED]:
+        choices.sort()
+        # The last one lowers most: where nearly nothing else fits, it does.
+        for _, _, chosen in choices[:_MOST_TRIED] + choices[_MOST_TRIED:][-1:]:
             yield tuple(lower if n in chosen else upper for n in range(count))
 
 

@@ -91,6 +91,13 @@ def plan_diff(before: Plan, after: Plan, index: TensorIndex) -> PlanDiff:
     )
 
 
+def needed_bytes(plan: Plan, index: TensorIndex) -> dict[str, int]:
+    """Of every host of the plan, its tensors in the checkpoint's dtype."""
+    sizes = {entry.name: entry.num_bytes for entry in index}
+    held = _held(_holders(plan, index), index)
+    return {host: sum(sizes[name] for name in held[host]) for host in plan.hosts}
+
+
 def diff_table(diff: PlanDiff) -> str:
     """For people: ``~`` moves, ``+`` and ``-`` what nodes gain and drop."""
     if diff.is_empty:

@@ -4,13 +4,12 @@ Every row of a stage's grid is a layer, every cell an expert, coloured by the de
 a cell of two colours is a replica. A dense layer is one wide cell.
 """
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 from ..plan import Plan, StagePlan
-from ..units import gigabytes, milliseconds
+from ..units import gigabytes, milliseconds, wrapped
 
 _STAGE_WIDTH = 220
 _GAP = 96
@@ -41,7 +40,7 @@ def plan_svg(plan: Plan, *, num_experts: int, title: str = "") -> str:
     width = max(width, 640)
     said = [*_totals(plan), *(f"unused: {node.host}: {node.reason}" for node in plan.unused)]
     bottom = max(box.y + box.height for box in boxes) + 34
-    lines = [line for text in said for line in _wrapped(text, int((width - 2 * _MARGIN) / 6.4))]
+    lines = [line for text in said for line in wrapped(text, int((width - 2 * _MARGIN) / 6.4))]
     height = bottom + len(lines) * _LINE + _MARGIN
     head = title or f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}"
     parts = [
@@ -188,11 +187,7 @@ def _totals(plan: Plan) -> list[str]:
     said.append(
         f"context {plan.max_context_tokens} tokens, {plan.max_concurrency} sequences at once"
     )
-    return said + [f"note: {note}" for note in plan.notes]
-
-
-def _wrapped(text: str, width: int) -> Iterator[str]:
-    yield from textwrap.wrap(text, width, subsequent_indent="    ") or [""]
+    return said + [f"conceded: {each.text}" for each in plan.concessions]
 
 
 def _colour(holder: int) -> str:

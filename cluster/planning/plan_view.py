@@ -1,63 +1,167 @@
 """A plan for people (a table) and for programs (a JSON object)."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
-from ..plan import Plan, Prediction
-from ..units import gigabytes, milliseconds
+from ..plan import ExpertHost, ExpertIds, Plan, Prediction, StagePlan
+from ..units import gigabytes, id_ranges, milliseconds, wrapped
+from .explanation import Explanation, fetch_text
+
+_HEAD = (
+    *("stage", "node", "device", "layers", "experts", "dtype", "weights", "kv", "free"),
+    *("threads", "step", "hop", ""),
+)
+_LEAST_NEEDED = ("threads", "hop", "free", "kv", "device")
+"""Columns that a narrow terminal does without, in this order; `-o json` has all."""
 
 
-def plan_table(plan: Plan) -> str:
-    """The stages as aligned columns, then what was conceded and which nodes stay idle."""
-    head = ("stage", "node", "device", "layers", "dtype", "weights", "kv", "free", "threads")
-    rows: list[tuple[str, ...]] = [head]
-    prediction = plan.prediction
-    if prediction is not None:
-        rows = [(*head, "step", "hop", "")]
-    for stage in plan.stages:
+def plan_table(
+    plan: Plan, explanation: Explanation | None = None, *, width: int | None = None
+) -> str:
+    """The stages as aligned columns, their helpers below them, then what is to be said of them.
+
+    Lines are at most `width` long where the table can be made so narrow; None: as long as they are.
+    """
+    told = plan.prediction
+    rows = _table(plan, with_ends=True)
+    dropped = () if told is not None else ("step", "hop", "")
+    left_out: list[str] = []
+    lines = _columns(rows, dropped)
+    if width is not None and max(map(len, lines)) > width:
+        rows = _table(plan, with_ends=False)
+        lines = _columns(rows, dropped)
+    for name in _LEAST_NEEDED:
+        if width is None or max(map(len, lines)) <= width:
+            break
+        if name not in dropped:
+            left_out.append(name)
+            lines = _columns(rows, (*dropped, *left_out))
+    for name in left_out[::-1]:  # what was wide made room for it
+        wider = _columns(rows, (*dropped, *(each for each in left_out if each != name)))
+        if width is not None and max(map(len, wider)) <= width:
+            left_out.remove(name)
+            lines = wider
+    said = [*_said(plan, left_out), *_explained(explanation or Explanation())]
+    return "\n".join([*lines, *(line for each in said for line in wrapped(each, width))])
+
+
+def _table(plan: Plan, *, with_ends: bool) -> list[tuple[str, ...]]:
+    """`with_ends` says of the first and the last stage that they have the ends of the model."""
+    stages = [list(_rows(stage, plan, with_ends=with_ends)) for stage in plan.stages]
+    return [_HEAD, *(row for stage in stages for row in stage)]
+
+
+def _rows(stage: StagePlan, plan: Plan, *, with_ends: bool) -> Iterator[tuple[str, ...]]:
+    told = plan.prediction
+    is_slowest = told is not None and stage.index == told.bottleneck and len(plan.stages) > 1
+    layers = f"{stage.first_layer}-{stage.end_layer - 1}"
+    ends = ""
+    if with_ends:
         ends = " + embeddings" * stage.has_embeddings + " + head" * stage.has_output
-        row: tuple[str, ...] = (
-            str(stage.index),
-            stage.host,
-            stage.device,
-            f"{stage.first_layer}-{stage.end_layer - 1}{ends}",
-            stage.dtype,
-            gigabytes(stage.weights_bytes),
-            gigabytes(stage.kv_bytes),
-            gigabytes(stage.free_bytes),
-            str(stage.num_threads),
-        )
-        if prediction is not None:
-            slowest = "<- slowest" * (stage.index == prediction.bottleneck and len(plan.stages) > 1)
-            row += (milliseconds(stage.step_s or 0), milliseconds(stage.hop_s or 0), slowest)
-        rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield (
+        str(stage.index),
+        stage.host,
+        stage.device,
+        layers + ends,
+        "all" if stage.experts is None else _experts(stage.experts),
+        stage.dtype,
+        gigabytes(stage.weights_bytes),
+        gigabytes(stage.kv_bytes),
+        gigabytes(stage.free_bytes),
+        str(stage.num_threads),
+        milliseconds(stage.step_s or 0),
+        milliseconds(stage.hop_s or 0),
+        "<- slowest" * is_slowest,
+    )
+    yield from (_helper_row(helper, stage, layers) for helper in stage.helpers)
+
+
+def _helper_row(helper: ExpertHost, stage: StagePlan, layers: str) -> tuple[str, ...]:
+    return (
+        "",
+        helper.host,
+        helper.device,
+        layers,
+        _experts(helper.experts),
+        stage.dtype,
+        gigabytes(helper.weights_bytes),
+        "-",
+        gigabytes(helper.free_bytes),
+        str(helper.num_threads),
+        milliseconds(helper.step_s or 0),
+        milliseconds(helper.hop_s or 0),
+        "",
+    )
+
+
+def _experts(experts: ExpertIds) -> str:
+    """The same ones of every layer by id, else how many there are of a layer."""
+    if len(set(experts)) == 1:
+        return id_ranges(experts[0]) or "none"
+    counts = sorted({len(ids) for ids in experts})
+    least, most = counts[0], counts[-1]
+    return f"{least} a layer" if least == most else f"{least}-{most} a layer"
+
+
+def _columns(rows: Sequence[tuple[str, ...]], left_out: Iterable[str]) -> list[str]:
+    kept = [number for number, name in enumerate(rows[0]) if name not in tuple(left_out)]
+    widths = [max(len(row[column]) for row in rows) for column in kept]
+    return [
+        "  ".join(
+            row[column].ljust(width) for column, width in zip(kept, widths, strict=True)
+        ).rstrip()
         for row in rows
     ]
-    lines.append(
+
+
+def _said(plan: Plan, left_out: Sequence[str]) -> Iterator[str]:
+    if left_out:
+        yield f"not shown for want of room: {', '.join(left_out)} (-o json has all)"
+    yield (
         f"context {plan.max_context_tokens} tokens, {plan.max_concurrency} sequences at once "
         f"({plan.num_kv_blocks} KV blocks)"
     )
-    if prediction is not None:
-        lines += _predicted(prediction)
-    lines.extend(f"note: {note}" for note in plan.notes)
-    lines.extend(f"unused: {node.host}: {node.reason}" for node in plan.unused)
-    return "\n".join(lines)
+    if plan.prediction is not None:
+        yield from _predicted(plan.prediction, plan)
+    yield from (f"conceded: {each.text}" for each in plan.concessions)
+    alike = groupby(sorted(plan.unused, key=lambda node: node.reason), lambda node: node.reason)
+    for reason, nodes in alike:
+        yield f"unused: {', '.join(node.host for node in nodes)}: {reason}"
 
 
-def _predicted(prediction: Prediction) -> list[str]:
-    return [
+def _predicted(prediction: Prediction, plan: Plan) -> Iterator[str]:
+    yield (
         f"predicted for {prediction.objective}: {prediction.tokens_per_s:.1f} tokens/s in all, "
         f"{prediction.stream_tokens_per_s:.1f} tokens/s for one stream alone, a first token after "
-        f"{milliseconds(prediction.prefill_s)} ({prediction.prefill_tokens} tokens of prompt); "
+        f"{milliseconds(prediction.prefill_s)} ({prediction.prefill_tokens} tokens of prompt)"
+    )
+    cut = ""
+    if plan.num_micro_batches is not None and plan.num_micro_batches > 1:
+        cut = (
+            f"; {plan.max_concurrency} sequences decode in {plan.num_micro_batches} steps by turns"
+        )
+    yield (
         f"a step of {prediction.step_tokens} goes around in "
-        f"{milliseconds(prediction.round_trip_s)}",
-        *(f"assumed: {said}" for said in prediction.assumed),
-    ]
+        f"{milliseconds(prediction.round_trip_s)}{cut}"
+    )
+    yield from (f"assumed: {said}" for said in prediction.assumed)
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """The whole plan with the field names of `Plan`; amounts are bytes and tokens."""
-    return asdict(plan)
+def _explained(explanation: Explanation) -> Iterator[str]:
+    for better in explanation.improvements:
+        yield f"to do better: {better.change}: {better.effect}"
+    if any(fetch.needed_bytes for fetch in explanation.fetches):
+        yield "to fetch: " + "; ".join(map(fetch_text, explanation.fetches))
+
+
+def plan_json(plan: Plan, explanation: Explanation | None = None) -> dict[str, Any]:
+    """The whole plan with the field names of `Plan` and of its explanation; bytes, tokens."""
+    found = asdict(plan)
+    if explanation is not None:
+        found["improvements"] = [asdict(each) for each in explanation.improvements]
+        found["fetches"] = [
+            asdict(each) | {"missing_bytes": each.missing_bytes} for each in explanation.fetches
+        ]
+    return found

@@ -14,6 +14,7 @@ from ...fetcher.tensors import TensorIndex
 from ..footprint import Footprint, footprint, stored_dtype
 from ..plan import (
     ComputeDtype,
+    Concession,
     Inventory,
     Plan,
     UnusedNode,
@@ -23,7 +24,7 @@ from ..plan import (
 from ..search.cost import device_speed
 from ..search.place import MARGIN, places_of
 from ..search.placing import Placing
-from ..units import gigabytes
+from ..units import gigabytes, id_ranges
 from .advice import sufficient_changes
 from .dtype_ladder import dtype_choices, lower_dtypes
 from .memory_plan import (
@@ -55,7 +56,7 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
     Where the keys and values of the wished context do not fit on all devices together, the context
     shrinks down to ``workload.min_context_tokens``. Where the weights do not fit as they are stored
     and the workload names no dtype, as few layers as possible are held in 8 bits, and if that is
-    not enough, in 4. Notes say both.
+    not enough, in 4. `Plan.concessions` say both.
 
     Raises:
         UsageError: the wishes make no sense, e.g. more stages than layers.
@@ -234,22 +235,40 @@ def _told(
     asked: Workload,
 ) -> Plan:
     """The plan with what was conceded, and with the nodes that the user left out."""
-    notes = []
+    concessions = []
     if plan.max_context_tokens < asked.max_context_tokens:
-        notes.append(
-            f"context shortened from {asked.max_context_tokens} to {plan.max_context_tokens} "
-            f"tokens, so that the keys and values of {plan.max_concurrency} sequences fit"
+        weights = footprint(config, index, stored)
+        whole, kept = (
+            kv_bytes_of(weights, replace(asked, max_context_tokens=tokens)) * config.n_layers
+            for tokens in (asked.max_context_tokens, plan.max_context_tokens)
+        )
+        concessions.append(
+            Concession(
+                knob="context",
+                freed_bytes=whole - kept,
+                text=f"context shortened from {asked.max_context_tokens} to "
+                f"{plan.max_context_tokens} tokens, which frees {gigabytes(whole - kept)}: the "
+                f"keys and values of {plan.max_concurrency} whole sequences do not fit",
+            )
         )
     as_stored = footprint(config, index, stored).layer_bytes
-    for stage in plan.stages:
-        if stage.dtype == stored:
-            continue
-        held = footprint(config, index, stage.dtype).layer_bytes
-        layers = slice(stage.first_layer, stage.end_layer)
-        saved = sum(as_stored[layers]) - sum(held[layers])
-        notes.append(
-            f"stage {stage.index} holds {stage.dtype} in place of {stored}, which saves "
-            f"{gigabytes(saved)}: all in {stored} do not fit"
+    for dtype in sorted({stage.dtype for stage in plan.stages} - {stored}):
+        held = footprint(config, index, dtype).layer_bytes
+        lowered = [stage for stage in plan.stages if stage.dtype == dtype]
+        saved = sum(
+            as_stored[layer] - held[layer]
+            for stage in lowered
+            for layer in range(stage.first_layer, stage.end_layer)
+        )
+        numbers = id_ranges([stage.index for stage in lowered])
+        who = f"stage {numbers} holds" if len(lowered) == 1 else f"stages {numbers} hold"
+        concessions.append(
+            Concession(
+                knob="dtype",
+                freed_bytes=saved,
+                text=f"{who} {dtype} in place of {stored}, which frees {gigabytes(saved)}: all in "
+                f"{stored} do not fit",
+            )
         )
     excluded = tuple(
         UnusedNode(host=wish.host, reason="excluded, as asked")
@@ -257,7 +276,7 @@ def _told(
         if wish.exclude
     )
     unused = tuple(sorted((*plan.unused, *excluded), key=lambda node: node.host))
-    return replace(plan, notes=tuple(notes), unused=unused)
+    return replace(plan, concessions=tuple(concessions), unused=unused)
 
 
 def _check(config: ModelConfig, inventory: Inventory, workload: Workload) -> None:

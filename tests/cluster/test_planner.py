@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from magnetar.cluster.footprint import footprint, stored_dtype
 from magnetar.cluster.plan import Device, Inventory, Node, NodeWish, Plan, UnusedNode, Workload
+from magnetar.cluster.planning.dtype_ladder import dtype_choices
 from magnetar.cluster.planning.plan_view import plan_json, plan_table
 from magnetar.cluster.planning.planner import MARGIN, plan
 from magnetar.errors import InfeasiblePlanError, UsageError
@@ -105,7 +106,7 @@ def test_an_accelerator_is_preferred_and_the_cpu_helps_when_it_is_too_small() ->
 def test_the_context_shrinks_with_a_note_when_nobody_asked_for_it() -> None:
     found = plan(*MIXTRAL, cluster(node("a", 128)), asked(32768, 8, min_context_tokens=256))
     assert 256 <= found.max_context_tokens < 32768
-    assert str(found.max_context_tokens) in found.notes[0]
+    assert str(found.max_context_tokens) in found.concessions[0].text
     assert "shortened" in plan_table(found)
 
 
@@ -142,10 +143,18 @@ def test_the_checkpoint_decides_the_dtype_when_nobody_does() -> None:
 def test_what_does_not_fit_as_stored_is_held_in_8_bits_with_a_note() -> None:
     found = plan(*MIXTRAL, cluster(node("a", 80)), asked(dtype=None))
     assert {stage.dtype for stage in found.stages} == {"int8"}
-    (note,) = found.notes
-    assert "stage 0 holds int8 in place of bf16, which saves 43" in note
+    (conceded,) = found.concessions
+    assert "stage 0 holds int8 in place of bf16, which frees 45" in conceded.text
+    assert conceded.knob == "dtype"
+    assert 44e9 < conceded.freed_bytes < 46e9
     with pytest.raises(InfeasiblePlanError, match="is enough: --dtype int8"):
         plan(*MIXTRAL, cluster(node("a", 80)), asked())
+
+
+def test_of_many_ways_to_lower_dtypes_the_one_that_lowers_all_is_always_tried() -> None:
+    choices = list(dtype_choices({"bf16": [1] * 10, "int8": [3] * 10}, 26))
+    assert choices[-1] == ("int8",) * 10
+    assert len(choices) < 20
 
 
 def test_a_node_that_is_excluded_gets_nothing() -> None:

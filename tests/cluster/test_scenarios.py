@@ -2,27 +2,39 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from magnetar.cluster.inventory.profiles import profiles
 from magnetar.cluster.plan import ComputeDtype, Objective, Plan, Workload
 from magnetar.cluster.planning.planner import plan
+from magnetar.cluster.search.cost import (
+    assumed_link,
+    attention_s,
+    device_speed,
+    model_cost,
+    output_s,
+)
+from magnetar.cluster.search.expert_cost import Seat, hosts_s
 from magnetar.errors import InfeasiblePlanError
 from magnetar.manifests.inventory import load_inventory
-from magnetar.tests.planning import MIXTRAL, SMALL
+from magnetar.tests.planning import GB, MIXTRAL, SMALL
 
 SCENARIOS = Path(__file__).parent.parent / "scenarios"
+CARD = profiles()["a100-40"].device
 
 
 def planned(
     scenario: str,
     *,
-    dtype: ComputeDtype = "bf16",
+    dtype: ComputeDtype | None = "bf16",
     objective: Objective = "latency",
+    context_tokens: int = 4096,
     small: bool = False,
 ) -> Plan:
     inventory = load_inventory(SCENARIOS / f"{scenario}.yaml", environment={})
     workload = Workload(
-        max_context_tokens=4096, max_concurrency=8, dtype=dtype, objective=objective
+        max_context_tokens=context_tokens, max_concurrency=8, dtype=dtype, objective=objective
     )
     return plan(*(SMALL if small else MIXTRAL), inventory, workload)
 
@@ -30,6 +42,35 @@ def planned(
 def shape(found: Plan) -> list[tuple[str, str, int]]:
     """Node, device and number of layers of every stage, in order."""
     return [(s.host, s.device, s.end_layer - s.first_layer) for s in found.stages]
+
+
+def test_four_cards_of_40_gb_hold_eight_streams_of_32k_tokens() -> None:
+    found = planned("four-cards-of-40-gb", objective="throughput", context_tokens=32768)
+    assert [count for _, _, count in shape(found)] == [8] * 4
+    assert {device for _, device, _ in shape(found)} == {f"cuda:{n}" for n in range(4)}
+    assert (found.max_context_tokens, found.max_concurrency) == (32768, 8)
+    assert not found.concessions
+    assert found.prediction is not None
+    assert found.prediction.tokens_per_s >= 3 * first_public_layout()
+
+
+def first_public_layout() -> float:
+    """Tokens per second of one pair of experts a card, the rest on the first, no pipeline.
+
+    Its 24 GiB card has room for two streams of 32k tokens; its experts are taken to be computed at
+    once and the way between cards to cost nothing, which is kinder than it was.
+    """
+    config, index = MIXTRAL
+    cost, speed = model_cost(config, index, "bf16"), device_speed(CARD, "bf16")
+    assert speed is not None
+    streams = 2
+    seats = [Seat(speed=speed)] + 3 * [Seat(speed=speed, link=assumed_link("box", "box"))]
+    held_OHE = np.kron(np.eye(4, dtype=np.int64), np.ones((1, 2), dtype=np.int64))[None]
+    step_s = output_s(cost, speed, tokens=streams)
+    for layer in range(config.n_layers):
+        step_s += attention_s(cost, layer, speed, tokens=streams, context_tokens=16384)
+        step_s += float(hosts_s(cost, layer, seats, held_OHE, tokens=streams)[0])
+    return streams / step_s
 
 
 def test_three_cards_of_40_gb_share_the_layers_evenly() -> None:
@@ -44,6 +85,10 @@ def test_a_card_beside_a_large_host_is_filled_and_the_host_takes_the_rest() -> N
     found = planned("one-card-beside-a-large-host", dtype="int8")
     by_device = {device: count for _, device, count in shape(found)}
     assert by_device["cpu"] > by_device["cuda:0"] >= 8
+    # Nobody named a dtype: int8 is conceded, and what that frees is said.
+    (conceded,) = planned("one-card-beside-a-large-host", dtype=None).concessions
+    assert conceded.knob == "dtype"
+    assert conceded.freed_bytes > 20 * GB
     assert found.prediction is not None
     assert found.stages[found.prediction.bottleneck].device == "cpu"
 

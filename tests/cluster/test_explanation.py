@@ -1,0 +1,127 @@
+"""What is said of a plan: true amounts, changes that keep their promise, and lines that fit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from magnetar.cluster.plan import Device, Inventory, Link, Node, Objective, Plan, Workload
+from magnetar.cluster.planning.explanation import Explanation, explained
+from magnetar.cluster.planning.plan_view import plan_json, plan_table
+from magnetar.cluster.planning.planner import plan
+from magnetar.cluster.units import id_ranges, wrapped
+from magnetar.manifests.inventory import load_inventory
+from magnetar.tests.planning import GB, MIXTRAL
+
+SCENARIOS = Path(__file__).parent.parent / "scenarios"
+PLANNED = sorted(file for file in SCENARIOS.glob("*.yaml") if file.stem != "home-cluster")
+"""But the one that is too small for the model in every dtype."""
+
+
+def node(host: str, gigabytes: float, gbps: float, held: float = 0) -> Node:
+    device = Device(kind="cpu", memory_bytes=int(gigabytes * GB), read_gbps=gbps)
+    return Node(host=host, address="", num_cpus=8, devices=(device,), held_bytes=int(held * GB))
+
+
+def asked(objective: Objective = "latency") -> Workload:
+    return Workload(max_context_tokens=4096, max_concurrency=4, objective=objective)
+
+
+def both(inventory: Inventory, workload: Workload) -> tuple[Plan, Explanation]:
+    found = plan(*MIXTRAL, inventory, workload)
+    return found, explained(*MIXTRAL, inventory, workload, found)
+
+
+def test_what_is_to_fetch_is_what_a_node_needs_and_does_not_have() -> None:
+    nodes = (node("a", 70, 100, held=30), node("b", 70, 100))
+    found, said = both(Inventory(nodes=nodes), asked())
+    by_host = {each.host: each for each in said.fetches}
+    assert set(by_host) == {"a", "b"}
+    whole = sum(entry.num_bytes for entry in MIXTRAL[1])
+    assert sum(each.needed_bytes for each in said.fetches) == whole
+    assert by_host["a"].missing_bytes == by_host["a"].needed_bytes - 30 * GB
+    assert by_host["b"].missing_bytes == by_host["b"].needed_bytes
+    text = plan_table(found, said)
+    assert "to fetch: " in text
+    assert f"b: {by_host['b'].missing_bytes / 1e9:.1f} GB" in text
+    everything = replace(nodes[0], held_bytes=100 * GB)
+    _, said = both(Inventory(nodes=(everything, nodes[1])), asked())
+    assert {each.host: each.missing_bytes for each in said.fetches}["a"] == 0
+
+
+def test_memory_that_makes_a_concession_needless_is_named_and_is_enough() -> None:
+    inventory = Inventory(nodes=(node("a", 80, 100),))
+    found, said = both(inventory, asked())
+    assert [each.knob for each in found.concessions] == ["dtype"]
+    (more,) = [each for each in said.improvements if each.change.endswith("more on a (cpu)")]
+    grown = 80 + float(more.change.split()[0])
+    assert not plan(*MIXTRAL, Inventory(nodes=(node("a", grown + 0.1, 100),)), asked()).concessions
+
+
+def test_a_narrower_dtype_keeps_its_promise() -> None:
+    inventory = Inventory(nodes=(node("a", 120, 100),))
+    found, said = both(inventory, asked())
+    (narrow,) = [each for each in said.improvements if each.change == "--dtype int8"]
+    then = plan(*MIXTRAL, inventory, replace(asked(), dtype="int8"))
+    assert then.prediction is not None
+    assert narrow.effect.startswith(f"{then.prediction.stream_tokens_per_s:.1f} tokens/s")
+    assert found.prediction is not None
+    assert then.prediction.stream_tokens_per_s > 1.5 * found.prediction.stream_tokens_per_s
+
+
+@pytest.mark.parametrize(("gbps", "is_told"), [(0.004, True), (12.0, False)])
+def test_a_faster_link_is_proposed_where_the_link_is_what_binds(gbps: float, is_told: bool) -> None:
+    nodes = (node("a", 70, 1000), node("b", 70, 1000))
+    links = (Link(source="a", target="b", rtt_s=0.004, gbps=gbps),)
+    _, said = both(Inventory(nodes=nodes, links=links), asked())
+    proposed = [each for each in said.improvements if "10 Gbit/s between a and b" in each.change]
+    assert bool(proposed) == is_told
+
+
+def test_a_slow_device_is_named_with_what_a_fast_one_would_do() -> None:
+    nodes = (node("quick", 70, 400), node("slow", 70, 40))
+    _, said = both(Inventory(nodes=nodes), asked("throughput"))
+    assert any(each.change.startswith("slow cpu as fast as") for each in said.improvements)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+@pytest.mark.parametrize("file", PLANNED, ids=lambda file: file.stem)
+def test_no_line_is_wider_than_the_terminal(file: Path, objective: Objective, width: int) -> None:
+    inventory = load_inventory(file, environment={})
+    found, said = both(inventory, replace(asked(objective), separate_experts=True, dtype="int8"))
+    lines = plan_table(found, said, width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    for stage in found.stages:
+        assert any(line.startswith(f"{stage.index} ") for line in lines)
+        for helper in stage.helpers:
+            assert any(line.startswith("   ") and helper.host in line for line in lines)
+
+
+def test_helpers_have_rows_with_their_experts_and_json_has_all_of_it() -> None:
+    inventory = load_inventory(SCENARIOS / "one-card-beside-a-large-host.yaml", environment={})
+    found, said = both(inventory, replace(asked(), separate_experts=True, dtype="int8"))
+    (stage,) = found.stages
+    (helper,) = stage.helpers
+    rows = plan_table(found, said).splitlines()
+    assert helper.device in rows[2]
+    assert "a layer" in rows[2]
+    document = plan_json(found, said)
+    assert document["fetches"][0]["missing_bytes"] > 0
+    assert {"change", "effect"} == set(document["improvements"][0])
+
+
+def test_nodes_unused_for_one_reason_share_a_line() -> None:
+    inventory = Inventory(nodes=(node("big", 200, 100), node("p0", 1, 5), node("p1", 1, 5)))
+    text = plan_table(plan(*MIXTRAL, inventory, asked()))
+    assert "unused: p0, p1: too small" in text
+
+
+def test_amounts_stay_beside_their_units() -> None:
+    assert wrapped("a first token after 1.28 s or so", 24) == [
+        "a first token after",
+        "  1.28 s or so",
+    ]
+    assert wrapped("short", 80) == ["short"]
+    assert wrapped("as long as it is", None) == ["as long as it is"]
+    assert id_ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
