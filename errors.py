@@ -3,7 +3,8 @@
 MagnetarError                    1  something failed
 ├── UsageError                   2  what was asked for makes no sense
 │   ├── MagnetError              2  a magnet link that cannot be repaired
-│   └── ManifestError            2  a manifest with errors, all of them at once
+│   ├── ManifestError            2  a manifest with errors, all of them at once
+│   └── InventoryError           2  machines or links with numbers that cannot be
 ├── NotFoundError                4  a file, release, deployment or address that is not there
 ├── TimedOutError                6  nothing came within the time that was given
 ├── PreflightError               7  it cannot work on this machine; nothing was changed
@@ -44,6 +45,10 @@ class MagnetError(UsageError):
 
 class ManifestError(UsageError):
     """A manifest with errors; the message lists all of them with file:line:column."""
+
+
+class InventoryError(UsageError):
+    """Machines or links with numbers that cannot be; the message lists them with their places."""
 
 
 class NotFoundError(MagnetarError):

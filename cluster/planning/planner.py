@@ -37,6 +37,7 @@ from .memory_plan import (
     unused_by_memory,
 )
 from .node_wishes import allowed_nodes
+from .soundness import check_inventory
 from .speed_plan import SpeedPlanner, speeds_known
 
 __all__ = ["MARGIN", "gigabytes", "plan", "predicted"]
@@ -60,8 +61,10 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
 
     Raises:
         UsageError: the wishes make no sense, e.g. more stages than layers.
+        InventoryError: the inventory has numbers that cannot be.
         InfeasiblePlanError: no placement fits; the message has the numbers per node.
     """
+    check_inventory(inventory)
     _check(config, inventory, workload)
     allowed = allowed_nodes(config, inventory, workload)
     stored = workload.dtype or stored_dtype(index)
@@ -75,6 +78,10 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
                 found = _best(model, ladder[: rung + 1], allowed, shorter)
         if found is not None:
             return _told(found, stored, index, config, inventory, workload)
+    if any(wish.layers for wish in workload.nodes):
+        freed = tuple(replace(wish, layers=None) for wish in workload.nodes)
+        if _best(model, ladder, allowed, replace(workload, nodes=freed)) is not None:
+            raise InfeasiblePlanError(_why_not_pinned(model, allowed, workload))
     raise InfeasiblePlanError(_why_not(config, index, stored, allowed, workload))
 
 
@@ -294,6 +301,31 @@ def _check(config: ModelConfig, inventory: Inventory, workload: Workload) -> Non
         raise InfeasiblePlanError("there is no node to place the model on; start one")
 
 
+def _why_not_pinned(model: _Model, inventory: Inventory, workload: Workload) -> str:
+    """What each pin needs; without them the model fits."""
+    weights, said = model.weights, []
+    room = {
+        node.host: max(int(each.memory_bytes * (1 - MARGIN)) for each in node.devices)
+        for node in inventory.nodes
+    }
+    overhead = weights.workspace_bytes(workload.max_context_tokens)
+    for wish in workload.nodes:
+        if wish.layers is not None:
+            first, end = wish.layers
+            need = sum(weights.layer_bytes[first:end]) + overhead
+            need += (end - first) * kv_bytes_of(weights, workload)
+            need += (first == 0) * weights.embeddings_bytes
+            need += (end == len(weights.layer_bytes)) * weights.output_bytes
+            said.append(
+                f"layers {first}-{end - 1} need {gigabytes(need)} in {model.dtype} on {wish.host}, "
+                f"of which {gigabytes(room[wish.host])} can be used"
+            )
+    return (
+        f"the pins leave no placement, and without them the model fits: {'; '.join(said)}; pin "
+        "fewer layers there, or leave layers to nodes without a pin"
+    )
+
+
 def _why_not(
     config: ModelConfig,
     index: TensorIndex,
@@ -317,8 +349,16 @@ def _why_not(
     changes = "; ".join(
         change.text for change in sufficient_changes(config, index, inventory, least, dtype)
     )
+    largest = max(place.usable_bytes for place in places_of(inventory))
+    smallest = smallest_stage_bytes(weights, least)
+    no_room = ""
+    if largest < smallest:
+        no_room = (
+            f" (no node has room for one layer: it takes {gigabytes(smallest)}, the largest device "
+            f"has {gigabytes(largest)})"
+        )
     return (
-        f"the model does not fit{stages}: it needs at least {gigabytes(needed)} "
+        f"the model does not fit{stages}{no_room}: it needs at least {gigabytes(needed)} "
         f"({gigabytes(weights.weights_bytes)} of {dtype} weights, {gigabytes(kv_bytes)} for the "
         f"keys and values of {least.max_concurrency} sequences of {least.max_context_tokens} "
         f"tokens, {gigabytes(overhead)} of workspace); usable ({MARGIN:.0%} stays free): {there}; "
