@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Clock = Callable[[], float]
 
 _BAR_COLUMNS: Final = 90
-"""On a narrower terminal the numbers take the room of the bar."""
+"""On a narrower terminal there are no bars, and one rate in place of two."""
 _MAX_NODES: Final = 8
 """Lines of nodes in a phase; those that have furthest to go."""
 _MAX_NAME: Final = 16
@@ -97,7 +97,7 @@ class BarView:
         for _ in range(6):
             table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        paused = []
+        has_room, paused = self._terminal.width >= _BAR_COLUMNS, []
         with self._phases_lock:
             for phase in self._phases.values():
                 total, over = phase.total(), phase.ended is not None
@@ -108,8 +108,8 @@ class BarView:
                     phase.amount(),
                     format_duration(phase.elapsed_s(now))
                     if over or not total.rate_bytes_per_s
-                    else format_rate(total),
-                    "" if over else format_eta(total),
+                    else format_rate(total, sides=has_room),
+                    "" if over else format_eta(phase.eta_s()),
                     Text(_message(phase), style="dim"),
                 )
                 if not over:
@@ -122,17 +122,20 @@ class BarView:
     def _node_rows(self, nodes: Sequence[Progress]) -> "Iterator[tuple[RenderableType, ...]]":
         from rich.text import Text
 
+        has_room = self._terminal.width >= _BAR_COLUMNS
         shown = sorted(nodes, key=lambda node: (node.finished, _fraction(node), node.node))
         for node in sorted(shown[:_MAX_NODES], key=lambda node: node.node):
             moves = node.rate_bytes_per_s > 0 and not node.finished
-            is_of_interest = node.phase == "load" or not (moves or node.finished)
+            message = "" if moves or node.finished or node.is_paused else node.message
+            if node.total_layers:
+                message = f"{node.num_layers}/{node.total_layers} layers"
             yield (
                 Text(f"  {node.node[:_MAX_NAME]}", style="dim"),
                 self._bar(node),
                 format_amount(node),
-                "paused" if node.is_paused else format_rate(node) if moves else "",
-                format_eta(node) if moves else "",
-                Text(node.message if is_of_interest and not node.is_paused else "", style="dim"),
+                "paused" if node.is_paused else format_rate(node, sides=has_room) if moves else "",
+                format_eta(node.eta_s) if moves else "",
+                Text(message, style="dim"),
             )
         if len(nodes) > _MAX_NODES:
             more = f"  and {len(nodes) - _MAX_NODES} more"

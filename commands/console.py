@@ -143,7 +143,7 @@ class PlainView(SilentView):
         if phase.ended is not None:
             parts.append(f"done in {format_duration(phase.elapsed_s(now))}")
         elif total.rate_bytes_per_s > 0:
-            parts += [format_rate(total), format_eta(total)]
+            parts += [format_rate(total), format_eta(phase.eta_s())]
         parts.append(phase.message)
         return f"{phase.phase}: {', '.join(part for part in parts if part) or 'begins'}"
 

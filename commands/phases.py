@@ -33,18 +33,18 @@ def headed(text: str, kind: str) -> str:
     return f"magnetar: {kind}: {text}" if kind != "error" else f"magnetar: {text}"
 
 
-def format_rate(progress: Progress) -> str:
-    """``12 MB/s``, and where nodes bring each other something, ``12 MB/s WAN, 80 MB/s LAN``."""
+def format_rate(progress: Progress, *, sides: bool = True) -> str:
+    """``92 MB/s``, or by `sides`, where there are two, ``12 MB/s WAN, 80 MB/s LAN``."""
     lan = progress.lan_bytes_per_s
-    if not lan:
+    if not (sides and lan):
         return f"{format_bytes(progress.rate_bytes_per_s)}/s"
     wan = max(0.0, progress.rate_bytes_per_s - lan)
     return f"{format_bytes(wan)}/s WAN, {format_bytes(lan)}/s LAN"
 
 
-def format_eta(progress: Progress) -> str:
+def format_eta(eta_s: float | None) -> str:
     """``4:05 left``, or nothing where that cannot be said."""
-    return "" if progress.eta_s is None else f"{format_duration(progress.eta_s)} left"
+    return "" if eta_s is None else f"{format_duration(eta_s)} left"
 
 
 def format_amount(progress: Progress) -> str:
@@ -113,6 +113,12 @@ class PhaseState:
             total_layers=sum(reading.total_layers for reading in each),
             is_paused=any(reading.is_paused for reading in moving),
         )
+
+    def eta_s(self) -> float | None:
+        """Until the last node is done; of all together where nobody says."""
+        told = [node.eta_s for node in self.nodes() if not node.finished]
+        known = [eta_s for eta_s in told if eta_s is not None]
+        return max(known, default=self.total().eta_s)
 
     def elapsed_s(self, now: float) -> float:
         """How long the phase has taken or took."""

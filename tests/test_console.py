@@ -180,6 +180,7 @@ def test_bar_draws_a_line_for_each_of_several_nodes() -> None:
     assert a.split()[:2] == ["a", "█" * 12 + "▒" * 4 + "░" * 4]
     assert "600 B of 1.00 kB" in a
     assert a.endswith("4.4 s left")
+    assert together.rstrip().endswith(a[-10:])  # The node that takes longest says when it ends.
     assert b.split()[0] == "b"
     assert b.endswith("no peers; nothing for 9 s")
 
