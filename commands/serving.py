@@ -12,6 +12,7 @@ from ..cluster.spec import DeploymentSpec
 from ..errors import UsageError
 from ..fetcher.progress import Progress
 from .console import Console
+from .phases import format_bytes
 
 if TYPE_CHECKING:
     from ..serve.launch import Endpoint
@@ -112,6 +113,13 @@ def status_table(found: Sequence[Mapping[str, Any]], *, details: bool) -> str:
                 f" on {stage['host']} ({stage['device']}, {stage['dtype']})"
                 + (f", {loaded[stage['index']]} ready" if stage["index"] in loaded else "")
                 for stage in (told.get("plan") or {}).get("stages", ())
+            ]
+            lines += [
+                f"  node {node['host']}: {format_bytes(node['wan_received_bytes'])} from outside, "
+                f"{format_bytes(node['lan_received_bytes'])} from nodes, "
+                f"{format_bytes(node['lan_sent_bytes'])} to nodes"
+                for node in told.get("traffic") or ()
+                if node["received_bytes"] or node["sent_bytes"]
             ]
     return "\n".join(lines)
 

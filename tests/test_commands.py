@@ -15,6 +15,7 @@ from magnetar.commands.verbs import wanted
 from magnetar.errors import UsageError
 from magnetar.fetcher.config import ReleaseHints
 from magnetar.fetcher.rates import RateLimits
+from magnetar.fetcher.torrent.traffic import Traffic
 from magnetar.settings import default_store
 
 SILENT = Console("none", out=io.StringIO(), err=io.StringIO())
@@ -169,6 +170,9 @@ def test_status_table_lists_and_details() -> None:
             ]
         },
     }
+    idle = Traffic().to_json() | {"host": "idle"}
+    busy = Traffic(received_bytes=3000, lan_received_bytes=1000, sent_bytes=20, lan_sent_bytes=20)
+    serving["traffic"] = [idle, busy.to_json() | {"host": "h"}]
     lost = {"name": "bb", "phase": "lost", "ready": False, "message": "its process is gone"}
     lines = status_table([serving, lost], details=False).splitlines()
     assert lines[0].split() == ["NAME", "PHASE", "READY", "MODEL", "URL"]
@@ -178,3 +182,5 @@ def test_status_table_lists_and_details() -> None:
     details = status_table([serving], details=True)
     assert "stage 0: layers 0-3 on h (cpu, bf16)" in details
     assert "yes  Ready" in details
+    assert "node h: 2.00 kB from outside, 1.00 kB from nodes, 20 B to nodes" in details
+    assert "idle" not in details
