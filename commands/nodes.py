@@ -88,6 +88,7 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _here(*, again: bool) -> "Inventory":
     from ..cluster.inventory.inventory import host_label, probe_node
+    from ..cluster.inventory.link_cache import remembered_links
     from ..cluster.inventory.link_probe import probe_itself
     from ..cluster.inventory.measure import measure_speeds
     from ..cluster.plan import Inventory
@@ -95,4 +96,5 @@ def _here(*, again: bool) -> "Inventory":
 
     node = probe_node(host_label(), "127.0.0.1", default_store())
     measured = measure_speeds(node, ModelGauge(), again=again)
-    return Inventory(nodes=(measured,), links=(probe_itself(node.host, node.address),))
+    links = () if again else remembered_links((node,))
+    return Inventory(nodes=(measured,), links=links or (probe_itself(node.host, node.address),))

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from ...settings import default_store
 from ..inventory.inventory import probe_node
+from ..inventory.link_cache import remembered_links
 from ..inventory.link_probe import Echo, probe_link
 from ..inventory.measure import Gauge, measure_speeds
 from ..plan import Inventory, Link, Node
@@ -50,7 +51,8 @@ def survey(nodes: Sequence[RayNode], gauge: type[Gauge], *, again: bool = False)
     """Measure the nodes of the cluster that is connected; blocks for some seconds.
 
     `gauge` must be importable by name on every node. Speeds are measured everywhere at once, links
-    in rounds in which every node has one partner.
+    in rounds in which every node has one partner. What was measured before is not measured again,
+    unless `again`.
 
     Raises:
         MagnetarError: a node could not be measured or reached.
@@ -75,10 +77,14 @@ def survey(nodes: Sequence[RayNode], gauge: type[Gauge], *, again: bool = False)
         secret = secrets.token_bytes(32)
         listening = [probe.listen.remote(secret) for probe in probes.values()]
         addresses = dict(zip(hosts, gather(listening, who=who, timeout_s=TIMEOUT_S), strict=True))
-        own = [probes[host].probe.remote(host, addresses[host], secret) for host in hosts]
-        links: list[Link] = gather(own, who=who, timeout_s=TIMEOUT_S)
-        for pairs in rounds(hosts):
-            calls = [probes[a].probe.remote(b, addresses[b], secret) for a, b in pairs]
+        links: list[Link] = [] if again else list(remembered_links(found))
+        known = {frozenset((link.source, link.target)) for link in links}
+        for pairs in ([(host, host) for host in hosts], *rounds(hosts)):
+            calls = [
+                probes[a].probe.remote(b, addresses[b], secret)
+                for a, b in pairs
+                if frozenset((a, b)) not in known
+            ]
             links += gather(calls, who=who, timeout_s=TIMEOUT_S)
     finally:
         for probe in probes.values():
