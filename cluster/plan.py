@@ -195,6 +195,19 @@ class Prediction:
     """Index of the stage that takes longest."""
     assumed: tuple[str, ...] = ()
     """What was not measured."""
+    best_possible: float | None = None
+    """What no plan of these weights on these nodes goes beyond under this model: tokens per second
+    of all streams for throughput, else the seconds of a round trip; the plan's own where it was
+    found among all. None: nobody can say."""
+
+    @property
+    def gap(self) -> float | None:
+        """By which share the best plan that there may be is better than this one, at most."""
+        if self.best_possible is None:
+            return None
+        if self.objective == "throughput":
+            return max(0.0, self.best_possible / self.tokens_per_s - 1)
+        return max(0.0, self.round_trip_s / self.best_possible - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from ..plan import Plan, StagePlan
 from ..units import gigabytes, milliseconds, wrapped
+from .plan_view import bound_text
 
 _STAGE_WIDTH = 220
 _GAP = 96
@@ -184,6 +185,8 @@ def _totals(plan: Plan) -> list[str]:
             f"{told.stream_tokens_per_s:.1f} for one stream, a first token after "
             f"{milliseconds(told.prefill_s)}"
         )
+        if bound := bound_text(told):
+            said.append(f"bound: {bound}")
     said.append(
         f"context {plan.max_context_tokens} tokens, {plan.max_concurrency} sequences at once"
     )

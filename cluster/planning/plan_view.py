@@ -146,7 +146,20 @@ def _predicted(prediction: Prediction, plan: Plan) -> Iterator[str]:
         f"a step of {prediction.step_tokens} goes around in "
         f"{milliseconds(prediction.round_trip_s)}{cut}"
     )
+    if bound := bound_text(prediction):
+        yield f"bound: {bound}"
     yield from (f"assumed: {said}" for said in prediction.assumed)
+
+
+def bound_text(prediction: Prediction) -> str | None:
+    """How much better a plan could be at all; None where nobody can say."""
+    best, gap = prediction.best_possible, prediction.gap
+    if best is None or gap is None:
+        return None
+    if gap < 0.0005:
+        return "no plan is better under this model"
+    limit = f"{best:.1f} tokens/s" if prediction.objective == "throughput" else milliseconds(best)
+    return f"within {gap:.1%} of the best possible under this model (bound: {limit})"
 
 
 def _explained(explanation: Explanation) -> Iterator[str]:
@@ -159,6 +172,8 @@ def _explained(explanation: Explanation) -> Iterator[str]:
 def plan_json(plan: Plan, explanation: Explanation | None = None) -> dict[str, Any]:
     """The whole plan with the field names of `Plan` and of its explanation; bytes, tokens."""
     found = asdict(plan)
+    if plan.prediction is not None:
+        found["prediction"]["gap"] = plan.prediction.gap
     if explanation is not None:
         found["improvements"] = [asdict(each) for each in explanation.improvements]
         found["fetches"] = [

@@ -161,6 +161,9 @@ def _by_speed(model: _Model, fast: SpeedPlanner, inventory: Inventory, workload:
         )
     )
     check_experts(placed, model.config.num_experts)
+    if placed.prediction is not None:
+        best = fast.best_possible()
+        placed = replace(placed, prediction=replace(placed.prediction, best_possible=best))
     smallest = smallest_stage_bytes(model.weights, workload)
     return replace(placed, unused=fast.unused(smallest))
 

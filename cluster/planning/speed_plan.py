@@ -15,6 +15,7 @@ from ..plan import (
     UnusedNode,
     Workload,
 )
+from ..search.bound import least_round_trip_s, most_tokens_per_s
 from ..search.cost import assumed_link, device_speed, hop_s
 from ..search.moves import improved
 from ..search.placing import PROMPT_TOKENS, Placing, helpers_of
@@ -60,6 +61,21 @@ class SpeedPlanner:
         route = fastest(problem, num_stages=asked)
         start = None if route is None else (problem, route)
         return improved([problem], start, throughput=False, num_stages=asked)
+
+    def best_possible(self) -> float | None:
+        """What no plan can beat (`Prediction.best_possible`); None where nobody can say."""
+        assert self.found is not None
+        problem, route = self.found
+        asked, is_busy = self._workload.num_stages, self._workload.objective == "throughput"
+        score = route.tokens_per_s(problem) if is_busy else route.round_trip_s
+        if Search(problem).is_exact and self._placing.splits_are_exact:
+            return score
+        if self._workload.popularity is not None:
+            return None
+        if is_busy:
+            problems = [self._placing.problem(tokens) for tokens in self._batches()]
+            return most_tokens_per_s(problems, score, num_stages=asked)
+        return least_round_trip_s(problem, score, num_stages=asked)
 
     def _batches(self) -> list[int]:
         """Sequences per step for every number of micro-batches that may pay, most first."""

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..plan import Link
-from .cost import ModelCost, Speed, expert_flops
+from .cost import ModelCost, Speed, expert_flops, roofline_s, transfer_s
 
 Array: TypeAlias = "npt.NDArray[Any]"
 MOST_EXACT_EXPERTS = 12
@@ -109,6 +109,45 @@ def hosts_s(
     if model.num_experts <= MOST_EXACT_EXPERTS:
         return _over_sets(model, layer, seats, held_OHE, tokens=tokens, weights=weights)
     return _of_means(model, layer, seats, held_OHE, tokens=tokens)
+
+
+def least_hosts_s(model: ModelCost, layer: int, seats: Sequence[Seat], *, tokens: int) -> float:
+    """Less than which no choice of hosts among `seats`, and of who holds what, can take.
+
+    Of d experts that a step needs, each is one more for some host; if every host had exactly those
+    that suit it best, they would be done at the d-th of all moments at which a host is done with
+    one more. Rows of one expert travel at least.
+    """
+    each_H = np.array([one_expert_s(model, layer, seat.speed, tokens=tokens) for seat in seats])
+    away_H = np.array([_least_away_s(model, seat.link, tokens=tokens) for seat in seats])
+    is_exact = model.num_experts <= MOST_EXACT_EXPERTS
+    if not is_exact:
+        each_H *= hit_chance(model, tokens)
+    done = away_H[:, None] + each_H[:, None] * np.arange(1, model.num_experts + 1)
+    done_D = np.sort(done.ravel())[: model.num_experts]
+    if not is_exact:
+        return float(done_D[-1])
+    chance_S = hit_sets(model.num_experts, model.experts_per_token, tokens)
+    chance_D = np.bincount(_bits(model.num_experts), weights=chance_S)[1:]
+    return float(chance_D @ done_D)
+
+
+def hit_chance(model: ModelCost, tokens: int) -> float:
+    """The probability that a step needs an expert."""
+    return 1 - (1 - model.experts_per_token / model.num_experts) ** tokens
+
+
+def one_expert_s(model: ModelCost, layer: int, speed: Speed, *, tokens: int) -> float:
+    """One expert that a step needs: its bytes, or the operations of its share of the tokens."""
+    share = tokens * model.experts_per_token / model.num_experts
+    return roofline_s(model.expert_bytes[layer], share * expert_flops(model, layer), speed)
+
+
+def _least_away_s(model: ModelCost, link: Link | None, *, tokens: int) -> float:
+    if link is None:
+        return 0.0
+    rows = tokens * model.experts_per_token / model.num_experts * model.hidden_bytes
+    return 2 * (link.overhead_s + link.rtt_s / 2 + transfer_s(rows, link))
 
 
 def _over_sets(

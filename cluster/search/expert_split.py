@@ -11,6 +11,7 @@ holds so far, or by branch and bound over the ways to choose options.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import combinations
 from math import comb, prod
 from typing import Any, TypeAlias
@@ -38,9 +39,7 @@ def spreads(num_experts: int, solo_HN: Array) -> Array:
     """
     num_hosts = len(solo_HN)
     if comb(num_experts + num_hosts - 1, num_hosts - 1) <= MOST_OPTIONS:
-        bars = combinations(range(num_experts + num_hosts - 1), num_hosts - 1)
-        ends = [(-1, *at, num_experts + num_hosts - 1) for at in bars]
-        return np.array([np.diff(row) - 1 for row in ends], dtype=np.int64)
+        return _all_spreads(num_experts, num_hosts)
     found: set[tuple[int, ...]] = {(num_experts, *(0,) * (num_hosts - 1))}
     for limit in np.unique(solo_HN[:, 1:]):
         counts = (solo_HN <= limit).cumprod(axis=1).sum(axis=1) - 1
@@ -52,6 +51,14 @@ def spreads(num_experts: int, solo_HN: Array) -> Array:
         if counts.sum() == num_experts:
             found.add(tuple(int(count) for count in counts))
     return np.array(sorted(found), dtype=np.int64)
+
+
+@cache
+def _all_spreads(num_experts: int, num_hosts: int) -> Array:
+    bars = combinations(range(num_experts + num_hosts - 1), num_hosts - 1)
+    ends = np.array([(-1, *at, num_experts + num_hosts - 1) for at in bars], dtype=np.int64)
+    found: Array = np.diff(ends, axis=1) - 1
+    return found
 
 
 class Split:
@@ -73,6 +80,9 @@ class Split:
         self._chosen: dict[tuple[int, int], list[int]] = {}
         self._reached: dict[tuple[int, int], tuple[int, ...]] = {}
         self._layers: list[Array] = []
+        num_hosts, num_experts = counts_OH.shape[1], int(counts_OH[0].sum())
+        self.is_exact = len(counts_OH) == comb(num_experts + num_hosts - 1, num_hosts - 1)
+        """Whether nothing is better than what was found."""
         self._solve(num_layers)
 
     def counts(self, variant: int, num_layers: int) -> Array:
@@ -90,11 +100,14 @@ class Split:
 
     def _solve(self, num_layers: int) -> None:
         # Where the quickest option fits every layer, there is nothing to choose.
-        for variant, row in enumerate(self._home_VK):
-            for k in range(1, num_layers + 1):
-                if row[k] >= 0 and self._fits(0, k, row[k]):
-                    self.seconds_VK[variant, k] = k * self._seconds_O[0]
-                    self._chosen[variant, k] = [0] * k
+        home, *helpers = (np.arange(num_layers + 1) * count for count in self._counts_OH[0])
+        fits_VK = self._home_VK >= home
+        for held, room in zip(helpers, self._rooms, strict=True):
+            fits_VK &= held <= room
+        fits_VK[:, 0] = False
+        for variant, k in np.argwhere(fits_VK):
+            self.seconds_VK[variant, k] = k * self._seconds_O[0]
+            self._chosen[int(variant), int(k)] = [0] * int(k)
         open_VK = (self._home_VK >= 0) & ~np.isfinite(self.seconds_VK)
         num_experts = int(self._counts_OH[0].sum())
         needed_K = num_experts * np.arange(num_layers + 1)
@@ -107,15 +120,12 @@ class Split:
             self._programme(num_layers, open_VK)
         else:
             self._mix(num_layers, open_VK)
-            for variant, k in np.argwhere(open_VK) if num_layers <= EXACT_LAYERS else ():
-                if comb(len(self._seconds_O) + int(k) - 1, int(k)) <= EXACT_CHOICES:
+            for variant, k in np.argwhere(open_VK):
+                ways = comb(len(self._seconds_O) + int(k) - 1, int(k))
+                if num_layers <= EXACT_LAYERS and ways <= EXACT_CHOICES:
                     self._branch(int(variant), int(k))
-
-    def _fits(self, option: int, k: int, home_room: float) -> bool:
-        home, *helpers = self._counts_OH[option]
-        return bool(k * home <= home_room) and all(
-            k * count <= room for count, room in zip(helpers, self._rooms, strict=True)
-        )
+                else:
+                    self.is_exact = False
 
     def _programme(self, num_layers: int, open_VK: Array) -> None:
         shape = tuple(room + 1 for room in self._rooms)
@@ -160,23 +170,25 @@ class Split:
 
     def _mix(self, num_layers: int, open_VK: Array) -> None:
         some = self._useful()
-        counts_MH, seconds_M = self._counts_OH[some], self._seconds_O[some]
+        one_P, other_P = np.triu_indices(len(some))
+        counts_PH, others_PH = self._counts_OH[some[one_P]], self._counts_OH[some[other_P]]
+        seconds_P, others_P = self._seconds_O[some[one_P]], self._seconds_O[some[other_P]]
         for k in np.flatnonzero(open_VK.any(axis=0)):
             at = np.arange(k + 1)
-            total = (
-                counts_MH[:, None, None] * at[:, None]
-                + counts_MH[None, :, None] * (k - at)[:, None]
+            seconds = seconds_P[:, None] * at + others_P[:, None] * (k - at)
+            home, *helpers = (
+                counts_PH[:, host, None] * at + others_PH[:, host, None] * (k - at)
+                for host in range(1 + len(self._rooms))
             )
-            seconds = seconds_M[:, None, None] * at + seconds_M[None, :, None] * (k - at)
-            seconds = np.where((total[..., 1:] <= self._rooms).all(axis=-1), seconds, np.inf)
+            for held, room in zip(helpers, self._rooms, strict=True):
+                seconds[held > room] = np.inf
             for variant in np.flatnonzero(open_VK[:, k]):
-                fits = total[..., 0] <= self._home_VK[variant, k]
-                within = np.where(fits, seconds, np.inf)
-                best = int(within.argmin())
-                a, b, number = (int(n) for n in np.unravel_index(best, within.shape))
-                if np.isfinite(within[a, b, number]):
-                    self.seconds_VK[variant, k] = within[a, b, number]
-                    mixed = [int(some[a])] * number + [int(some[b])] * int(k - number)
+                within = np.where(home <= self._home_VK[variant, k], seconds, np.inf)
+                pair, number = divmod(int(within.argmin()), int(k) + 1)
+                if np.isfinite(within[pair, number]):
+                    self.seconds_VK[variant, k] = within[pair, number]
+                    one, other = int(some[one_P[pair]]), int(some[other_P[pair]])
+                    mixed = [one] * number + [other] * int(k - number)
                     self._chosen[int(variant), int(k)] = mixed
 
     def _branch(self, variant: int, num_layers: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .placing import helpers_of
 from .problem import Problem, Route
-from .search import EXACT_PLACES, EXACT_SHARED, Search, Stage
+from .search import EXACT_PLACES, Search, Stage
 
 Order = tuple[Stage, ...]
 MOST_ROUTES = 120
@@ -35,8 +35,7 @@ def improved(
     these problems was exact. `start` belongs to one of `problems`; None: nothing was found yet.
     """
     first = problems[0]
-    count = len(first.sites)
-    if count <= (EXACT_SHARED if first.shared is not None else EXACT_PLACES):
+    if Search(first).is_exact:
         return start
     best = start
     climbs = [_Climb(problem, throughput=throughput, num_stages=num_stages) for problem in problems]
@@ -77,6 +76,7 @@ class _Climb:
         self._throughput, self._num_stages = throughput, num_stages
         self._search = Search(problem)
         self._routes: dict[Order, Route | None] = {}
+        self._tried: set[Order] = set()
         seconds = np.array([site.seconds_L[-1] for site in problem.sites])
         self._by_speed = [int(n) for n in np.argsort(seconds, kind="stable")]
         self._near = [
@@ -119,10 +119,15 @@ class _Climb:
         while is_rising and left > 0:
             is_rising = False
             for step in self._steps(order):
-                if step in self._routes:
+                if step in self._tried or step in self._routes:
                     continue
                 left -= 1
-                route = self.route(step)
+                self._tried.add(step)
+                route = self._search.best_in_order(
+                    step,
+                    throughput=self._throughput,
+                    floor=0.0 if best is None else self.score(best),
+                )
                 if route is not None and (best is None or self._rises(route, best)):
                     best, order, is_rising = route, step, True
                     break
@@ -140,7 +145,11 @@ class _Climb:
             used |= stage.members
         free = [site for site in self._by_speed if not used >> site & 1]
         shares = self.problem.shared is not None
+        # Without helpers the search over few devices has found the best already.
+        is_known = len(self.problem.sites) <= EXACT_PLACES
         for step in self._all_steps(order, free, shares=shares):
+            if is_known and all(stage == Stage.alone(stage.home) for stage in step):
+                continue
             if self._num_stages in (None, len(step)):
                 yield step
 

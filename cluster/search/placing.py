@@ -28,10 +28,10 @@ from .cost import (
     prefill_layer_s,
     transfer_s,
 )
-from .expert_cost import Array, Seat, hosts_s
+from .expert_cost import Array, Seat, hit_chance, hosts_s, least_hosts_s, one_expert_s
 from .expert_split import Split, spreads
 from .place import Place
-from .problem import Matrix, Problem, Site
+from .problem import Least, Matrix, Problem, Site
 
 PROMPT_TOKENS = 1.0
 """Of prompts for every token that is generated, where many streams are planned for. They travel in
@@ -62,6 +62,9 @@ class Placing:
         self._spans = {wish.host: wish.layers for wish in workload.nodes}
         self.problem = cache(self._problem)
         self.split = cache(self._split)
+        self.attention_L = cache(self._attention_L)
+        self.splits_are_exact = True
+        """Of all that were asked for so far."""
 
     def cost(self, number: int) -> ModelCost:
         """The model at the dtype of a place."""
@@ -110,9 +113,13 @@ class Placing:
         def shared(home: int, members: int) -> Matrix:
             return self.shared_LL(home, members, tokens)
 
+        def least() -> Least:
+            return self._least(tokens)
+
         # A step leaves a stage when what surrounds its layers is done too.
         around = np.array([[place.device.step_overhead_s] for place in self.places])
         has_experts = bool(next(iter(self.costs.values())).num_experts)
+        may_share = has_experts and self._workload.separate_experts
         return Problem(
             sites=tuple(self._site(number, tokens) for number in count),
             hop_s=around + np.array([[hop_s(hidden, link) for link in row] for row in links]),
@@ -120,7 +127,8 @@ class Placing:
             transfer_s=np.array([[transfer_s(hidden, link) for link in row] for row in links]),
             step_tokens=tokens,
             streams=self._workload.max_concurrency,
-            shared=shared if has_experts and self._workload.separate_experts else None,
+            shared=shared if may_share else None,
+            least_shared=least if may_share else None,
         )
 
     def _site(self, number: int, tokens: int) -> Site:
@@ -157,15 +165,7 @@ class Placing:
     def shared_LL(self, home: int, members: int, tokens: int) -> Matrix:
         """[u, v]: seconds of a stage whose members share the experts of layers [u, v)."""
         site, split = self.problem(tokens).sites[home], self.split(home, members, tokens)
-        cost, speed = self.cost(home), self.speed(home)
-        prompts = self._chunks(tokens)
-        attention = _prefix(
-            [
-                attention_s(cost, layer, speed, tokens=tokens, context_tokens=self._context_tokens)
-                + prompts * attention_s(cost, layer, speed, tokens=STEP_TOKENS, context_tokens=0)
-                for layer in range(len(cost.expert_bytes))
-            ]
-        )
+        attention = _prefix(self.attention_L(home, tokens))
         layers = np.arange(len(attention))
         spans = np.maximum(layers[None, :] - layers[:, None], 0)
         experts = split.seconds_VK[0][spans]
@@ -173,6 +173,65 @@ class Placing:
         experts[:, -1] = split.seconds_VK[2][spans[:, -1]] + site.last_s
         experts[0, -1] = split.seconds_VK[3][-1] + site.first_s + site.last_s
         return np.where(spans > 0, attention[None, :] - attention[:, None] + experts, np.inf)
+
+    def _attention_L(self, home: int, tokens: int) -> list[float]:
+        """Seconds of each layer besides its experts, with the chunks of prompts that come along."""
+        cost, speed = self.cost(home), self.speed(home)
+        context, prompts = self._context_tokens, self._chunks(tokens)
+        return [
+            attention_s(cost, layer, speed, tokens=tokens, context_tokens=context)
+            + prompts * attention_s(cost, layer, speed, tokens=STEP_TOKENS, context_tokens=0)
+            for layer in range(len(cost.expert_bytes))
+        ]
+
+    def _least(self, tokens: int) -> Least:
+        """What layers cost at least when their experts may be anywhere."""
+        count = range(len(self.places))
+        prompts = self._chunks(tokens)
+        own, own_bytes, help_s, expert, one_expert = [], [], [], [], []
+        for home in count:
+            cost = self.cost(home)
+            others = [n for n in count if n != home and self._spans.get(self._host(n)) is None]
+            seats = self.seats(home, 1 << home | sum(1 << other for other in others))
+            own.append(self.attention_L(home, tokens))
+            own_bytes.append(np.array(cost.attention_bytes) + self.kv_bytes)
+            by_size = {
+                size: least_hosts_s(cost, cost.expert_bytes.index(size), seats, tokens=tokens)
+                + prompts
+                * least_hosts_s(cost, cost.expert_bytes.index(size), seats, tokens=STEP_TOKENS)
+                for size in set(cost.expert_bytes)
+            }
+            help_s.append([by_size[size] for size in cost.expert_bytes])
+            step, full = (
+                np.min([self._one_expert_L(home, dtype, n) for dtype in self.costs], axis=0)
+                for n in (tokens, STEP_TOKENS)
+            )
+            one_expert.append(step + prompts * full)
+            expert.append(
+                hit_chance(cost, tokens) * step + prompts * hit_chance(cost, STEP_TOKENS) * full
+            )
+        overhead = min(each.workspace_bytes(0) for each in self.weights.values())
+        return Least(
+            layer_NL=np.array(own) + np.array(help_s),
+            own_NL=np.array(own),
+            expert_NL=np.array(expert),
+            one_expert_NL=np.array(one_expert),
+            own_bytes_NL=np.array(own_bytes),
+            expert_bytes_L=np.min([cost.expert_bytes for cost in self.costs.values()], axis=0),
+            helper_capacity_N=np.array([place.usable_bytes - overhead for place in self.places]),
+            num_experts=self.cost(0).num_experts,
+        )
+
+    def _one_expert_L(self, number: int, dtype: ComputeDtype, tokens: int) -> Matrix:
+        cost, speed = self.costs[dtype], self.speed(number, dtype)
+        by_size = {
+            size: one_expert_s(cost, cost.expert_bytes.index(size), speed, tokens=tokens)
+            for size in set(cost.expert_bytes)
+        }
+        return np.array([by_size[size] for size in cost.expert_bytes])
+
+    def _host(self, number: int) -> str:
+        return self.places[number].node.host
 
     def _split(self, home: int, members: int, tokens: int) -> Split:
         """How the members of a stage share its experts, for every number of layers; by whether the
@@ -194,7 +253,9 @@ class Placing:
             max(0, (self.places[other].usable_bytes - overhead) // expert)
             for other in helpers_of(home, members)
         ]
-        return Split(seconds_O, counts_OH, home_VK=home_VK, helper_rooms=rooms)
+        found = Split(seconds_O, counts_OH, home_VK=home_VK, helper_rooms=rooms)
+        self.splits_are_exact &= found.is_exact
+        return found
 
     def _solo_HN(self, cost: ModelCost, layer: int, seats: Sequence[Seat], tokens: int) -> Array:
         """[H, n]: what n experts take on each seat, were the others for nothing."""

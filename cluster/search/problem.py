@@ -37,6 +37,30 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Least:
+    """What layers cost at least, whoever else is in their stage; the ground of `bound.py`.
+
+    Matrices are [site, layer]. A layer has work of its own, which only the home of its stage does,
+    and experts, which any member may hold; where nobody may help, all of a layer is its own.
+    """
+
+    layer_NL: Matrix
+    """Seconds of a layer on a home, with the best help that there may be."""
+    own_NL: Matrix
+    """Seconds of its own work."""
+    expert_NL: Matrix
+    """Seconds that each expert occupies its host, on average."""
+    one_expert_NL: Matrix
+    """Seconds of an expert that a step needs."""
+    own_bytes_NL: Matrix
+    expert_bytes_L: Matrix
+    helper_capacity_N: Matrix
+    """Bytes for experts on a site without a stage of its own."""
+    num_experts: int = 0
+    """Of a layer, that may be elsewhere; 0: nobody may help."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
     """One placement problem at one number of sequences per step."""
 
@@ -52,6 +76,24 @@ class Problem:
     shared: Callable[[int, int], Matrix] | None = None
     """(home, members): [u, v] seconds of layers [u, v) with experts on all members, inf where
     they do not fit; None: every stage has one site."""
+    least_shared: Callable[[], Least] | None = None
+    """Given with `shared`."""
+
+    @property
+    def least(self) -> Least:
+        """What layers cost at least."""
+        if self.least_shared is not None:
+            return self.least_shared()
+        seconds = np.array([np.diff(site.seconds_L) for site in self.sites])
+        return Least(
+            layer_NL=seconds,
+            own_NL=seconds,
+            expert_NL=np.zeros_like(seconds),
+            one_expert_NL=np.zeros_like(seconds),
+            own_bytes_NL=np.array([np.diff(site.needs_L) for site in self.sites]),
+            expert_bytes_L=np.zeros(self.num_layers),
+            helper_capacity_N=np.array([site.capacity for site in self.sites]),
+        )
 
     @property
     def num_layers(self) -> int:

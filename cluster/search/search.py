@@ -132,6 +132,12 @@ class Search:
         elif count <= EXACT_PLACES:
             self.exact_stages = self._alone
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether every route there is can be found, with helpers where there may be some."""
+        most = EXACT_PLACES if self.problem.shared is None else EXACT_SHARED
+        return len(self.problem.sites) <= most
+
     def stage_LL(self, stage: Stage) -> Matrix:
         """[u, v]: seconds of a stage with layers [u, v), inf where it does not fit."""
         if stage not in self._stage_LL:
@@ -246,12 +252,14 @@ class Search:
         routes = [self._route(front) for front in ended if front is not root]
         return min(routes, key=lambda route: route.round_trip_s, default=None)
 
-    def best_in_order(self, order: Sequence[Stage], *, throughput: bool = False) -> Route | None:
+    def best_in_order(
+        self, order: Sequence[Stage], *, throughput: bool = False, floor: float = 0.0
+    ) -> Route | None:
         """The best cut with all stages of an order, in that order: the least round trip, or the
-        most tokens per second. None: it does not fit."""
+        most tokens per second, if more than `floor`. None: it does not fit."""
         if not throughput:
             return self.along(order, math.inf)
-        routes = list(self.improvements(0.0, lambda limit, _: self.along(order, limit), order))
+        routes = list(self.improvements(floor, lambda limit, _: self.along(order, limit), order))
         return routes[-1] if routes else None
 
     def _within(
