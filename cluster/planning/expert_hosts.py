@@ -31,7 +31,7 @@ def choose_experts(
     """
     if popularity is None or cost.num_experts > 12:
         return _in_turn(range(cost.num_experts), counts_H)
-    weights = token_weights(popularity, cost.experts_per_token)
+    weights = token_weights(tuple(popularity), cost.experts_per_token)
     ways = [_dealt(popularity, counts_H)]
     if factorial(cost.num_experts) // prod(map(factorial, counts_H)) <= _MOST_WAYS:
         ways = list(_ways(list(range(cost.num_experts)), counts_H))

@@ -23,6 +23,7 @@ from ..search.problem import Problem, Route, evaluate
 from ..search.search import Search, Stage, busiest, fastest
 from ..units import gigabytes, milliseconds
 from .expert_hosts import add_copies, choose_experts
+from .popular_times import popular_stage_s
 
 PREFILL_TOKENS = 1024
 """Length of the prompt whose time to the first token is predicted."""
@@ -68,10 +69,10 @@ class SpeedPlanner:
         problem, route = self.found
         asked, is_busy = self._workload.num_stages, self._workload.objective == "throughput"
         score = route.tokens_per_s(problem) if is_busy else route.round_trip_s
+        if self._workload.popularity is not None:  # the search takes all experts to be alike
+            return None
         if Search(problem).is_exact and self._placing.splits_are_exact:
             return score
-        if self._workload.popularity is not None:
-            return None
         if is_busy:
             problems = [self._placing.problem(tokens) for tokens in self._batches()]
             return most_tokens_per_s(problems, score, num_stages=asked)
@@ -199,7 +200,11 @@ class SpeedPlanner:
         else:
             crowd = self._placing.problem(self._batch(len(sites)))
         alone = self._placing.problem(1)
-        together, single = (evaluate(each, sites, ends, members) for each in (crowd, alone))
+        places = [[number_of[seat] for seat in stage] for stage in seats]
+        together, single = (
+            evaluate(each, sites, ends, members, self._popular(plan, places, each.step_tokens))
+            for each in (crowd, alone)
+        )
         shown, trip = (alone, single) if objective == "latency" else (crowd, together)
         stages = []
         for number, stage in enumerate(plan.stages):
@@ -233,6 +238,18 @@ class SpeedPlanner:
         return replace(
             plan, stages=tuple(stages), prediction=prediction, num_micro_batches=micro_batches
         )
+
+    def _popular(
+        self, plan: Plan, places: Sequence[Sequence[int]], tokens: int
+    ) -> list[float] | None:
+        """Seconds of every stage under the popularity of experts; None where all are alike."""
+        popularity = self._workload.popularity
+        if popularity is None:
+            return None
+        return [
+            popular_stage_s(self._placing, stage, there, tokens, popularity)
+            for stage, there in zip(plan.stages, places, strict=True)
+        ]
 
     def _timed(
         self, helper: ExpertHost, home: int, number_of: dict[tuple[str, str], int], tokens: int

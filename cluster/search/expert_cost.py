@@ -36,7 +36,8 @@ class Seat:
     """To it from the device with the layer's attention; None: it is that device."""
 
 
-def token_weights(popularity: Sequence[float], per_token: int) -> tuple[float, ...]:
+@cache
+def token_weights(popularity: tuple[float, ...], per_token: int) -> tuple[float, ...]:
     """Weights with which drawing `per_token` different experts hits each as often as measured.
 
     A set is drawn in proportion to the product of its weights (conditional Bernoulli sampling),

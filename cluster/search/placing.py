@@ -133,7 +133,7 @@ class Placing:
 
     def _site(self, number: int, tokens: int) -> Site:
         cost, weights, speed = self.cost(number), self._weights(number), self.speed(number)
-        prompts = self._chunks(tokens)
+        prompts = self.chunks(tokens)
         seconds = [
             layer_s(cost, layer, speed, tokens=tokens, context_tokens=self._context_tokens)
             + prompts * prefill_layer_s(cost, layer, speed, tokens=STEP_TOKENS)
@@ -151,7 +151,7 @@ class Placing:
             span=self._spans.get(self.places[number].node.host),
         )
 
-    def _chunks(self, tokens: int) -> float:
+    def chunks(self, tokens: int) -> float:
         """Full chunks of prompts that come with a decode step of so many tokens, on average; one
         stream alone has none."""
         if self._workload.objective != "throughput":
@@ -177,7 +177,7 @@ class Placing:
     def _attention_L(self, home: int, tokens: int) -> list[float]:
         """Seconds of each layer besides its experts, with the chunks of prompts that come along."""
         cost, speed = self.cost(home), self.speed(home)
-        context, prompts = self._context_tokens, self._chunks(tokens)
+        context, prompts = self._context_tokens, self.chunks(tokens)
         return [
             attention_s(cost, layer, speed, tokens=tokens, context_tokens=context)
             + prompts * attention_s(cost, layer, speed, tokens=STEP_TOKENS, context_tokens=0)
@@ -187,7 +187,7 @@ class Placing:
     def _least(self, tokens: int) -> Least:
         """What layers cost at least when their experts may be anywhere."""
         count = range(len(self.places))
-        prompts = self._chunks(tokens)
+        prompts = self.chunks(tokens)
         own, own_bytes, help_s, expert, one_expert = [], [], [], [], []
         for home in count:
             cost = self.cost(home)
@@ -242,7 +242,7 @@ class Placing:
         counts_OH = spreads(cost.num_experts, self._solo_HN(cost, layer, seats, tokens))
         held_OHE = in_turn(counts_OH, cost.num_experts)
         seconds_O = hosts_s(cost, layer, seats, held_OHE, tokens=tokens)
-        if prompts := self._chunks(tokens):
+        if prompts := self.chunks(tokens):
             seconds_O += prompts * hosts_s(cost, layer, seats, held_OHE, tokens=STEP_TOKENS)
         layers = np.arange(len(cost.expert_bytes) + 1)
         used = layers * (max(cost.attention_bytes) + self.kv_bytes)

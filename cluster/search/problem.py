@@ -168,18 +168,19 @@ def evaluate(
     sites: Sequence[int],
     ends: Sequence[int],
     members: Sequence[int] | None = None,
+    stages_s: Sequence[float] | None = None,
 ) -> Route:
-    """A given route with its times. Stages on one site take turns; memory is not checked."""
+    """A given route with its times. Stages on one site take turns; memory is not checked.
+
+    `stages_s` are the seconds of its stages, where these are known better.
+    """
     starts = (0, *ends[:-1])
     masks = tuple(members) if members is not None else tuple(1 << site for site in sites)
-    stages = []
-    for home, mask, start, end in zip(sites, masks, starts, ends, strict=True):
-        if mask == 1 << home:
-            stages.append(_stage_s(problem.sites[home], start, end, problem.num_layers))
-        else:
-            stages.append(float(problem.stage_LL(home, mask)[start, end]))
+    if stages_s is None:
+        spans = zip(sites, masks, starts, ends, strict=True)
+        stages_s = [_stage_s(problem, *span) for span in spans]
     busy: defaultdict[int, float] = defaultdict(float)
-    for home, seconds in zip(sites, stages, strict=True):
+    for home, seconds in zip(sites, stages_s, strict=True):
         busy[home] += seconds
     pairs = list(pairwise(sites))
     hops = [float(problem.hop_s[i, j]) for i, j in pairs]
@@ -189,12 +190,15 @@ def evaluate(
         sites=tuple(sites),
         members=masks,
         ends=tuple(ends),
-        stages_s=tuple(stages),
-        round_trip_s=sum(stages) + sum(hops) + back,
+        stages_s=tuple(stages_s),
+        round_trip_s=sum(stages_s) + sum(hops) + back,
         bottleneck_s=max([*busy.values(), *transfers]),
     )
 
 
-def _stage_s(site: Site, start: int, end: int, num_layers: int) -> float:
+def _stage_s(problem: Problem, home: int, members: int, start: int, end: int) -> float:
+    if members != 1 << home:
+        return float(problem.stage_LL(home, members)[start, end])
+    site = problem.sites[home]
     seconds = float(site.seconds_L[end] - site.seconds_L[start])
-    return seconds + (start == 0) * site.first_s + (end == num_layers) * site.last_s
+    return seconds + (start == 0) * site.first_s + (end == problem.num_layers) * site.last_s
