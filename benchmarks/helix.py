@@ -136,12 +136,24 @@ class HelixCluster:
             servers, paths, hop_s, load, policy, warm_s=warm_s, measured_s=measured_s
         )
 
-    def in_flight(self, layout: Layout) -> int:
-        """Requests that such a loop keeps on a chain."""
+    def in_flight_of(self, kind: dict[str, Any], layers: int) -> int:
+        """Requests that such a loop keeps on a node with so many layers."""
         work = self.data["workload"]
         mean = work["trace_mean_input_tokens"] + work["trace_mean_output_tokens"]
-        rooms = [self._server(n, span).kv_tokens for n, span in enumerate(layout) if span]
-        return int(0.8 * min(rooms) / mean)
+        return int(0.8 * kind["kv_blocks"][layers - 1] * work["kv_block_tokens"] / mean)
+
+    def in_flight_choices(self) -> list[int]:
+        """All such numbers of any kind of node that hold the model together, ascending."""
+        of_kinds = [
+            [self.in_flight_of(kind, k + 1) for k in range(len(kind["kv_blocks"]))]
+            for kind in self.kinds
+        ]
+
+        def layers_with(streams: int) -> int:
+            return sum(sum(room >= streams for room in rooms) for rooms in of_kinds)
+
+        every = sorted({room for rooms in of_kinds for room in rooms if room})
+        return [streams for streams in every if layers_with(streams) >= self.num_layers]
 
     def _server(self, node: int, span: Sequence[int]) -> Server:
         kind, layers = self.kinds[node], (span[1] - span[0]) if span else 0
@@ -150,7 +162,7 @@ class HelixCluster:
         decode, prompt = kind["decode_ms_per_layer"], kind["prompt_ms_per_layer"]
 
         def step_s(decodes: int, tokens: int) -> float:
-            ms = _at(decode, decodes) + _at(prompt, tokens)
+            ms = at_tokens(decode, decodes) + at_tokens(prompt, tokens)
             return layers * ms / 1000
 
         return Server(
@@ -161,7 +173,7 @@ class HelixCluster:
         )
 
 
-def _at(table: dict[str, list[float]], tokens: int) -> float:
+def at_tokens(table: dict[str, list[float]], tokens: int) -> float:
     """Between the two nearest entries; beyond the last, as its slope goes on."""
     xs, ys = table["tokens"], table["ms"]
     if tokens <= 0:

@@ -2,6 +2,8 @@
 
     python benchmarks/planner.py --quick     every case, fewer random clusters: some minutes
     python benchmarks/planner.py             as many as the goals name
+    python benchmarks/planner.py --case others --from 1 --count 20 --output FILE     a part, added
+    python benchmarks/planner.py --summarise FILE --output FILE     what such parts come to
 
 Prints one JSON object a case: {"case", "ours", "reference", "ratio", "goal", "holds"}; tokens per
 second come from the planner's cost model or from a simulation, not from measurements of a cluster.
@@ -25,9 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from magnetar.benchmarks.closed_loop import Waiting
-from magnetar.benchmarks.helix import HelixCluster, Layout
-from magnetar.benchmarks.random_clusters import Cluster
+from magnetar.benchmarks.other_planners import against_other_planners, helix, summary
+from magnetar.benchmarks.rows import row
 from magnetar.cluster.footprint import footprint
 from magnetar.cluster.inventory.profiles import profiles
 from magnetar.cluster.plan import Device, Inventory, Link, Node, Objective, Workload
@@ -52,25 +53,13 @@ CONTEXT_TOKENS = 32768
 STREAMS = 8
 
 
-def row(case: str, ours: float, reference: float, goal: str, holds: bool) -> dict[str, Any]:
-    """One case as it is printed."""
-    ratio = ours / reference if reference else 1.0
-    return {
-        "case": case,
-        "ours": float(f"{ours:.5g}"),
-        "reference": float(f"{reference:.5g}"),
-        "ratio": float(f"{ratio:.4g}"),
-        "goal": goal,
-        "holds": bool(holds),
-    }
-
-
-def against_brute_force(num_clusters: int) -> Iterator[dict[str, Any]]:
+def against_brute_force(seeds: range) -> Iterator[dict[str, Any]]:
     """Every order, every subset, every cut, and every way to spread the experts of a stage."""
     sizes = [(3, 8, 1), (4, 6, 1), (5, 6, 1), (2, 8, 3), (3, 4, 3), (3, 3, 4), (4, 3, 2), (5, 3, 2)]
     equal = {"latency": 0, "throughput": 0}
     num_shared = 0
-    for seed in range(num_clusters):
+    num_clusters = len(seeds)
+    for seed in seeds:
         num_nodes, num_layers, num_experts = sizes[seed % len(sizes)]
         placing = small_cluster(
             seed, num_nodes=num_nodes, num_layers=num_layers, num_experts=max(2, num_experts)
@@ -187,77 +176,6 @@ def five_macs() -> Iterator[dict[str, Any]]:
     yield row("five Macs, one stream, ms", trip, 113.9, goal, trip <= 113.95)
 
 
-def helix(seconds: float) -> Iterator[dict[str, Any]]:
-    """Helix's clusters: maximum flow, and closed loops under its policy and under chunks."""
-    large, small = HelixCluster("helix-single24"), HelixCluster("helix-small10")
-    chain = large.chain()
-    began = time.perf_counter()
-    flow = large.flow(large.chain())[0]
-    took = time.perf_counter() - began
-    case = "helix-single24, maximum flow of the chain, tokens/s"
-    yield row(case, flow, 1289.556, ">= 2045", flow >= 2045)
-    yield row("the same, seconds to find it", took, 1.0, "< 1", took < 1)
-    layouts, published = large.data["layouts"], large.data["results"]
-
-    def loop(cluster: HelixCluster, layout: Layout, policy: Waiting) -> float:
-        return cluster.decode_tokens_per_s(layout, policy, warm_s=240, measured_s=seconds)
-
-    base = loop(large, layouts["helix"], Waiting())
-    for name in ("swarm", "exo_ring", "chain", "chain_kv"):
-        ours = loop(large, layouts[name], Waiting()) / base
-        known = published[name].get("remeasured")
-        if known is None:
-            known = published[name]["sim_offline"] / published["helix"]["sim_offline"]
-        else:
-            known /= published["helix"]["remeasured"]
-        case = f"simulated decoding of {name} to that of helix, whole prompts in order"
-        yield row(case, ours, known, "within 15 %", abs(ours / known - 1) <= 0.15)
-    shared = large.in_flight(chain) // sum(bool(span) for span in chain)
-    for goal, cap in (("in-flight / stages", shared), ("four times that", 4 * shared)):
-        policy = Waiting(chunk_tokens=64, most_decodes=cap)
-        ours, theirs = loop(large, chain, policy), loop(large, layouts["helix"], policy)
-        case = f"helix-single24, decode tokens/s, chunks of 64, at most {goal} a step"
-        yield row(case, ours, theirs, ">= 1.3", ours >= 1.3 * theirs)
-    chain = small.chain()
-    flow = small.flow(chain)[0]
-    yield row("helix-small10, maximum flow", flow, 286.587, ">= 286.6 rounded", flow >= 286.55)
-    cap = max(1, small.in_flight(chain) // 10)
-    policy = Waiting(chunk_tokens=64, most_decodes=cap)
-    ours, theirs = loop(small, chain, policy), loop(small, small.data["layouts"]["helix"], policy)
-    yield row("helix-small10, decode tokens/s", ours, theirs, ">= 1", ours >= theirs)
-
-
-def against_other_planners(num_clusters: int) -> Iterator[dict[str, Any]]:
-    """exo's memory ring, Petals' block choice, Parallax' water-filling and an even split.
-
-    A cluster is 3 to 8 machines of the named profiles, each behind a network of its own kind; the
-    model is Mixtral in bf16. All layouts run in the same closed loop of 16 streams, the others'
-    with a micro-batch a stage, which is the default, and on every fourth cluster again with as many
-    as are best for each.
-    """
-    ratios: list[float] = []
-    kind: list[float] = []
-    seed = num_unplanned = 0
-    while len(ratios) < num_clusters:
-        seed += 1
-        cluster = Cluster(seed)
-        baselines = cluster.baselines()
-        if cluster.found is None:
-            num_unplanned += bool(baselines)
-            continue
-        if baselines:
-            ours = cluster.ours()
-            ratios.append(ours / max(baselines.values()))
-            if len(ratios) % 4 == 0:
-                kind.append(ours / max(cluster.baselines(any_batches=True).values()))
-    yield row("clusters where only others fit", num_unplanned, 0, "none", num_unplanned == 0)
-    for name, found in (("", ratios), (", each with its best micro-batches", kind)):
-        mean = math.exp(sum(math.log(ratio) for ratio in found) / len(found))
-        case = f"against the best of four planners{name}, geometric mean, {len(found)} clusters"
-        yield row(case, mean, 1.0, ">= 1.3", mean >= 1.3)
-        yield row("the same, worst cluster", min(found), 1.0, ">= 0.99", min(found) >= 0.99)
-
-
 def layers_or_experts() -> Iterator[dict[str, Any]]:
     """Equal nodes share experts exactly where the table of break-even says that it is faster."""
     agree = cells = 0
@@ -351,25 +269,54 @@ def machine() -> dict[str, Any]:
     }
 
 
+GROUPS = ("times", "macs", "first", "experts", "helix", "others", "brute")
+"""Of cases, in the order of a run."""
+
+
+def cases_of(group: str, *, quick: bool, seeds: range | None) -> Iterator[dict[str, Any]]:
+    """The rows of one group."""
+    if group == "times":
+        yield from times()
+    elif group == "macs":
+        yield from five_macs()
+    elif group == "first":
+        yield from first_deployment()
+    elif group == "experts":
+        yield from layers_or_experts()
+    elif group == "helix":
+        yield from helix(120 if quick else 360)
+    elif group == "others":
+        clusters = []
+        for each in against_other_planners(seeds or range(1, 36 if quick else 231)):
+            clusters.append(each)
+            yield each
+        yield from summary(clusters) if seeds is None else ()
+    else:
+        yield from against_brute_force(seeds or range(24 if quick else 300))
+
+
 def main() -> None:
-    """Runs every case."""
+    """Runs every case, or some."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer random clusters")
+    parser.add_argument("--case", choices=GROUPS, action="append", help="only this group of cases")
+    parser.add_argument("--from", type=int, dest="first", metavar="N", help="first random cluster")
+    parser.add_argument("--count", type=int, default=20, metavar="N", help="clusters from there on")
     parser.add_argument("--output", type=Path, metavar="FILE", help="keep the JSON objects there")
-    args = parser.parse_args()
-    rows = [machine() | {"quick": args.quick}]
-    cases = itertools.chain(
-        times(),
-        five_macs(),
-        first_deployment(),
-        layers_or_experts(),
-        helix(120 if args.quick else 360),
-        against_other_planners(30 if args.quick else 200),
-        against_brute_force(24 if args.quick else 300),
+    parser.add_argument(
+        "--summarise", type=Path, metavar="FILE", help="only sum up the clusters kept in a file"
     )
-    # Row by row, so that a run that is stopped keeps what it found.
-    keep = args.output.open("w", encoding="utf-8") if args.output else None
-    for case in itertools.chain(rows, cases):
+    args = parser.parse_args()
+    if args.summarise is not None:
+        kept = [json.loads(line) for line in args.summarise.read_text("utf-8").splitlines()]
+        rows = summary([each for each in kept if "others_planned" in each])
+    else:
+        seeds = None if args.first is None else range(args.first, args.first + args.count)
+        chosen = (cases_of(group, quick=args.quick, seeds=seeds) for group in args.case or GROUPS)
+        rows = itertools.chain([machine() | {"quick": args.quick}], *chosen)
+    # Row by row, so that a run that is stopped keeps what it found; runs add to what there is.
+    keep = args.output.open("a", encoding="utf-8") if args.output else None
+    for case in rows:
         print(json.dumps(case), flush=True)
         if keep is not None:
             print(json.dumps(case), file=keep, flush=True)
