@@ -17,10 +17,11 @@ from ..plan import (
 )
 from ..search.bound import least_round_trip_s, most_tokens_per_s
 from ..search.cost import assumed_link, device_speed, hop_s
+from ..search.lumps import tokens_per_s_in_lumps
 from ..search.moves import improved
 from ..search.placing import PROMPT_TOKENS, Placing, helpers_of
 from ..search.problem import Problem, Route, evaluate
-from ..search.search import Search, Stage, busiest, fastest
+from ..search.search import Search, Stage, contenders, fastest
 from ..units import gigabytes, milliseconds
 from .expert_hosts import add_copies, choose_experts
 from .popular_times import popular_stage_s
@@ -29,6 +30,8 @@ PREFILL_TOKENS = 1024
 """Length of the prompt whose time to the first token is predicted."""
 MAX_EXPLAINED = 8
 """Unused nodes of different kinds that are each planned with, to say what using them would do."""
+_NEAR = 0.07
+"""Share of the best score that a route may lack and still be looked at more closely."""
 _MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64)
 
 
@@ -46,6 +49,7 @@ class SpeedPlanner:
     def __init__(self, placing: Placing, workload: Workload) -> None:
         self._placing = placing
         self._workload = workload
+        self._score = 0.0
         self._places = placing.places
 
     @cached_property
@@ -56,19 +60,39 @@ class SpeedPlanner:
             return None
         if self._workload.objective == "throughput":
             problems = [self._placing.problem(tokens) for tokens in self._batches()]
-            best = busiest(problems, num_stages=asked)
-            return improved(problems, best, throughput=True, num_stages=asked)
+            near = contenders(problems, num_stages=asked, within=_NEAR)
+            best = improved(problems, near[0] if near else None, throughput=True, num_stages=asked)
+            return None if best is None else self._in_lumps([best, *near])
         problem = self._placing.problem(1)
         route = fastest(problem, num_stages=asked)
         start = None if route is None else (problem, route)
         return improved([problem], start, throughput=False, num_stages=asked)
+
+    def _in_lumps(self, found: list[tuple[Problem, Route]]) -> tuple[Problem, Route]:
+        """Of the first route and those nearly as good the one that prompts hold up least."""
+        problem, route = found[0]
+        self._score = route.tokens_per_s(problem)
+        near = [
+            (problem, route)
+            for problem, route in found
+            if route.tokens_per_s(problem) >= self._score * (1 - _NEAR)
+        ]
+        if len(near) == 1:
+            return near[0]
+
+        def rate(each: tuple[Problem, Route]) -> float:
+            tokens = each[0].step_tokens
+            calm, chunks = self._placing.calm.problem(tokens), self._placing.chunks(tokens)
+            return tokens_per_s_in_lumps(*each, calm, chunks)
+
+        return max(near, key=rate)
 
     def best_possible(self) -> float | None:
         """What no plan can beat (`Prediction.best_possible`); None where nobody can say."""
         assert self.found is not None
         problem, route = self.found
         asked, is_busy = self._workload.num_stages, self._workload.objective == "throughput"
-        score = route.tokens_per_s(problem) if is_busy else route.round_trip_s
+        score = self._score if is_busy else route.round_trip_s
         if self._workload.popularity is not None:  # the search takes all experts to be alike
             return None
         if Search(problem).is_exact and self._placing.splits_are_exact:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -58,6 +59,15 @@ class Placing:
         self.weights = {dtype: footprint(config, index, dtype) for dtype in set(dtypes)}
         self._links = known_links(inventory)
         self._workload = workload
+        self._calm: Callable[[], Placing] = lambda: Placing(
+            config,
+            index,
+            inventory,
+            replace(workload, objective="latency"),
+            places,
+            dtypes,
+            kv_bytes=kv_bytes,
+        )
         self.kv_bytes = kv_bytes
         self._spans = {wish.host: wish.layers for wish in workload.nodes}
         self.problem = cache(self._problem)
@@ -65,6 +75,11 @@ class Placing:
         self.attention_L = cache(self._attention_L)
         self.splits_are_exact = True
         """Of all that were asked for so far."""
+
+    @cached_property
+    def calm(self) -> Placing:
+        """The same without prompts beside what is decoded."""
+        return self._calm()
 
     def cost(self, number: int) -> ModelCost:
         """The model at the dtype of a place."""

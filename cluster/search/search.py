@@ -60,15 +60,25 @@ def busiest(
     `problems` are one placement at several numbers of sequences per step. Each is a search of its
     own, cut short by what the others found.
     """
-    best: tuple[float, Problem, Route] | None = None
-    searches = [Search(problem) for problem in problems]
+    found = contenders(problems, num_stages=num_stages)
+    return found[0] if found else None
 
-    def offer(search: Search, routes: Iterable[Route]) -> None:
-        nonlocal best
+
+def contenders(
+    problems: Iterable[Problem], *, num_stages: int | None = None, within: float = 0.0
+) -> list[tuple[Problem, Route]]:
+    """The best route of every problem that has one `within` a share of the best of all, which is
+    the first of them."""
+    searches = [Search(problem) for problem in problems]
+    best: dict[int, tuple[float, Route]] = {}
+
+    def floor(number: int) -> float:
+        most = max((score for score, _ in best.values()), default=0.0) * (1 - within)
+        return max(most, best[number][0] if number in best else 0.0)
+
+    def offer(number: int, routes: Iterable[Route]) -> None:
         for route in routes:
-            score = route.tokens_per_s(search.problem)
-            if best is None or score > best[0]:
-                best = (score, search.problem, route)
+            best[number] = (route.tokens_per_s(searches[number].problem), route)
 
     def along(search: Search) -> Least:
         return lambda limit, below: search.along_orders(limit, below, num_stages)
@@ -76,12 +86,17 @@ def busiest(
     def over(search: Search) -> Least:
         return lambda limit, below: search.over_subsets(limit, below, num_stages)
 
-    for search in searches:
-        offer(search, search.improvements(best[0] if best else 0.0, along(search)))
-    for search in searches:
+    for number, search in enumerate(searches):
+        offer(number, search.improvements(floor(number), along(search)))
+    for number, search in enumerate(searches):
         if search.exact_stages is not None:
-            offer(search, search.improvements(best[0] if best else 0.0, over(search)))
-    return best and (best[1], best[2])
+            offer(number, search.improvements(floor(number), over(search)))
+    order = sorted(best, key=lambda number: -best[number][0])
+    return [
+        (searches[number].problem, best[number][1])
+        for number in order
+        if best[number][0] >= best[order[0]][0] * (1 - within)
+    ]
 
 
 class _Front:

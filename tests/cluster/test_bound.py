@@ -23,7 +23,7 @@ BATCHES = (8, 4, 2)
 WORSE = 1.3
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), num_sites=st.integers(1, 4), num_layers=st.integers(1, 6))
 def test_no_route_of_all_is_better_than_the_bounds(
     seed: int, num_sites: int, num_layers: int

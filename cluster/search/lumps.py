@@ -1,0 +1,33 @@
+"""What chunks of prompts cost a pipeline because they come whole.
+
+The score of a route spreads prompts evenly over all steps. Really a chunk makes one step long, and
+behind it the stages wait: while it goes round, no more is done than in any round trip. Of routes
+with nearly the same score those of fewer stages, which wait less, are better.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .problem import Problem, Route, evaluate
+
+
+def tokens_per_s_in_lumps(problem: Problem, route: Route, calm: Problem, chunks: float) -> float:
+    """Tokens per second of a route whose steps bring `chunks` full chunks of prompts on average.
+
+    `calm` is `problem` without prompts. A round of all streams takes as long as its slowest stage
+    needs for all steps, or as the step that takes longest to go round.
+    """
+    quiet = evaluate(calm, route.sites, route.ends, route.members)
+    steps = math.ceil(problem.streams / problem.step_tokens)
+    round_s = max(steps * quiet.bottleneck_s, quiet.round_trip_s)
+    if chunks > 0:
+        share = min(1.0, steps * chunks)
+        each = [
+            (whole - rest) / chunks * max(1.0, steps * chunks)
+            for whole, rest in zip(route.stages_s, quiet.stages_s, strict=True)
+        ]
+        busy = max(steps * rest + chunk for rest, chunk in zip(quiet.stages_s, each, strict=True))
+        lumpy_s = max(busy, steps * quiet.bottleneck_s, quiet.round_trip_s + sum(each))
+        round_s = (1 - share) * round_s + share * lumpy_s
+    return problem.streams / round_s
