@@ -222,7 +222,7 @@ class SpeedPlanner:
         if objective == "throughput" and self.found is not None:
             crowd = self.found[0]
         else:
-            crowd = self._placing.problem(self._batch(len(sites)))
+            crowd = self._placing.problem(self._batch(len(set(sites))))
         alone = self._placing.problem(1)
         places = [[number_of[seat] for seat in stage] for stage in seats]
         together, single = (

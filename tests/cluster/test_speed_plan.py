@@ -157,3 +157,10 @@ def test_overheads_of_layers_and_steps_add_to_the_time_of_a_step() -> None:
         assert found.prediction is not None
         trips.append(found.prediction.round_trip_s)
     assert trips[1] - trips[0] == pytest.approx(32 * 0.001 + 0.01)
+
+
+def test_stages_of_one_device_take_the_whole_batch_in_turn() -> None:
+    for num_stages in (1, 2, 4):
+        found = plan(*MIXTRAL, linked(node("a", 200, 100)), asked(num_stages=num_stages))
+        assert len(found.stages) == num_stages
+        assert found.steps_at_once == 1
