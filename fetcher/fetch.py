@@ -239,6 +239,13 @@ class Fetch:
         """
         self._release().mend(part)
 
+    def mend_meanwhile(self, part: ByteRange) -> bool:
+        """As `mend`, for any thread, while another is in `download`.
+
+        False where none is, or it ended before these bytes were right: then `mend` is to be called.
+        """
+        return self._after_metadata().mend_meanwhile(part)
+
     def join(self) -> Member | None:
         """Opens the torrent for other nodes that fetch it too; None for a folder. After `restrict`.
 

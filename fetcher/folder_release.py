@@ -60,6 +60,10 @@ class FolderRelease:
 
         return read_release(FolderReader(self.folder), given=given, known=known)
 
+    def mend_meanwhile(self, part: ByteRange) -> bool:
+        """False: nothing is under way."""
+        return False
+
     def tend(self) -> None:
         """Does nothing."""
 

@@ -159,6 +159,9 @@ class TorrentRelease:
     def mend(self, part: ByteRange) -> None:
         self._download.mend(frozenset(self._holding.piece_map.pieces_of(part)))
 
+    def mend_meanwhile(self, part: ByteRange) -> bool:
+        return self._download.mend_meanwhile(frozenset(self._holding.piece_map.pieces_of(part)))
+
     def join(self) -> Member | None:
         self._download.join()
         return self.member()

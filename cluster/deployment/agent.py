@@ -155,7 +155,9 @@ class NodeAgent:
         self._running().keep_sums(sums)
 
     def mend(self, part: ByteRange) -> None:
-        """Check the pieces of these bytes again and fetch bad ones anew; after `download`."""
+        """Check the pieces of these bytes again and fetch bad ones anew; also during `download`."""
+        if self._running().mend_meanwhile(part):
+            return
         self._run(lambda: self._started().mend(part))
 
     def check_disk(self) -> None:

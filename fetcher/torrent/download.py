@@ -21,11 +21,13 @@ from .contacts import shown
 from .holding import Holding
 from .lending import Lender
 from .magnet import split_peer
+from .mending import CalledAwayError, Mending
 from .session import TorrentJob, TorrentStatus
 from .sharing import Sharing
 from .swarm import Swarm
 from .syncing import Syncing
 
+ASK_S: Final = 1.0
 RECORD_S: Final = 1.0
 """How often the record is renewed while the files are written."""
 
@@ -43,6 +45,7 @@ class Download:
         self.arrival = Arrival()
         """What may be read of the files."""
         self._sharing = Sharing()
+        self._mending = Mending()
         self._lenders: tuple[Lender, ...] = ()
         self._is_divided = False
         self._syncing = Syncing(holding.paths)
@@ -96,7 +99,17 @@ class Download:
         self._tell(self._have)
         waves = holding.waves()
         self._begin_writing()
-        status = self._bring(swarm, waves, phase=phase, doing=holding.metainfo.name)
+        swarm.is_called_away = lambda: self._mending.is_asked
+        self._mending.open()
+        try:
+            while True:
+                try:
+                    status = self._bring(swarm, waves, phase=phase, doing=holding.metainfo.name)
+                    break
+                except CalledAwayError:
+                    swarm = self._look_at_asked(swarm)
+        finally:
+            self._mending.close()
         self._have = tuple(status.have)
         swarm.save_resume_data()
         self._remember(done=True)
@@ -185,17 +198,53 @@ class Download:
             return
         bad = {piece for piece in sorted(pieces) if not check.is_right(piece)}
         self.hashed_bytes += check.hashed_bytes
-        if not bad:
-            return
-        logger.warning("%s: %d damaged pieces on the disk", holding.metainfo.name, len(bad))
-        swarm = self._open()
+        if bad:
+            self._open()
+            self._take_out(bad)
+            self.complete(phase="verify")
+
+    def mend_meanwhile(self, pieces: frozenset[int]) -> bool:
+        """The same while another thread is in `complete`; False: there is none, or not any more."""
+        if not self._holding.piece_check().has_sums:
+            return False
+        ask = self._mending.ask(pieces)
+        if ask is None:
+            return False
+        ask.looked.wait()
+        while not self.arrival.wait(pieces, ASK_S):
+            if not self._mending.is_open:
+                return False
+        return True
+
+    def _look_at_asked(self, swarm: Swarm) -> Swarm:
+        """Hashes the pieces that somebody found damaged; those that are count as missing."""
+        asks = self._mending.take()
+        try:
+            check = self._holding.piece_check()
+            asked = frozenset().union(*(ask.pieces for ask in asks))
+            self._have = swarm.verified() or self._have
+            bad = {p for p in sorted(asked) if self._have[p] and not check.is_right(p)}
+            self.hashed_bytes += check.hashed_bytes
+            if bad:
+                swarm = self._take_out(bad)
+                self._begin_writing()
+            return swarm
+        finally:
+            for ask in asks:
+                ask.looked.set()
+
+    def _take_out(self, bad: set[int]) -> Swarm:
+        """Lets these pieces count as missing, in a torrent that is begun anew."""
+        logger.warning("%s: %d damaged pieces on the disk", self._holding.metainfo.name, len(bad))
+        swarm = self._connection.swarm()
         swarm.save_resume_data()
         swarm.remove()
         self._is_open = False
+        # What was in a write queue is in the files now.
         self._have = tuple(has and piece not in bad for piece, has in enumerate(self._have))
+        self._tell(self._have)
         self._remember(done=False)
-        self._open()
-        self.complete(phase="verify")
+        return self._open()
 
     def close(self) -> None:
         """Keeps resume data and takes the torrent out of the session."""

@@ -10,6 +10,7 @@ from ...errors import DiskFullError, DownloadError, InterruptedByUserError, Time
 from ..progress import NUM_PARTS, Phase, Progress, ProgressSink
 from ..waves import Waves
 from .contacts import Contacts, shown
+from .mending import CalledAwayError
 from .metainfo import Metainfo
 from .room_watch import RoomWatch
 from .session import (
@@ -92,6 +93,8 @@ class Swarm:
         self._listens: list[Address] = []
         self._traffic = TrafficLog()
         self._inside: frozenset[str] = frozenset()
+        self.is_called_away: Callable[[], bool] = lambda: False
+        """Whether `fetch` is to be left, to be called anew soon."""
         self._metainfo: Metainfo | None = None
         self._waves = Waves(())
         self._whole: Waves | None = None
@@ -222,6 +225,7 @@ class Swarm:
 
         Raises:
             StalledError: `gives_up` said so, asked with the seconds in which nothing arrived.
+            CalledAwayError: `is_called_away` said so.
             TimedOutError: nothing arrived for the time of the constructor. DownloadError: the disk
             failed. InterruptedByUserError: `stop` was set.
         """
@@ -233,6 +237,8 @@ class Swarm:
             have = self.verified()
             if not have:
                 return False
+            if self.is_called_away():
+                raise CalledAwayError
             if (now := waves.front(have)) != front:
                 front = now
                 self._session.prioritize(waves.priorities(front, len(have)))
