@@ -16,6 +16,8 @@ from .session import (
 )
 
 MAX_NAMED = 3
+MAX_SEEN = 1000
+"""Peers told apart; over days, and from many ports, there could be any number of them."""
 
 
 class Contacts:
@@ -34,7 +36,8 @@ class Contacts:
         """Takes what an event says about the others."""
         match event:
             case PeerConnected(address):
-                self._connected.add(shown(address))
+                if len(self._connected) < MAX_SEEN:
+                    self._connected.add(shown(address))
             case PeerLost(address, reason):
                 self._last_error = f"peer {shown(address)}: {reason.lower()}"
             case PeersFound(source, num_peers):
@@ -70,7 +73,8 @@ class Contacts:
         asked = ", ".join(parts) or "nobody: the link names no tracker and no peer"
         seen = max(len(self._connected), self._num_found)
         error = f"; last error: {self._last_error}" if self._last_error else ""
-        return f"asked {asked}; {seen} peers seen{error}"
+        at_least = "at least " if len(self._connected) == MAX_SEEN else ""
+        return f"asked {asked}; {at_least}{seen} peers seen{error}"
 
     def waiting_for(self, status: TorrentStatus | None, peers: Sequence[PeerView]) -> str:
         """A clause: why nothing arrives, given the reading and the connected peers."""
