@@ -162,28 +162,22 @@ def test_experts_without_noise_say_what_dense_smollm2_says_in_our_stages(
     assert our_tokens(upcycled, prompts, NUM_TOKENS) == dense_tokens
 
 
-@pytest.fixture(scope="module")
-def served(folder: Path) -> Path:
-    """The release that `magnetar demo` serves."""
-    return build_demo_release(folder / "served")
-
-
 def test_served_demo_answers_in_english_as_transformers_does(
-    served: Path, prompts: list[list[int]], tokenizer: Tokenizer
+    demo_release: Path, prompts: list[list[int]], tokenizer: Tokenizer
 ) -> None:
     some = [prompts[0], prompts[4], prompts[6]]
-    said = our_tokens(served, some, 24)
+    said = our_tokens(demo_release, some, 24)
     texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in said]
     assert texts[0].startswith("The capital of France is Paris.<|im_end|>")
-    model = transformers_model(served)
+    model = transformers_model(demo_release)
     assert most_likely(model, some, said) == said
 
 
-def test_served_demo_uses_all_of_its_experts(served: Path, prompts: list[list[int]]) -> None:
+def test_served_demo_uses_all_of_its_experts(demo_release: Path, prompts: list[list[int]]) -> None:
     from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
     chosen: dict[str, torch.Tensor] = {}
-    model = transformers_model(served)
+    model = transformers_model(demo_release)
     for name, module in model.named_modules():
         if isinstance(module, MixtralTopKRouter):
             module.register_forward_hook(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,23 +11,14 @@ from tokenizers import Tokenizer
 from magnetar.fetcher.checkpoint.release import FolderReader, read_release
 from magnetar.fetcher.checkpoint.source import FileTensorSource
 from magnetar.fetcher.config import ReleaseHints
-from magnetar.fetcher.demo.build import build_demo_release
 from magnetar.tests.stages import Pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("all_cores")]
 
 TEXT = (Path(__file__).resolve().parents[2] / "LICENSE").read_text(encoding="utf-8")
 NUM_TOKENS = 400
 """In the first few tokens of a text the choice of experts is a near tie: one row of a short text,
 which bf16 itself keeps to fp32 at 0.997 only, would outweigh the others."""
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The release that `magnetar demo` serves: 1.4 GB, gone afterwards."""
-    folder = tmp_path_factory.mktemp("quantised")
-    yield build_demo_release(folder / "demo")
-    shutil.rmtree(folder)
 
 
 def text_logits(release: Path, dtype: str) -> torch.Tensor:
@@ -42,17 +31,17 @@ def text_logits(release: Path, dtype: str) -> torch.Tensor:
     return torch.cat(steps).double()  # a sum over millions: in fp32 a vector is not its own twin
 
 
-def test_logits_stay_near_those_of_bf16(release: Path) -> None:
-    expected = text_logits(release, "bf16")
+def test_logits_stay_near_those_of_bf16(demo_release: Path) -> None:
+    expected = text_logits(demo_release, "bf16")
     for dtype, least in (("int8", 0.999), ("int4", 0.99)):
-        logits = text_logits(release, dtype)
+        logits = text_logits(demo_release, dtype)
         assert torch.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > least
 
 
-def test_int4_still_knows_the_capital_of_france(release: Path) -> None:
-    facts = read_release(FolderReader(release), given=ReleaseHints(), known=ReleaseHints())
-    tokenizer = Tokenizer.from_file(str(release / "tokenizer.json"))
+def test_int4_still_knows_the_capital_of_france(demo_release: Path) -> None:
+    facts = read_release(FolderReader(demo_release), given=ReleaseHints(), known=ReleaseHints())
+    tokenizer = Tokenizer.from_file(str(demo_release / "tokenizer.json"))
     chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    pipeline = Pipeline(facts.config, FileTensorSource(release, facts.index), dtype="int4")
+    pipeline = Pipeline(facts.config, FileTensorSource(demo_release, facts.index), dtype="int4")
     said = tokenizer.decode(pipeline.generate(0, tokenizer.encode(chat).ids, 16))
     assert "Paris" in said
