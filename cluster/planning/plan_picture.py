@@ -13,6 +13,8 @@ from ..units import gigabytes, milliseconds, wrapped
 from .plan_view import bound_text
 
 _STAGE_WIDTH = 220
+_LETTER = 0.53
+"""Of the size of letters, how wide they are on average."""
 _GAP = 96
 _STAGES_PER_ROW = 5
 _MARGIN = 24
@@ -40,7 +42,7 @@ def plan_svg(plan: Plan, *, num_experts: int, title: str = "") -> str:
     width = 2 * _MARGIN + min(len(boxes), _STAGES_PER_ROW) * (_STAGE_WIDTH + _GAP) - _GAP
     width = max(width, 640)
     said = [*_totals(plan), *(f"unused: {node.host}: {node.reason}" for node in plan.unused)]
-    bottom = max(box.y + box.height for box in boxes) + 34
+    bottom = max(box.y + box.height for box in boxes) + 46
     lines = [line for text in said for line in wrapped(text, int((width - 2 * _MARGIN) / 6.4))]
     height = bottom + len(lines) * _LINE + _MARGIN
     head = title or f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}"
@@ -94,7 +96,8 @@ def _stage(stage: StagePlan, box: _Box, *, num_experts: int, is_slowest: bool) -
     )
     ends = " + embeddings" * stage.has_embeddings + " + head" * stage.has_output
     step = "" if stage.step_s is None else f", {milliseconds(stage.step_s)} a step"
-    yield _text(x + 10, y + 20, f"{stage.index}  {stage.host}", size=14, bold=True)
+    room = _STAGE_WIDTH - (70 if is_slowest else 20)
+    yield _text(x + 10, y + 20, f"{stage.index}  {stage.host}", size=14, bold=True, room=room)
     yield _text(x + 10, y + 37, f"{stage.device}, {stage.dtype}{step}", fill=_LINES)
     layers = f"layers {stage.first_layer}-{stage.end_layer - 1}{ends}"
     yield _text(x + 10, y + 54, layers, fill=_LINES)
@@ -109,7 +112,8 @@ def _stage(stage: StagePlan, box: _Box, *, num_experts: int, is_slowest: bool) -
         at = below + 40 + number * _LINE
         key = f'width="10" height="10" fill="{_colour(number)}"'
         yield f'<rect x="{x + 10}" y="{at - 9:.0f}" {key}/>'
-        yield _text(x + 26, at, f"{helper.host} {helper.device}: {held} experts{hop}", size=11)
+        said = f"{helper.host} {helper.device}: {held} experts{hop}"
+        yield _text(x + 26, at, said, size=11, room=_STAGE_WIDTH - 36)
 
 
 def _grid(stage: StagePlan, x: float, y: float, width: float, num_experts: int) -> Iterator[str]:
@@ -173,7 +177,7 @@ def _links(plan: Plan, boxes: Sequence[_Box]) -> Iterator[str]:
         )
         back = plan.stages[-1].hop_s
         label = "tokens" if back is None else f"tokens, {milliseconds(back)}"
-        yield _text((start + end) / 2, low - 4, label, anchor="middle", fill=_FAINT)
+        yield _text((start + end) / 2, low + 13, label, anchor="middle", fill=_FAINT)
 
 
 def _totals(plan: Plan) -> list[str]:
@@ -215,8 +219,12 @@ def _text(
     fill: str = _INK,
     anchor: str = "start",
     bold: bool = False,
+    room: float | None = None,
 ) -> str:
+    """`room` is how wide it may be: what is likely wider has smaller letters."""
     weight = ' font-weight="bold"' if bold else ""
+    if room is not None:
+        size = min(size, round(room / (len(said) * _LETTER), 1))
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}"'
         f' text-anchor="{anchor}"{weight}>{escape(said)}</text>'

@@ -73,3 +73,10 @@ def test_many_stages_go_on_in_further_rows() -> None:
     picture = drawn(cut(*range(4, 33, 4)))
     tops = {e.get("y") for e in picture.iter(f"{SVG}rect") if e.get("rx") == "8"}
     assert len(tops) == 2
+
+
+def test_a_long_name_is_drawn_within_its_box() -> None:
+    first, second = BEFORE.stages
+    long = replace(BEFORE, stages=(replace(first, host="a-host-with-a-very-long-name" * 2), second))
+    (name,) = [e for e in drawn(long).iter(f"{SVG}text") if "very-long" in (e.text or "")]
+    assert float(name.get("font-size", "inf")) * len(name.text or "") * 0.5 < 220
