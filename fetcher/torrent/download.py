@@ -377,9 +377,10 @@ class Download:
 
     def _written(self, have: Sequence[bool]) -> None:
         """These pieces are in the files."""
-        self._tell(have)
         self._have = tuple(have)
-        self._syncing.keep_up(_there(have))
+        there = _there(have)
+        self.arrival.tell(there)
+        self._syncing.keep_up(there)
         if time.monotonic() - self._recorded_s >= RECORD_S:
             self._record_progress()
 

@@ -5,8 +5,10 @@ from typing import Final
 
 from .session import TorrentSession, TorrentStatus
 
-WRITE_OUT_S: Final = 0.5
-"""The write queue is emptied at most this often."""
+WRITE_OUT_S: Final = 0.2
+"""The write queue is emptied this often: what is in it is lost when the process is killed."""
+LULL_S: Final = 2.0
+"""After so long without a byte there is nothing left in it. Counts are a second old."""
 
 
 class WriteOut:
@@ -20,10 +22,10 @@ class WriteOut:
     ) -> None:
         self._session = session
         self._on_readable = on_readable
-        self._began_s = float("-inf")
+        self._began_s = self._moved_s = float("-inf")
         self._have: Sequence[bool] = ()
         self._received_bytes = 0
-        self._is_under_way = False
+        self._is_under_way = self._has_news = False
 
     @property
     def is_under_way(self) -> bool:
@@ -32,14 +34,16 @@ class WriteOut:
 
     def restart(self) -> None:
         """Another torrent, of which nothing was told."""
-        self._have, self._received_bytes, self._is_under_way = (), 0, False
+        self._have, self._received_bytes, self._is_under_way = (), -1, False
 
     def keep_up(self, status: TorrentStatus, now_s: float) -> None:
         """Has what arrived since the last time written, if it is time."""
-        now = status.have, status.downloaded_bytes
         if self._is_under_way or now_s - self._began_s < WRITE_OUT_S:
             return
-        if now == (self._have, self._received_bytes):
+        now = status.have, status.downloaded_bytes
+        if self._has_news or now != (self._have, self._received_bytes):
+            self._moved_s, self._has_news = now_s, True
+        if now_s - self._moved_s > LULL_S:
             return
         self._began_s = now_s
         self._have, self._received_bytes = now
@@ -50,5 +54,6 @@ class WriteOut:
         """The session answered; `has_failed`: but a write went wrong, so that nothing is sure."""
         if self._is_under_way:
             self._is_under_way = False
-            if not has_failed:
+            if self._has_news and not has_failed:
+                self._has_news = False
                 self._on_readable(self._have)
