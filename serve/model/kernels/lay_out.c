@@ -54,12 +54,15 @@ INLINE void put_int4(const uint16_t *w, float unit, uint8_t *group, int o) {
     const float scale = __builtin_rintf(exact.scale / unit), zero_unit = ZERO_STEP * unit;
     const float zero = __builtin_rintf(exact.zero / zero_unit);
     const float divisor = scale > 0.0f ? scale * unit : 1.0f;
-    uint8_t q[GROUP];
-    _mm_storeu_si128((__m128i *)q, to_levels(widen(w), zero * zero_unit, divisor, 8, 0, 15));
-    _mm_storeu_si128((__m128i *)(q + 16), to_levels(widen(w + 16), zero * zero_unit, divisor, 8, 0, 15));
-    for (int j = 0; j < GROUP; j++) {
-        uint8_t *place = group + OUTPUTS / 2 * (j & ~3) + 4 * (o % 16) + j % 4;
-        *place = o < 16 ? q[j] : *place | q[j] << 4;
+    uint32_t quads[GROUP / 4];
+    _mm_storeu_si128((__m128i *)quads, to_levels(widen(w), zero * zero_unit, divisor, 8, 0, 15));
+    _mm_storeu_si128((__m128i *)(quads + 4), to_levels(widen(w + 16), zero * zero_unit, divisor, 8, 0, 15));
+    for (int j = 0; j < GROUP / 4; j++) {
+        uint8_t *place = group + 2 * OUTPUTS * j + 4 * (o % 16);
+        uint32_t quad = 0;
+        if (o >= 16) memcpy(&quad, place, 4);
+        quad |= o < 16 ? quads[j] : quads[j] << 4;
+        memcpy(place, &quad, 4);
     }
     uint8_t *after = group + GROUP * OUTPUTS / 2;
     after[o] = (uint8_t)scale;
