@@ -68,7 +68,7 @@ def demo(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
 
 def _spec(args: argparse.Namespace, seed: Seed, store: Path, console: Console) -> DeploymentSpec:
     from ..manifests.source import deployment_name, resolve_source
-    from .verbs import with_options
+    from .wishes import with_options
 
     source = resolve_source(
         seed.magnet, peers=(seed.address,), timeout_s=60.0, on_note=console.note

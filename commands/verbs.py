@@ -1,31 +1,26 @@
 """The body of each command: arguments in, parts called in order, data out."""
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cluster.spec import DeploymentSpec, SourceSpec
 from ..errors import InterruptedByUserError, NotFoundError, UsageError
-from ..fetcher.config import ReleaseHints
 from ..fetcher.progress import Progress
-from ..fetcher.rates import RateLimits
-from ..settings import default_store
 from .console import Console
 from .demo import demo
 from .nodes import nodes
 from .plan_output import shown_plan
 from .serving import need_importable_package, serving, status_table
 from .stored import store
+from .wishes import fetching, source_of, store_of, wanted
 
 if TYPE_CHECKING:
-    from ..fetcher.fetch import Fetch
     from ..fetcher.torrent.seed import SeedInfo
 
 Command = Callable[[argparse.Namespace, Console, threading.Event], None]
@@ -100,7 +95,7 @@ def verify(args: argparse.Namespace, console: Console, stop: threading.Event) ->
     from ..fetcher.record import Record
     from ..fetcher.store import Store
 
-    source, store = _source(args, console), Store(_store(args))
+    source, store = source_of(args, console), Store(store_of(args))
     with fetching(source, store.root, console, stop) as fetch:
         held = {release.info_hash for release in store.releases()}
         if fetch.info_hash is not None and fetch.info_hash not in held:
@@ -169,7 +164,7 @@ def seed(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
         listen=args.listen,
         on_ready=ready,
         stop=stop,
-        cache=_store(args),
+        cache=store_of(args),
         on_progress=telling,
     )
     console.note(f"no longer shared: {ended}")
@@ -180,8 +175,8 @@ def inspect(args: argparse.Namespace, console: Console, stop: threading.Event) -
     from ..fetcher.checkpoint.release_view import release_json, release_table
     from ..fetcher.split import split_costs, split_json, split_table
 
-    source = _source(args, console)
-    with fetching(source, _store(args), console, stop) as fetch:
+    source = source_of(args, console)
+    with fetching(source, store_of(args), console, stop) as fetch:
         fetch.metadata()
         facts = fetch.facts(given=source.given, known=source.known)
         sizes, own = fetch.sizes(), fetch.piece_map()
@@ -227,147 +222,6 @@ COMMANDS: Mapping[str, Command] = {
     "status": status,
     "down": down,
 }
-
-
-def wanted(args: argparse.Namespace, console: Console) -> tuple[DeploymentSpec, str | None]:
-    """The deployment that a manifest or SOURCE asks for, and the Ray cluster to use.
-
-    Options of the command line win over the manifest.
-    """
-    from ..manifests.load import load_deployment
-    from ..manifests.source import deployment_name, release_name
-
-    if (args.file is None) == (args.source is None):
-        raise UsageError("give either SOURCE or -f FILE")
-    ray_address: str | None = args.ray_address
-    if args.file is not None:
-        file = Path(args.file).expanduser()
-        deployment = load_deployment(file, environment=os.environ)
-        spec = deployment.to_spec(base=file.absolute().parent, on_note=console.note)
-        ray_address = ray_address or deployment.spec.placement.ray_address
-    else:
-        source = _source(args, console)
-        model_name = release_name(source)
-        spec = DeploymentSpec(
-            name=deployment_name(model_name),
-            source=source,
-            store=str(_store(args)),
-            model_name=model_name,
-        )
-    return with_options(spec, args), ray_address
-
-
-def with_options(spec: DeploymentSpec, args: argparse.Namespace) -> DeploymentSpec:
-    """``spec`` with what was given on the command line in place of its own."""
-    from ..manifests.source import deployment_name
-
-    options = vars(args)
-    source = replace(
-        spec.source,
-        peers=_both(spec.source.peers, options.get("peer")),
-        trackers=_both(spec.source.trackers, options.get("tracker")),
-        web_seeds=_both(spec.source.web_seeds, options.get("web_seed")),
-        timeout_s=options.get("timeout") or spec.source.timeout_s,
-        given=_given(args, spec.source.given),
-        limits=_limits(args, spec.source.limits),
-    )
-    changes = {
-        "store": options.get("store") and str(_store(args)),
-        "dtype": options.get("dtype"),
-        "batch_invariant": options.get("batch_invariant"),
-        "num_stages": options.get("stages"),
-        "objective": options.get("objective"),
-        "max_context_tokens": options.get("max_context"),
-        "max_concurrency": options.get("max_concurrency"),
-        "max_running": options.get("max_running"),
-        "max_waiting": options.get("max_waiting"),
-        "host": options.get("host"),
-        "port": options.get("port"),
-        "api_key_file": options.get("api_key_file") and str(Path(args.api_key_file).absolute()),
-        "model_name": options.get("name"),
-        "name": options.get("name") and deployment_name(args.name),
-        "fetch_full": options.get("full") or None,
-    }
-    given = {name: value for name, value in changes.items() if value is not None}
-    return replace(spec, source=source, **given)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def fetching(
-    source: SourceSpec,
-    store: Path,
-    console: Console,
-    stop: threading.Event,
-    *,
-    ray_address: str | None = None,
-) -> "Iterator[Fetch]":
-    """A `Fetch` of the source, closed at the end; what a Ray cluster holds comes from there."""
-    from ..fetcher.fetch import Fetch
-
-    fetch = Fetch(
-        kind=source.kind,
-        location=source.location,
-        store=store,
-        peers=source.peers,
-        trackers=source.trackers,
-        web_seeds=source.web_seeds,
-        timeout_s=source.timeout_s,
-        on_progress=console.progress,
-        stop=stop,
-        limits=source.limits,
-    )
-    with contextlib.closing(fetch):
-        if ray_address is not None and (info_hash := fetch.identify()) is not None:
-            from ..serve.launch import lenders
-
-            found, lan_address = lenders(info_hash, ray_address=ray_address)
-            fetch.borrow(found, lan_address=lan_address)
-        yield fetch
-
-
-def _source(args: argparse.Namespace, console: Console) -> SourceSpec:
-    from ..manifests.source import resolve_source
-
-    source = resolve_source(
-        args.source,
-        peers=tuple(args.peer or ()),
-        timeout_s=args.timeout,
-        given=_given(args, ReleaseHints()),
-        on_note=console.note,
-    )
-    return replace(
-        source,
-        trackers=tuple(args.tracker or ()),
-        web_seeds=tuple(args.web_seed or ()),
-        limits=_limits(args, RateLimits()),
-    )
-
-
-def _both(before: tuple[str, ...], given: list[str] | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*before, *(given or ()))))
-
-
-def _limits(args: argparse.Namespace, before: RateLimits) -> RateLimits:
-    options = vars(args)
-    down, up = options.get("download_limit"), options.get("upload_limit")
-    return RateLimits(
-        download_bytes_per_s=before.download_bytes_per_s if down is None else down,
-        upload_bytes_per_s=before.upload_bytes_per_s if up is None else up,
-    )
-
-
-def _given(args: argparse.Namespace, before: ReleaseHints) -> ReleaseHints:
-    options = vars(args)
-    return ReleaseHints(
-        rope_theta=options.get("rope_theta") or before.rope_theta,
-        sliding_window=options.get("sliding_window") or before.sliding_window,
-        max_context_tokens=options.get("max_context") or before.max_context_tokens,
-        chat_format=options.get("chat_format") or before.chat_format,
-    )
-
-
-def _store(args: argparse.Namespace) -> Path:
-    return Path(args.store).expanduser().absolute() if args.store else default_store()
 
 
 def _stop_on_eof(stop: threading.Event) -> None:

@@ -11,7 +11,7 @@ from magnetar.cluster.spec import DeploymentSpec
 from magnetar.commands.console import Console
 from magnetar.commands.options import build_parser
 from magnetar.commands.serving import how_to_ask, status_table
-from magnetar.commands.verbs import wanted
+from magnetar.commands.wishes import wanted
 from magnetar.errors import UsageError
 from magnetar.fetcher.config import ReleaseHints
 from magnetar.fetcher.rates import RateLimits
