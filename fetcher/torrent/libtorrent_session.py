@@ -6,15 +6,13 @@ preferred to getters, which block on its network thread.
 """
 
 import errno
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from ...errors import DownloadError, ReleaseError
-from .magnet import exact_topic
-from .metainfo import Metainfo
+from ...errors import DownloadError
+from .add_params import add_params
 from .session import (
     Address,
     BadPiece,
@@ -38,6 +36,7 @@ from .session import (
     TrackerFailed,
     WebSeedFailed,
 )
+from .session_pack import packed
 
 STATUS_INTERVAL_S = 0.2
 _WRITING = 2
@@ -52,7 +51,7 @@ class LibtorrentSession:
 
         self._lt: Any = libtorrent
         params = self._lt.session_params()
-        params.settings = {**params.settings, **_pack(settings, self._lt)}
+        params.settings = {**params.settings, **packed(settings, self._lt)}
         # mmap writes were the default of 2.0 and grew memory without bound (libtorrent #6667).
         params.disk_io_constructor = "pread_disk_io_constructor"
         self._session: Any = self._lt.session(params)
@@ -73,7 +72,15 @@ class LibtorrentSession:
 
     def _begin(self, job: TorrentJob) -> None:
         try:
-            handle = self._session.add_torrent(self._params(job))
+            handle = self._session.add_torrent(
+                add_params(
+                    job,
+                    self._lt,
+                    reaches_out=self._reaches_out,
+                    has_dht=self._dht,
+                    has_pex=self._pex,
+                )
+            )
         except RuntimeError as error:
             raise DownloadError(f"libtorrent refuses {job.info_hash}: {error}") from error
         if job.upload_bytes_per_s:
@@ -82,73 +89,6 @@ class LibtorrentSession:
         self._job = job
         self._status = None
         self._asked_s = 0.0
-
-    def _params(self, job: TorrentJob) -> Any:
-        lt = self._lt
-        if job.metainfo is None:
-            hashes = filter(None, (job.info_hash, job.info_hash_v2))
-            topics = "&".join(f"xt={exact_topic(info_hash)}" for info_hash in hashes)
-            params = lt.parse_magnet_uri(f"magnet:?{topics}")
-        else:
-            loaded = lt.load_torrent_buffer(job.metainfo.raw)
-            _refuse_disagreement(loaded.ti, job.metainfo)
-            params = self._resumed(job, loaded)
-        # Not paused and not queued by libtorrent; what a resume file says about peers is dropped.
-        flags = lt.torrent_flags.disable_lsd | lt.torrent_flags.apply_ip_filter
-        if job.metainfo is None:
-            flags |= lt.torrent_flags.default_dont_download
-        if job.is_seed:
-            flags |= lt.torrent_flags.seed_mode
-        is_private = job.metainfo is not None and job.metainfo.is_private
-        if not (self._dht and self._reaches_out) or is_private:
-            flags |= lt.torrent_flags.disable_dht
-        if not self._pex or is_private:
-            flags |= lt.torrent_flags.disable_pex
-        params.flags = flags
-        params.save_path = str(job.save_path)
-        trackers, web_seeds = (job.trackers, job.web_seeds) if self._reaches_out else ((), ())
-        params.trackers = list(trackers)
-        params.tracker_tiers = list(range(len(trackers)))
-        params.url_seeds = list(web_seeds)
-        params.peers = list(job.peers)
-        params.piece_priorities = list(job.piece_priorities)
-        if job.metainfo is not None:
-            layout = params.ti.layout()
-            params.file_priorities = [
-                0 if layout.file_path(i) in job.unwanted else 4 for i in range(layout.num_files())
-            ]
-        return params
-
-    def _resumed(self, job: TorrentJob, loaded: Any) -> Any:
-        """Of resume data only hashes of version 2 count, which are proved, and begun pieces."""
-        read = None if job.resume is None else self._read_resume(job.resume)
-        if read is None or read.info_hashes != loaded.ti.info_hashes():
-            params = loaded
-        else:
-            params = read
-            params.ti = loaded.ti
-            params.renamed_files = {}
-        begun = {
-            piece: blocks
-            for piece, blocks in params.unfinished_pieces.items()
-            if piece in job.begun and piece not in (job.known or ())
-        }
-        params.verified_pieces = []
-        params.have_pieces = []
-        params.unfinished_pieces = begun | {
-            piece: list(blocks) for piece, blocks in job.found.items()
-        }
-        if job.known is not None:
-            known = frozenset(job.known)
-            params.have_pieces = [piece in known for piece in range(loaded.ti.num_pieces())]
-        return params
-
-    def _read_resume(self, data: bytes) -> Any:
-        """None for damaged data."""
-        try:
-            return self._lt.read_resume_data(data)
-        except RuntimeError:
-            return None
 
     def poll(self, timeout_s: float) -> list[Event]:
         now_s = time.monotonic()
@@ -369,77 +309,6 @@ class LibtorrentSession:
                 wasted_bytes=status.total_redundant_bytes + status.total_failed_bytes,
                 rate_bytes_per_s=status.download_payload_rate,
             )
-
-
-def _pack(settings: SessionSettings, lt: Any) -> dict[str, object]:
-    category = lt.alert.category_t
-    small = {
-        "alert_queue_size": 1000,
-        "aio_threads": 1,
-        "hashing_threads": 1,
-        "max_queued_disk_bytes": 1 << 20,
-        "file_pool_size": 10,
-    }
-    return {
-        "alert_mask": category.error_notification
-        | category.status_notification
-        | category.storage_notification
-        | category.tracker_notification
-        | category.connect_notification
-        | category.peer_notification
-        | category.dht_notification,
-        "alert_queue_size": 100_000,
-        "listen_interfaces": settings.listen,
-        "outgoing_interfaces": settings.leaves_by,
-        # A port that is taken is an error, not a reason to listen on another one.
-        "max_retry_port_bind": 0,
-        "listen_system_port_fallback": False,
-        "enable_dht": settings.dht,
-        "enable_lsd": False,
-        "enable_upnp": False,
-        "enable_natpmp": False,
-        "enable_incoming_utp": settings.utp,
-        "enable_outgoing_utp": settings.utp,
-        "upload_rate_limit": settings.upload_bytes_per_s,
-        "download_rate_limit": settings.download_bytes_per_s,
-        "unchoke_slots_limit": -1,
-        # Several nodes may share one address, and nodes that have finished stay in touch.
-        "allow_multiple_connections_per_ip": True,
-        "close_redundant_connections": False,
-        "auto_sequential": False,
-        # Long queues blur the order of pieces: 3000 requests of 16 KiB are 48 MB a peer.
-        "max_out_request_queue": 500,
-        "request_queue_time": 1,
-        # Else a fast peer is asked for what lies beside a wanted piece, whatever its priority: half
-        # of the last layers came before the first were whole. And the first pieces are any ones.
-        "whole_pieces_threshold": 0,
-        "initial_picker_threshold": 0,
-        "send_buffer_watermark": 4 << 20,
-        "send_buffer_low_watermark": 1 << 20,
-        "max_queued_disk_bytes": 128 << 20,
-        "file_pool_size": 100,
-        # For checking what is on the disk; pieces that arrive are hashed by other threads.
-        "hashing_threads": len(os.sched_getaffinity(0)),
-        # A named peer that is not up yet is asked again soon.
-        "min_reconnect_time": 1 if settings.seeks else 60,
-        "max_failcount": 1000 if settings.seeks else 3,
-        "stop_tracker_timeout": 1,
-        "user_agent": f"Magnetar libtorrent/{lt.__version__}",
-    } | (small if settings.is_small else {})
-
-
-def _refuse_disagreement(info: Any, metainfo: Metainfo) -> None:
-    """Our reading of the torrent and the library's must name the same files and pieces."""
-    layout = info.layout()
-    theirs = {
-        layout.file_path(i)
-        for i in range(layout.num_files())
-        if not layout.file_flags(i) & layout.flag_pad_file
-    }
-    if theirs != {file.path for file in metainfo.files} or info.num_pieces() != metainfo.num_pieces:
-        raise ReleaseError(
-            f"unsafe torrent {metainfo.name}: libtorrent would save other file names than it lists"
-        )
 
 
 def _text(client: bytes | str) -> str:

@@ -8,6 +8,7 @@ import libtorrent
 import pytest
 
 from magnetar.errors import PortInUseError, ReleaseError
+from magnetar.fetcher.torrent.add_params import read_resume
 from magnetar.fetcher.torrent.create import create_torrent
 from magnetar.fetcher.torrent.libtorrent_session import LibtorrentSession
 from magnetar.fetcher.torrent.metainfo import Metainfo, TorrentFile, parse_metainfo
@@ -184,7 +185,7 @@ def test_resume_data_cut_anywhere_means_a_check(
     resume = wait_for(session, ResumeData)
     assert isinstance(resume, ResumeData)
     for length in range(len(resume.data)):
-        assert session._read_resume(resume.data[:length]) is None
+        assert read_resume(resume.data[:length], libtorrent) is None
     session.remove()
     wait_for(session, Removed)
 

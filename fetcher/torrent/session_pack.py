@@ -1,0 +1,64 @@
+"""The settings of a session in libtorrent's names."""
+
+import os
+from typing import Any
+
+from .session import SessionSettings
+
+
+def packed(settings: SessionSettings, lt: Any) -> dict[str, object]:
+    """What libtorrent is told; `lt` is its module."""
+    category = lt.alert.category_t
+    small = {
+        "alert_queue_size": 1000,
+        "aio_threads": 1,
+        "hashing_threads": 1,
+        "max_queued_disk_bytes": 1 << 20,
+        "file_pool_size": 10,
+    }
+    return {
+        "alert_mask": category.error_notification
+        | category.status_notification
+        | category.storage_notification
+        | category.tracker_notification
+        | category.connect_notification
+        | category.peer_notification
+        | category.dht_notification,
+        "alert_queue_size": 100_000,
+        "listen_interfaces": settings.listen,
+        "outgoing_interfaces": settings.leaves_by,
+        # A port that is taken is an error, not a reason to listen on another one.
+        "max_retry_port_bind": 0,
+        "listen_system_port_fallback": False,
+        "enable_dht": settings.dht,
+        "enable_lsd": False,
+        "enable_upnp": False,
+        "enable_natpmp": False,
+        "enable_incoming_utp": settings.utp,
+        "enable_outgoing_utp": settings.utp,
+        "upload_rate_limit": settings.upload_bytes_per_s,
+        "download_rate_limit": settings.download_bytes_per_s,
+        "unchoke_slots_limit": -1,
+        # Several nodes may share one address, and nodes that have finished stay in touch.
+        "allow_multiple_connections_per_ip": True,
+        "close_redundant_connections": False,
+        "auto_sequential": False,
+        # Long queues blur the order of pieces: 3000 requests of 16 KiB are 48 MB a peer.
+        "max_out_request_queue": 500,
+        "request_queue_time": 1,
+        # Else a fast peer is asked for what lies beside a wanted piece, whatever its priority: half
+        # of the last layers came before the first were whole. And the first pieces are any ones.
+        "whole_pieces_threshold": 0,
+        "initial_picker_threshold": 0,
+        "send_buffer_watermark": 4 << 20,
+        "send_buffer_low_watermark": 1 << 20,
+        "max_queued_disk_bytes": 128 << 20,
+        "file_pool_size": 100,
+        # For checking what is on the disk; pieces that arrive are hashed by other threads.
+        "hashing_threads": len(os.sched_getaffinity(0)),
+        # A named peer that is not up yet is asked again soon.
+        "min_reconnect_time": 1 if settings.seeks else 60,
+        "max_failcount": 1000 if settings.seeks else 3,
+        "stop_tracker_timeout": 1,
+        "user_agent": f"Magnetar libtorrent/{lt.__version__}",
+    } | (small if settings.is_small else {})
