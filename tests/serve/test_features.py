@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ FEATURES: Mapping[str, dict[str, Any]] = {
     "prompt_logprobs": {"prompt_logprobs": 2},
     "guided_regex": {"guided_regex": "[a-f]{3,9}"},
     "guided_choice": {"guided_choice": ["small", "large"], "temperature": 1.0, "seed": 2},
+    "guided_grammar": {"guided_grammar": 'start: "ripe" | "green" " "? "fruit"'},
+    "json_object": {"max_tokens": 40, "response_format": {"type": "json_object"}},
     "json_schema": {
         "max_tokens": 60,
         "response_format": {
@@ -87,6 +90,22 @@ def served(num_stages: int) -> Iterator[httpx.Client]:
     ):
         yield client
         assert engine.stats().kv_blocks_free == NUM_KV_BLOCKS
+
+
+def streamed(client: httpx.Client, wish: Mapping[str, Any]) -> tuple[list[int], str, Any]:
+    """Tokens, text and usage of an answer that comes in pieces."""
+    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+    body |= {"stream": True, "stream_options": {"include_usage": True}, **wish}
+    token_ids, text, usage = list[int](), "", None
+    with client.stream("POST", "/v1/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                usage = event["usage"] or usage
+                for choice in event["choices"]:
+                    token_ids += choice["token_ids"]
+                    text += choice["text"]
+    return token_ids, text, usage
 
 
 def ask(client: httpx.Client, feature: str, wishes: Mapping[str, Any]) -> Answer:
@@ -140,3 +159,9 @@ def test_the_answers_of_a_crowd_are_those_of_one_stage_alone(num_stages: int) ->
         answers = pool.map(lambda item: (item[0], ask(client, *item)), wishes.items())
         for feature, answer in answers:
             assert answer == expected[feature], feature
+        for feature in ("plain", "stop", "temperature"):
+            (whole,) = expected[feature]
+            token_ids, text, usage = streamed(client, wishes[feature])
+            assert (token_ids, text) == (whole["token_ids"], whole["text"]), feature
+            assert usage["prompt_tokens"] == len(PROMPT), feature
+            assert usage["completion_tokens"] == len(token_ids), feature
