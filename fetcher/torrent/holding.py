@@ -81,6 +81,7 @@ class Holding:
             fingerprints(self.place.data, self.selection.wanted),
             recorded_ns=self.place.record.written_ns(),
             boot=self._boot,
+            has_parts=self._has_parts(),
             data_runs=lambda path: data_runs(self.place.data / path),
         )
 
@@ -90,9 +91,13 @@ class Holding:
             self.metainfo,
             self.selection.wanted,
             pieces,
-            recorded=self.place.record.read().pieces,
+            kept_apart=self.place.record.read().pieces if self._has_parts() else frozenset(),
             data_runs=lambda path: data_runs(self.place.data / path),
         )
+
+    def _has_parts(self) -> bool:
+        """Whether libtorrent's file of parts is there."""
+        return any(self.place.data.glob(".*.parts"))
 
     def synced(self) -> frozenset[int]:
         """Pieces on record that a power cut would leave."""

@@ -53,12 +53,14 @@ def survey(
     *,
     recorded_ns: int,
     boot: str,
+    has_parts: bool = True,
     data_runs: Callable[[str], Iterable[Run]],
 ) -> Remains:
     """Judges every wanted file by its size and times; pure but for `data_runs`.
 
-    `recorded_ns` is when the record was written, by the clock of the files. `data_runs` says where
-    a file has data.
+    `recorded_ns` is when the record was written, by the clock of the files. `has_parts`: what
+    libtorrent keeps of pieces that reach into files that are not wanted is there. `data_runs` says
+    where a file has data.
     """
     doubted: set[int] = set()
     unsure: set[int] = set()
@@ -79,7 +81,7 @@ def survey(
             metainfo,
             wanted,
             unsure - known,
-            recorded=record.pieces,
+            kept_apart=record.pieces if has_parts else frozenset(),
             data_runs=lambda path: data_runs(path) if path in now else (),
         ),
         begun=frozenset(range(metainfo.num_pieces)) - unsure,
@@ -131,14 +133,14 @@ def found_blocks(
     wanted: Collection[str],
     pieces: Iterable[int],
     *,
-    recorded: frozenset[int],
+    kept_apart: frozenset[int],
     data_runs: Callable[[str], Iterable[Run]],
 ) -> dict[int, tuple[bool, ...]]:
     """Which blocks of these pieces may be in the files; nothing of pieces without any.
 
-    `recorded` pieces had their hashes once.
+    Of `kept_apart` pieces libtorrent has what lies in files that are not wanted.
     """
-    runs = list(_joined(_file_runs(metainfo, wanted, recorded, data_runs)))
+    runs = list(_joined(_file_runs(metainfo, wanted, kept_apart, data_runs)))
     starts = [start for start, _ in runs]
 
     def has_data(start: int, end: int) -> bool:
@@ -177,13 +179,12 @@ def _joined(runs: Iterable[Run]) -> Iterator[Run]:
 def _file_runs(
     metainfo: Metainfo,
     wanted: Collection[str],
-    recorded: frozenset[int],
+    kept_apart: frozenset[int],
     data_runs: Callable[[str], Iterable[Run]],
 ) -> Iterator[Run]:
     """Where there is data in the space of the pieces, in order.
 
-    What lies between files is padding, which everybody has. Of a file that is not wanted libtorrent
-    keeps, elsewhere, what belongs to pieces that it has had.
+    What lies between files is padding, which everybody has.
     """
     end = 0
     for file in sorted(metainfo.files, key=lambda file: (file.offset, file.length)):
@@ -191,7 +192,7 @@ def _file_runs(
             yield end, file.offset
         end = file.offset + file.length
         if file.path not in wanted:
-            for piece in sorted({*metainfo.pieces(file)} & recorded):
+            for piece in sorted({*metainfo.pieces(file)} & kept_apart):
                 low = piece * metainfo.piece_length
                 yield max(low, file.offset), min(low + metainfo.piece_length, end)
         else:

@@ -297,6 +297,21 @@ def test_a_lost_or_damaged_record_or_resume_costs_no_download(
             assert fetch.received_bytes == 0
 
 
+def test_pieces_whose_rest_was_deleted_are_fetched_again(
+    shared: Shared, fetching: Fetching
+) -> None:
+    folder = complete(fetching(shared.info.magnet))
+    place = Store(fetching.store).release_folder(shared.info.info_hash)
+    (parts,) = place.data.glob(".*.parts")
+    parts.unlink()
+    for path in folder.iterdir():
+        os.utime(path)
+    with fetching(shared.info.magnet) as fetch:
+        fetch.verify()
+        assert 0 < fetch.received_bytes <= 2 * shared.piece_length
+    assert_same_files(folder, shared.folder)
+
+
 @pytest.mark.parametrize("between", ["runs", "download and verify"])
 def test_a_corrupt_byte_costs_one_piece(shared: Shared, fetching: Fetching, between: str) -> None:
     def corrupt(folder: Path) -> None:
