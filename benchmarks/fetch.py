@@ -42,7 +42,7 @@ def cases(*, quick: bool) -> Mapping[str, Case]:
         "cluster-uneven": lambda scratch: cluster_rows(scratch, num_bytes, UNEVEN, are_known=True),
         "cluster-untold": lambda scratch: cluster_rows(scratch, num_bytes, UNEVEN, are_known=False),
         "clients": lambda scratch: client_rows(scratch, 512 * MB, rounds),
-        "verify": lambda scratch: verify_rows(scratch, 2 * num_bytes, rounds + 1),
+        "verify": lambda scratch: verify_rows(scratch, 1000 * MB, rounds + 1),
         "garbage": lambda scratch: garbage_rows(scratch, 128 * MB),
         "memory": lambda scratch: memory_rows(
             scratch, 512 * MB if quick else 2_000 * MB, 5.0 if quick else 12.0
