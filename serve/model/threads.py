@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 
 _SPIN_COUNT = "1000"
-"""Some 15 us. By itself OpenMP would take 300 times as many, and beside one busy process a token of
-the demo's model 30 to 130 ms, always 33 with these (11.4 and 11.7 on idle cores); and the idle
-threads of a stage would keep those of the next one from their cores. With 0 threads would wake up
-at every barrier."""
+"""Some 15 us, by estimate. By itself OpenMP would take 300 times as many. Beside one busy process a
+token of the demo's model then took 32 to 130 ms (medians of five rounds), and 33 to 34 with these;
+on idle cores it took 11.9 and 12.1 (medians of the rounds), each layer being two calls. Besides,
+the idle threads of a stage would keep those of the next one from their cores. With 0 threads would
+wake up at every barrier."""
 _PAUSE_SOFT = 1
 
 
