@@ -3,8 +3,7 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from typing import Any, Final
 
 from ...errors import InterruptedByUserError, MagnetarError, StageLostError
@@ -23,18 +22,10 @@ from .assignment import PipelineRoles
 from .pipeline_group import PipelineGroup
 from .progress_board import ProgressBoard
 from .shard import loading_steps, shard_of
-from .status import (
-    ConditionType,
-    DeploymentStatus,
-    Failure,
-    Report,
-    StageLoad,
-    with_condition,
-    without_condition,
-)
+from .status import ConditionType, Failure, Report, StageLoad
+from .status_record import StatusRecord
 
 WATCH_S: Final = 0.5
-_FETCHING: Final[tuple[Phase, ...]] = ("metadata", "plan", "download", "verify")
 _CONDITION_OF: Final[dict[Phase, ConditionType]] = {
     "metadata": "SourceVerified",
     "plan": "PipelinePlaced",
@@ -68,19 +59,11 @@ class Controller:
         self._nodes = tuple(nodes)
         self._home = home
         self._api_key = api_key
-        self._journal = controller_journal(spec.name)
-        last = self._journal.read() or {}
-        epoch = int(last.get("epoch", 0)) + 1
-        self._lock = threading.Lock()
-        self._journal_lock = threading.Lock()
-        self._status = DeploymentStatus(name=spec.name, model_name=spec.model_name, epoch=epoch)
+        self._record = StatusRecord(spec, controller_journal(spec.name))
         self._board = ProgressBoard()
         self._open_phases: set[Phase] = set()
         self._finished_phases: set[Phase] = set()
         self._fetching: Future[None] | None = None
-        self._short_of_room: dict[str, str] = {}
-        """By host, what its agent says of its disk."""
-        self._room_lock = threading.Lock()
         self._stop = threading.Event()
         self._agents = AgentGroup(
             deployment=spec.name,
@@ -93,7 +76,7 @@ class Controller:
         )
         self._pipeline = PipelineGroup(
             deployment=spec.name,
-            epoch=epoch,
+            epoch=self._record.status.epoch,
             roles=roles,
             nodes=self._nodes,
             detached=detached,
@@ -104,15 +87,13 @@ class Controller:
 
     def poll(self, cursor: int) -> Report:
         """The status now, and the progress since `cursor`."""
-        with self._lock:
-            status = self._status  # before the progress, which must not lack what led to it
+        status = self._record.status  # before the progress, which must not lack what led to it
         progress, newer = self._board.since(cursor)
         return Report(status=status, progress=progress, cursor=newer)
 
     def expert_tokens(self) -> dict[int, tuple[int, ...]]:
         """By layer, the tokens that each expert was chosen for; empty unless it serves."""
-        with self._lock:
-            is_ready = self._status.ready
+        is_ready = self._record.status.ready
         try:
             return self._pipeline.expert_tokens() if is_ready else {}
         except StageLostError:  # `poll` tells of it
@@ -156,9 +137,9 @@ class Controller:
                 raise
         self._enter("serving")
         url = self._pipeline.serve()
-        self._change(url=url)
+        self._record.change(url=url)
         self._leave("serving", url)
-        self._hold("EndpointReady", "Listening", url)
+        self._record.hold("EndpointReady", "Listening", url)
         self._agents.end_fetches()
 
     def _find_place(self) -> tuple[ReleaseFacts, Plan]:
@@ -169,7 +150,7 @@ class Controller:
         )
         self._enter("metadata")
         facts, info_hash = self._agents.read_facts(spec.source)
-        self._change(chat_format=facts.chat_format)
+        self._record.change(chat_format=facts.chat_format)
         self._leave("metadata")
 
         self._enter("plan")
@@ -177,7 +158,7 @@ class Controller:
         workload = workload_of(spec, facts.config)
         plan = place_model(facts.config, facts.index, inventory, workload)
         plan = pin_experts(plan, spec.expert_pins, facts.config, facts.index, inventory)
-        self._change(plan=plan)
+        self._record.change(plan=plan)
         self._leave(
             "plan", "; ".join((_placement(plan), *(each.text for each in plan.concessions)))
         )
@@ -204,9 +185,9 @@ class Controller:
         self._enter("verify")
         self._agents.verify(hosts)
         self._leave("verify")
-        self._hold("SourceVerified", "Verified")
+        self._record.hold("SourceVerified", "Verified")
         if self._spec.source.kind != "folder":
-            self._change(fetched=self._agents.fetched(hosts))
+            self._record.change(fetched=self._agents.fetched(hosts))
 
     def _load(self, facts: ReleaseFacts, plan: Plan, folders: dict[str, str]) -> None:
         """Place the stages, load what arrives, send a token through; may end before `_fetch`."""
@@ -215,25 +196,27 @@ class Controller:
             plan, self._spec, folder=folders[self._home], facts_json=facts_json
         )
         self._pipeline.place(plan, self._spec, folders=folders, facts_json=facts_json)
-        self._hold("PipelinePlaced", "Placed", _placement(plan))
+        self._record.hold("PipelinePlaced", "Placed", _placement(plan))
         self._enter("load")
         self._pipeline.load(plan, self._publish, on_loaded=self._note_loaded)
         self._leave("load")
-        self._hold("WeightsReady", "Loaded")
+        self._record.hold("WeightsReady", "Loaded")
 
         self._enter("warm")
         self._pipeline.connect()
         seconds = self._pipeline.warm()
         self._leave("warm", f"one token through every stage took {seconds * 1000:.0f} ms")
-        self._hold("StagesReady", "TokenWentThrough")
+        self._record.hold("StagesReady", "TokenWentThrough")
 
     def _note_loaded(self, loads: tuple[StageLoad, ...]) -> None:
         """Keep how far the stages are; raise what ended the download, for which they would wait."""
         assert self._fetching is not None
         if self._fetching.done():
             self._fetching.result()
-        if [load.num_layers for load in loads] != [each.num_layers for each in self._status.loaded]:
-            self._change(loaded=loads)
+        if [load.num_layers for load in loads] != [
+            each.num_layers for each in self._record.status.loaded
+        ]:
+            self._record.change(loaded=loads)
 
     def _share(self, facts: ReleaseFacts, plan: Plan, host: str) -> tuple[ByteRange, ...] | None:
         """What a node wants of the weights; None: all of them."""
@@ -246,9 +229,13 @@ class Controller:
         lost: MagnetarError | None = None
         while not self._stop.wait(WATCH_S if lost else 0):
             if lost is None and (lost := self._pipeline.lost(WATCH_S)) is not None:
-                with self._lock:
-                    self._status = replace(self._status, failure=Failure.of(lost))
-                self._hold("StagesReady", "StageLost", str(lost), status=False)
+                self._record.hold(
+                    "StagesReady",
+                    "StageLost",
+                    str(lost),
+                    status=False,
+                    failure=Failure.of(lost),
+                )
         raise InterruptedByUserError("the deployment was stopped")
 
     def _fail(self, error: Exception) -> None:
@@ -257,10 +244,8 @@ class Controller:
             error = InterruptedByUserError("the deployment was stopped")
         reason = "Stopped" if stopped else type(error).__name__
         condition = "EndpointReady" if stopped else self._kept_from(error)
-        with self._lock:
-            failure = self._status.failure or Failure.of(error)
-            self._status = replace(self._status, failure=failure, url=None)
-        self._hold(condition, reason, str(error), status=False)
+        failure = self._record.status.failure or Failure.of(error)
+        self._record.hold(condition, reason, str(error), status=False, failure=failure, url=None)
 
     def _kept_from(self, error: Exception) -> ConditionType:
         """The condition that a failure keeps from becoming true."""
@@ -271,80 +256,34 @@ class Controller:
         return _CONDITION_OF[max(self._open_phases, key=PHASES.index, default="metadata")]
 
     def _end(self) -> None:
+        failure = self._record.status.failure
         try:
             self._pipeline.stop()
             self._agents.stop()
         except Exception as error:  # the end is reached all the same; the first failure counts
-            with self._lock:
-                failure = self._status.failure or Failure.of(error)
-                self._status = replace(self._status, failure=failure)
+            failure = failure or Failure.of(error)
         finally:
-            self._change(finished=True)
+            self._record.change(failure=failure, finished=True)
 
     def _enter(self, phase: Phase) -> None:
         self._open_phases.add(phase)
-        self._change(phase=min(self._open_phases, key=PHASES.index))
+        self._record.change(phase=min(self._open_phases, key=PHASES.index))
         self._publish(Progress(phase=phase))
 
     def _leave(self, phase: Phase, message: str = "") -> None:
         self._open_phases.discard(phase)
         if self._open_phases:
-            self._change(phase=min(self._open_phases, key=PHASES.index))
+            self._record.change(phase=min(self._open_phases, key=PHASES.index))
         if phase not in self._finished_phases:
             self._publish(Progress(phase=phase, message=message, finished=True))
 
     def _publish(self, progress: Progress) -> None:
-        self._note_room(progress)
+        self._record.note_room(progress)
         if len(self._nodes) == 1:
             progress = replace(progress, node="")
         if progress.finished and not progress.node:
             self._finished_phases.add(progress.phase)
         self._board.publish(progress)
-
-    def _note_room(self, progress: Progress) -> None:
-        """Keep the condition that tells which nodes wait for room on their disks."""
-        with self._room_lock:
-            before = dict(self._short_of_room)
-            if progress.is_paused:
-                self._short_of_room[progress.node] = progress.message
-            elif progress.phase in _FETCHING:
-                self._short_of_room.pop(progress.node, None)
-            if (short := self._short_of_room) == before:
-                return
-            if short:
-                message = "; ".join(f"{host}: {short[host]}" for host in sorted(short))
-                self._hold("DiskHasRoom", "DiskFull", message, status=False)
-                return
-        with self._lock:
-            conditions = without_condition(self._status.conditions, "DiskHasRoom")
-            self._status = replace(self._status, conditions=conditions)
-        self._change()
-
-    def _hold(
-        self, kind: ConditionType, reason: str, message: str = "", *, status: bool = True
-    ) -> None:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        with self._lock:
-            conditions = with_condition(
-                self._status.conditions,
-                kind,
-                status=status,
-                reason=reason,
-                message=message,
-                now=now,
-            )
-            self._status = replace(self._status, conditions=conditions)
-        self._change()
-
-    def _change(self, **fields: object) -> None:
-        """Replace fields of the status and write it down."""
-        with self._lock:
-            self._status = replace(self._status, **fields)  # type: ignore[arg-type]
-        with self._journal_lock:  # so that the last to write writes the newest
-            status = self._status
-            self._journal.write(
-                {"epoch": status.epoch, "spec": asdict(self._spec), "status": status.to_json()}
-            )
 
 
 def _placement(plan: Plan) -> str:
