@@ -1,4 +1,4 @@
-"""One torrent moving: waiting for it, telling about it, and giving up with the reason."""
+"""One torrent moving: waiting for it, having it told of, and giving up when nothing comes."""
 
 import shutil
 import threading
@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ...errors import DiskFullError, DownloadError, InterruptedByUserError, TimedOutError
-from ..progress import NUM_PARTS, Phase, Progress, ProgressSink
+from ...errors import DiskFullError, DownloadError, InterruptedByUserError
+from ..progress import Phase, ProgressSink
 from ..waves import Waves
 from .contacts import Contacts, shown
 from .mending import CalledAwayError
-from .metainfo import Metainfo
+from .reporting import Reporting
 from .room_watch import RoomWatch
 from .session import (
     Address,
@@ -34,7 +34,6 @@ from .write_out import WriteOut
 
 POLL_S = 0.1
 REPORT_S = 0.25
-STALL_S = 5.0
 RECONNECT_S = 2.0
 RESUME_S = 30.0
 FRESH_S = 2.0
@@ -72,12 +71,10 @@ class Swarm:
         self._contacts = contacts
         self._named_peers = named_peers
         self._timeout_s = timeout_s
-        self._on_progress = on_progress
         self._on_resume_data = on_resume_data
         self._on_readable = on_readable
         self._write_out = WriteOut(session, on_readable)
         self._stop = stop
-        self._node = node
         self._clock = clock
         self._room = RoomWatch(session, now_s=clock(), free_bytes=free_bytes)
         self._save_path: Path | None = None
@@ -86,18 +83,21 @@ class Swarm:
         self._reconnected_s = clock()
         self._resumed_s = clock()
         self._bad: set[int] = set()
-        self._hashing = (0, 0)
         self._earlier_bytes = self._earlier_sent_bytes = 0
         self._is_checking = False
         self._has_files = False
         self._listens: list[Address] = []
         self._traffic = TrafficLog()
+        self._reporting = Reporting(
+            session,
+            contacts=contacts,
+            traffic=self._traffic,
+            on_progress=on_progress,
+            node=node,
+        )
         self._inside: frozenset[str] = frozenset()
         self.is_called_away: Callable[[], bool] = lambda: False
         """Whether `fetch` is to be left, to be called anew soon."""
-        self._metainfo: Metainfo | None = None
-        self._waves = Waves(())
-        self._whole: Waves | None = None
         self._counted_s = clock()
 
     @property
@@ -192,8 +192,8 @@ class Swarm:
 
     def add(self, job: TorrentJob) -> TorrentStatus:
         """Adds a torrent and waits until what is on disk is known."""
-        self._save_path, self._metainfo = job.save_path, job.metainfo
-        self._waves, self._whole = Waves(()), None
+        self._save_path = job.save_path
+        self._reporting.restart(job.metainfo)
         self._seen.discard(Checked)
         self._write_out.restart()
         self._session.add(job)
@@ -230,7 +230,7 @@ class Swarm:
             failed. InterruptedByUserError: `stop` was set.
         """
         front = -1
-        self._waves, self._whole = waves, whole
+        self._reporting.ask(waves, whole)
 
         def is_there() -> bool:
             nonlocal front
@@ -251,7 +251,7 @@ class Swarm:
 
         while True:
             self._wait(is_there, phase=phase, doing=doing, gives_up=gives_up)
-            self._report(phase, doing)
+            self._reporting.tell(phase, doing)
             status = self._session.status()
             assert status is not None
             try:
@@ -297,6 +297,7 @@ class Swarm:
         self._is_checking = True
         self._bad.clear()
         num_left, moved_s = len(found), self._clock()
+        self._reporting.hashing = 0, 0
 
         def is_checked() -> bool:
             nonlocal num_left, moved_s
@@ -307,11 +308,12 @@ class Swarm:
             left = {piece for piece in found - self._bad if not status.have[piece]}
             if len(left) != num_left:
                 num_left, moved_s = len(left), self._clock()
-            self._hashing = (len(found) - num_left) * piece_length, len(found) * piece_length
+            num_hashed = len(found) - num_left
+            self._reporting.hashing = num_hashed * piece_length, len(found) * piece_length
             return not left or self._clock() - moved_s >= HASH_S
 
         self._wait(is_checked, phase="verify", doing="the files on disk")
-        self._is_checking = False
+        self._is_checking, self._reporting.hashing = False, None
         self._has_files = True
         status = self._session.status()
         assert status is not None
@@ -397,16 +399,10 @@ class Swarm:
             if gives_up is not None and gives_up(idle_s):
                 raise StalledError
             if self._timeout_s is not None and idle_s >= self._timeout_s and not self._is_checking:
-                raise self._timed_out(doing, status)
+                raise self._reporting.timed_out(doing, self._timeout_s)
             if now_s - reported_s >= REPORT_S:
                 reported_s = now_s
-                if idle_s >= STALL_S or (status is not None and status.state == "metadata"):
-                    doing_now = self._contacts.waiting_for(status, self._session.peers())
-                    if idle_s >= STALL_S:
-                        doing_now += f"; nothing for {idle_s:.0f} s"
-                else:
-                    doing_now = doing
-                self._report(phase, doing_now, is_idle=idle_s >= STALL_S)
+                self._reporting.tell_wait(phase, doing, idle_s)
             self._keep_up(now_s)
 
     def _waits_for_room(self, phase: Phase, now_s: float) -> bool:
@@ -416,7 +412,7 @@ class Swarm:
             return False
         look = self._room.look(self._save_path, status, now_s)
         if look.message:
-            self._report(phase, look.message, is_paused=True)
+            self._reporting.tell(phase, look.message, is_paused=True)
         if look.must_recheck:
             self.recheck()
         return look.is_short
@@ -432,52 +428,6 @@ class Swarm:
         if now_s - self._resumed_s >= RESUME_S and self._has_files:
             self._resumed_s = now_s
             self._session.request_resume_data()
-
-    def _timed_out(self, doing: str, status: TorrentStatus | None) -> TimedOutError:
-        cause = self._contacts.waiting_for(status, self._session.peers())
-        # Of a private torrent peers send none.
-        private = "; a private torrent needs its .torrent file" if doing == "metadata" else ""
-        return TimedOutError(
-            f"{doing}: nothing arrived within {self._timeout_s:g} s: {cause}; "
-            f"{self._contacts.asked()}. Name a peer that has it with --peer HOST:PORT, "
-            f"or wait longer with --timeout{private}"
-        )
-
-    def _report(
-        self, phase: Phase, message: str, *, is_paused: bool = False, is_idle: bool = False
-    ) -> None:
-        status = self._session.status() or TorrentStatus()
-        done, total = status.wanted_done_bytes, status.wanted_bytes
-        # libtorrent's is a mean, which takes a minute to come to nothing.
-        rate = 0.0 if is_paused or is_idle else status.rate_bytes_per_s
-        parts: tuple[float, ...] = ()
-        if status.state == "checking":
-            # The reading counts what was found good; a person waits for what was looked at.
-            done, rate = int(status.checked * total), 0.0
-        elif self._is_checking:
-            done, total = self._hashing
-        elif status.have and self._metainfo is not None:
-            whole = self._whole or self._waves
-            parts = whole.parts(status.have, NUM_PARTS)
-            if self._whole is not None:
-                # The session wants a part of it at the moment. Pieces are counted as whole.
-                length, pieces = self._metainfo.piece_length, whole.pieces
-                total = length * len(pieces)
-                done = length * sum(status.have[piece] for piece in pieces)
-        lan_rate, _ = self._traffic.rates()
-        self._on_progress(
-            Progress(
-                phase=phase,
-                done_bytes=done,
-                total_bytes=total,
-                rate_bytes_per_s=rate,
-                lan_bytes_per_s=min(rate, lan_rate),
-                message=message,
-                node=self._node,
-                parts=parts,
-                is_paused=is_paused,
-            )
-        )
 
 
 def _moving_parts(status: TorrentStatus | None) -> object:

@@ -10,6 +10,7 @@ from magnetar.fetcher.progress import Progress
 from magnetar.fetcher.torrent.contacts import Contacts
 from magnetar.fetcher.torrent.disk_room import RESERVE_BYTES
 from magnetar.fetcher.torrent.metainfo import Metainfo
+from magnetar.fetcher.torrent.reporting import STALL_S
 from magnetar.fetcher.torrent.session import (
     Checked,
     Flushed,
@@ -21,7 +22,7 @@ from magnetar.fetcher.torrent.session import (
     TorrentStatus,
     TrackerFailed,
 )
-from magnetar.fetcher.torrent.swarm import RESUME_S, STALL_S, Swarm
+from magnetar.fetcher.torrent.swarm import RESUME_S, Swarm
 from magnetar.fetcher.torrent.write_out import WRITE_OUT_S
 from magnetar.fetcher.waves import Waves
 from magnetar.tests.torrent_session import FakeTorrentSession
