@@ -94,7 +94,7 @@ class Connection:
     def traffic(self) -> Traffic:
         """By peer and in all, at the last reading; for any thread."""
         swarm = self._swarm
-        return swarm.traffic() if swarm is not None else self._traffic
+        return swarm.meter.traffic() if swarm is not None else self._traffic
 
     def has_way_out(self) -> bool:
         """Whether there is a route to anybody of these sources; after `swarm`."""
@@ -128,7 +128,7 @@ class Connection:
         """Ends the session, if there is one."""
         swarm, self._swarm = self._swarm, None
         if swarm is not None:
-            self._traffic = replace(swarm.traffic(), peers=())
+            self._traffic = replace(swarm.meter.traffic(), peers=())
             swarm.close()
 
 

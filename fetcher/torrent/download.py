@@ -147,7 +147,7 @@ class Download:
         lenders = {lender.address for lender in self._lenders}
         called = [each for each in role.partners if each in lenders or self._address < each]
         swarm = self._connection.swarm()
-        swarm.know(split_peer(partner)[0] for partner in role.partners)
+        swarm.meter.know(split_peer(partner)[0] for partner in role.partners)
         swarm.join(tuple(map(split_peer, called)))
         self._sharing.give(role)
 
@@ -167,7 +167,7 @@ class Download:
     def standing(self) -> Standing:
         """How far the role is; after `join`, for any thread."""
         swarm = self._connection.swarm()
-        return self._sharing.standing(swarm.have() or self._have, swarm.received_bytes)
+        return self._sharing.standing(swarm.have() or self._have, swarm.meter.received_bytes)
 
     def recheck(self) -> bool:
         """Hashes all files against the pieces; whether any piece was bad. `complete` mends it."""
@@ -294,7 +294,7 @@ class Download:
         self._is_open = True
         self._have = tuple(status.have)
         lending = tuple(split_peer(lender.address) for lender in self._lenders)
-        swarm.know(host for host, _ in lending)
+        swarm.meter.know(host for host, _ in lending)
         swarm.join(lending)
         return swarm
 

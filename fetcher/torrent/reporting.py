@@ -7,8 +7,8 @@ from ..progress import NUM_PARTS, Phase, Progress, ProgressSink
 from ..waves import Waves
 from .contacts import Contacts
 from .metainfo import Metainfo
+from .meter import Meter
 from .session import TorrentSession, TorrentStatus
-from .traffic import TrafficLog
 
 STALL_S: Final = 5.0
 """After so long without news it says what is the matter."""
@@ -22,13 +22,13 @@ class Reporting:
         session: TorrentSession,
         *,
         contacts: Contacts,
-        traffic: TrafficLog,
+        meter: Meter,
         on_progress: ProgressSink,
         node: str,
     ) -> None:
         self._session = session
         self._contacts = contacts
-        self._traffic = traffic
+        self._meter = meter
         self._on_progress = on_progress
         self._node = node
         self._metainfo: Metainfo | None = None
@@ -79,14 +79,13 @@ class Reporting:
                 length, pieces = self._metainfo.piece_length, whole.pieces
                 total = length * len(pieces)
                 done = length * sum(status.have[piece] for piece in pieces)
-        lan_rate, _ = self._traffic.rates()
         self._on_progress(
             Progress(
                 phase=phase,
                 done_bytes=done,
                 total_bytes=total,
                 rate_bytes_per_s=rate,
-                lan_bytes_per_s=min(rate, lan_rate),
+                lan_bytes_per_s=min(rate, self._meter.lan_bytes_per_s),
                 message=message,
                 node=self._node,
                 parts=parts,

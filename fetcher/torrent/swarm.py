@@ -11,6 +11,7 @@ from ..progress import Phase, ProgressSink
 from ..waves import Waves
 from .contacts import Contacts, shown
 from .mending import CalledAwayError
+from .meter import Meter
 from .reporting import Reporting
 from .room_watch import RoomWatch
 from .session import (
@@ -29,7 +30,6 @@ from .session import (
     TorrentSession,
     TorrentStatus,
 )
-from .traffic import Traffic, TrafficLog
 from .write_out import WriteOut
 
 POLL_S = 0.1
@@ -40,7 +40,6 @@ FRESH_S = 2.0
 COUNT_S = 1.5
 HASH_S = 10.0
 """Without an outcome for so long, found pieces wait for hashes that only others have."""
-COUNT_PEERS_S = 1.0
 ANSWER_S = 60.0
 """How long the session itself may take for what needs no network."""
 
@@ -83,42 +82,20 @@ class Swarm:
         self._reconnected_s = clock()
         self._resumed_s = clock()
         self._bad: set[int] = set()
-        self._earlier_bytes = self._earlier_sent_bytes = 0
         self._is_checking = False
         self._has_files = False
         self._listens: list[Address] = []
-        self._traffic = TrafficLog()
+        self.meter = Meter(session, clock)
+        """What went over the network."""
         self._reporting = Reporting(
             session,
             contacts=contacts,
-            traffic=self._traffic,
+            meter=self.meter,
             on_progress=on_progress,
             node=node,
         )
-        self._inside: frozenset[str] = frozenset()
         self.is_called_away: Callable[[], bool] = lambda: False
         """Whether `fetch` is to be left, to be called anew soon."""
-        self._counted_s = clock()
-
-    @property
-    def received_bytes(self) -> int:
-        """Payload received in all, also under torrents that were removed."""
-        status = self._session.status()
-        return self._earlier_bytes + (status.downloaded_bytes if status else 0)
-
-    @property
-    def sent_bytes(self) -> int:
-        """Payload sent in all, at the last reading."""
-        status = self._session.status()
-        return self._earlier_sent_bytes + (status.uploaded_bytes if status else 0)
-
-    def traffic(self) -> Traffic:
-        """What went between us and our peers, at the last reading. For any thread."""
-        return self._traffic.reading(received_bytes=self.received_bytes, sent_bytes=self.sent_bytes)
-
-    def know(self, hosts: Iterable[str]) -> None:
-        """These IP addresses are nodes of the cluster, for `traffic`. For any thread."""
-        self._inside |= frozenset(hosts)
 
     def tend(self) -> None:
         """Takes what happened while nothing was waited for; within a minute at the least.
@@ -128,10 +105,10 @@ class Swarm:
         """
         for event in self._session.poll(0.0):
             self._take(event)
-        self._look_at_peers()
+        self.meter.look()
 
     def count(self) -> None:
-        """Takes readings for so long that `sent_bytes` and `received_bytes` are right.
+        """Takes readings for so long that `meter` is right.
 
         libtorrent adds up the amounts of its peers once a second.
         """
@@ -139,7 +116,7 @@ class Swarm:
         while self._clock() < until_s:
             for event in self._session.poll(POLL_S):
                 self._take(event)
-        self._look_at_peers()
+        self.meter.look()
 
     def address(self, host: str | None) -> Address | None:
         """Where the session listens on this IP address, or anywhere; None if it does not."""
@@ -161,7 +138,7 @@ class Swarm:
 
     def only(self, hosts: Iterable[str] | None) -> None:
         """See `TorrentSession.only`; who is let in again is asked at once."""
-        self._look_at_peers()  # Some are gone after it.
+        self.meter.look()  # Some are gone after it.
         self._session.only(hosts)
         self._session.connect(self._named_peers)
 
@@ -279,18 +256,13 @@ class Swarm:
 
     def remove(self) -> None:
         """Takes the torrent out of the session; its files are then closed."""
-        self._look_at_peers()
-        self._earlier_bytes, self._earlier_sent_bytes = self.received_bytes, self.sent_bytes
+        self.meter.close_torrent()
         self._has_files = False
         self._answer(Removed, self._session.remove)
 
     def close(self) -> None:
         """Ends the session."""
         self._session.close()
-
-    def _look_at_peers(self) -> None:
-        self._counted_s = self._clock()
-        self._traffic.note(self._session.peers(), self._inside)
 
     def _checked(self, found: set[int], piece_length: int) -> TorrentStatus:
         """Waits until it is known what is on disk: `found` pieces are hashed by the way."""
@@ -343,7 +315,7 @@ class Swarm:
         if isinstance(event, MetadataArrived):
             self._metadata = event.info
         elif isinstance(event, PeerBanned):
-            self._traffic.note_ban(shown(event.address))
+            self.meter.note_ban(shown(event.address))
         elif isinstance(event, Listening):
             self._listens.append(event.address)
         elif isinstance(event, Flushed):
@@ -385,8 +357,7 @@ class Swarm:
                         raise
                     self._room.ran_full(self._clock())
             now_s = self._clock()
-            if now_s - self._counted_s >= COUNT_PEERS_S:
-                self._look_at_peers()
+            self.meter.keep_up(now_s)
             if self._waits_for_room(phase, now_s):
                 moved_s = now_s
                 continue

@@ -295,4 +295,4 @@ def test_counts_bytes_over_removed_torrents() -> None:
     scene.session.reading = replace(MOVING, downloaded_bytes=7)
     scene.swarm.remove()
     scene.session.reading = replace(MOVING, downloaded_bytes=5)
-    assert scene.swarm.received_bytes == 12
+    assert scene.swarm.meter.received_bytes == 12
