@@ -6,42 +6,33 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ...errors import DiskFullError, DownloadError, InterruptedByUserError
+from ...errors import DiskFullError, InterruptedByUserError
 from ..progress import Phase, ProgressSink
 from ..waves import Waves
-from .contacts import Contacts, shown
+from .answers import Answers
+from .contacts import Contacts
 from .mending import CalledAwayError
 from .meter import Meter
 from .reporting import Reporting
 from .room_watch import RoomWatch
 from .session import (
     Address,
-    BadPiece,
     Checked,
-    Event,
     Flushed,
-    Listening,
-    MetadataArrived,
-    PeerBanned,
     Removed,
     ResumeData,
-    StorageFailed,
     TorrentJob,
     TorrentSession,
     TorrentStatus,
 )
 from .write_out import WriteOut
 
-POLL_S = 0.1
 REPORT_S = 0.25
 RECONNECT_S = 2.0
 RESUME_S = 30.0
-FRESH_S = 2.0
 COUNT_S = 1.5
 HASH_S = 10.0
 """Without an outcome for so long, found pieces wait for hashes that only others have."""
-ANSWER_S = 60.0
-"""How long the session itself may take for what needs no network."""
 
 
 class StalledError(Exception):
@@ -67,26 +58,29 @@ class Swarm:
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
         self._session = session
-        self._contacts = contacts
         self._named_peers = named_peers
         self._timeout_s = timeout_s
-        self._on_resume_data = on_resume_data
         self._on_readable = on_readable
         self._write_out = WriteOut(session, on_readable)
         self._stop = stop
         self._clock = clock
         self._room = RoomWatch(session, now_s=clock(), free_bytes=free_bytes)
         self._save_path: Path | None = None
-        self._metadata: bytes | None = None
-        self._seen: set[type] = set()
         self._reconnected_s = clock()
         self._resumed_s = clock()
-        self._bad: set[int] = set()
         self._is_checking = False
         self._has_files = False
-        self._listens: list[Address] = []
         self.meter = Meter(session, clock)
         """What went over the network."""
+        self._answers = Answers(
+            session,
+            contacts=contacts,
+            meter=self.meter,
+            room=self._room,
+            write_out=self._write_out,
+            on_resume_data=on_resume_data,
+            clock=clock,
+        )
         self._reporting = Reporting(
             session,
             contacts=contacts,
@@ -103,8 +97,7 @@ class Swarm:
         Raises:
             DownloadError: the disk failed.
         """
-        for event in self._session.poll(0.0):
-            self._take(event)
+        self._answers.poll(0.0)
         self.meter.look()
 
     def count(self) -> None:
@@ -114,22 +107,12 @@ class Swarm:
         """
         until_s = self._clock() + COUNT_S
         while self._clock() < until_s:
-            for event in self._session.poll(POLL_S):
-                self._take(event)
+            self._answers.poll()
         self.meter.look()
 
     def address(self, host: str | None) -> Address | None:
         """Where the session listens on this IP address, or anywhere; None if it does not."""
-
-        def matching() -> Address | None:
-            found = [address for address in self._listens if host in (None, address[0])]
-            return found[0] if found else None
-
-        deadline_s = self._clock() + FRESH_S
-        while matching() is None and self._clock() < deadline_s:
-            for event in self._session.poll(POLL_S):
-                self._take(event)
-        return matching()
+        return self._answers.address(host)
 
     def join(self, partners: tuple[Address, ...]) -> None:
         """Stays connected with these peers besides the named ones. For any thread."""
@@ -162,16 +145,16 @@ class Swarm:
             TimedOutError: it did not come in time. InterruptedByUserError: `stop` was set.
         """
         self._session.add(job)
-        self._wait(lambda: self._metadata is not None, phase="metadata", doing="metadata")
+        self._wait(lambda: self._answers.metadata is not None, phase="metadata", doing="metadata")
         self.remove()
-        assert self._metadata is not None
-        return self._metadata
+        assert self._answers.metadata is not None
+        return self._answers.metadata
 
     def add(self, job: TorrentJob) -> TorrentStatus:
         """Adds a torrent and waits until what is on disk is known."""
         self._save_path = job.save_path
         self._reporting.restart(job.metainfo)
-        self._seen.discard(Checked)
+        self._answers.forget(Checked)
         self._write_out.restart()
         self._session.add(job)
         found = {piece for piece, blocks in job.found.items() if all(blocks)}
@@ -179,7 +162,7 @@ class Swarm:
 
     def recheck(self) -> TorrentStatus:
         """Hashes what is on disk again."""
-        self._seen.discard(Checked)
+        self._answers.forget(Checked)
         self._session.recheck()
         return self._checked(set(), 0)
 
@@ -247,18 +230,18 @@ class Swarm:
     def flush(self) -> None:
         """Waits until verified pieces are in the files."""
         # The answer to an earlier request says nothing about pieces that came since.
-        self._until(lambda: not self._write_out.is_under_way)
-        self._answer(Flushed, self._session.flush)
+        self._answers.wait(lambda: not self._write_out.is_under_way)
+        self._answers.ask(Flushed, self._session.flush)
 
     def save_resume_data(self) -> None:
         """Has resume data made and handed to `on_resume_data`."""
-        self._answer(ResumeData, self._session.request_resume_data)
+        self._answers.ask(ResumeData, self._session.request_resume_data)
 
     def remove(self) -> None:
         """Takes the torrent out of the session; its files are then closed."""
         self.meter.close_torrent()
         self._has_files = False
-        self._answer(Removed, self._session.remove)
+        self._answers.ask(Removed, self._session.remove)
 
     def close(self) -> None:
         """Ends the session."""
@@ -267,17 +250,17 @@ class Swarm:
     def _checked(self, found: set[int], piece_length: int) -> TorrentStatus:
         """Waits until it is known what is on disk: `found` pieces are hashed by the way."""
         self._is_checking = True
-        self._bad.clear()
+        self._answers.bad_pieces.clear()
         num_left, moved_s = len(found), self._clock()
         self._reporting.hashing = 0, 0
 
         def is_checked() -> bool:
             nonlocal num_left, moved_s
             status = self._session.status()
-            if Checked not in self._seen or status is None or status.state != "active":
+            if not self._answers.has(Checked) or status is None or status.state != "active":
                 moved_s = self._clock()
                 return False
-            left = {piece for piece in found - self._bad if not status.have[piece]}
+            left = {piece for piece in found - self._answers.bad_pieces if not status.have[piece]}
             if len(left) != num_left:
                 num_left, moved_s = len(left), self._clock()
             num_hashed = len(found) - num_left
@@ -290,49 +273,6 @@ class Swarm:
         status = self._session.status()
         assert status is not None
         return status
-
-    def _answer(self, kind: type, request: Callable[[], None]) -> None:
-        """Asks the session for something that depends on nobody else, and waits for it."""
-        for event in self._session.poll(0.0):
-            self._take(event)
-        self._seen.discard(kind)
-        request()
-        self._until(lambda: kind in self._seen)
-
-    def _until(self, is_answered: Callable[[], bool]) -> None:
-        deadline_s = self._clock() + ANSWER_S
-        while not is_answered():
-            for event in self._session.poll(POLL_S):
-                self._take(event)
-            if self._clock() > deadline_s:
-                raise DownloadError(
-                    f"the disk did not take the download within {ANSWER_S:.0f} s: is it stuck?"
-                )
-
-    def _take(self, event: Event) -> None:
-        self._seen.add(type(event))
-        self._contacts.note(event)
-        if isinstance(event, MetadataArrived):
-            self._metadata = event.info
-        elif isinstance(event, PeerBanned):
-            self.meter.note_ban(shown(event.address))
-        elif isinstance(event, Listening):
-            self._listens.append(event.address)
-        elif isinstance(event, Flushed):
-            self._write_out.flushed(has_failed=self._room.has_failed)
-        elif isinstance(event, BadPiece):
-            self._bad.add(event.piece)
-        elif isinstance(event, ResumeData) and event.data:
-            self._on_resume_data(event.data)
-        elif isinstance(event, StorageFailed):
-            where = f" at {Path(event.path).name}" if event.path else ""
-            if event.is_full:
-                raise DiskFullError(
-                    f"the disk is full{where}; what arrived is kept: make room and run it again"
-                )
-            raise DownloadError(
-                f"the disk failed{where}: {event.reason}; what arrived is kept: run it again"
-            )
 
     def _wait(
         self,
@@ -349,13 +289,7 @@ class Swarm:
                 raise InterruptedByUserError(
                     "stopped; what arrived is kept: run the same command again to go on"
                 )
-            for event in self._session.poll(POLL_S):
-                try:
-                    self._take(event)
-                except DiskFullError:
-                    if not self._has_files:
-                        raise
-                    self._room.ran_full(self._clock())
+            self._answers.poll(waits_for_room=self._has_files)
             now_s = self._clock()
             self.meter.keep_up(now_s)
             if self._waits_for_room(phase, now_s):
