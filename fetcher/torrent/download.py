@@ -2,16 +2,14 @@
 
 A piece counts as there when libtorrent has hashed it. While a download runs, the store's record of
 that is renewed about once a second, so that a run that is killed costs the next one little: see
-`remains`.
+`recording` and `remains`.
 """
 
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 from ...errors import DownloadError, MagnetarError
-from ..arrival import Arrival
 from ..division import Standing
 from ..ownership import Member, Role
 from ..progress import Phase
@@ -22,14 +20,12 @@ from .holding import Holding
 from .lending import Lender
 from .magnet import split_peer
 from .mending import CalledAwayError, Mending
+from .recording import Recording
 from .session import TorrentJob, TorrentStatus
 from .sharing import Sharing
 from .swarm import Swarm
-from .syncing import Syncing
 
 ASK_S: Final = 1.0
-RECORD_S: Final = 1.0
-"""How often the record is renewed while the files are written."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +37,15 @@ class Download:
         self._holding = holding
         self._connection = connection
         connection.on_resume_data = holding.place.save_resume_data
-        connection.on_readable = self._written
-        self.arrival = Arrival()
+        self._recording = Recording(holding)
+        connection.on_readable = self._recording.written
+        self.arrival = self._recording.arrival
         """What may be read of the files."""
         self._sharing = Sharing()
         self._mending = Mending()
         self._lenders: tuple[Lender, ...] = ()
         self._is_divided = False
-        self._syncing = Syncing(holding.paths)
-        self._have: tuple[bool, ...] = ()
         self._is_open = False
-        self._was_done = False
-        self._recorded_s = 0.0
         self._has_joined = False
         self._address = ""
         self.hashed_bytes = 0
@@ -75,30 +68,31 @@ class Download:
     def fetch_pieces(self, needed: set[int]) -> set[int]:
         """Fetches these pieces and no others; returns all that may be read from the files."""
         swarm = self._open()
-        if any(not self._have[piece] for piece in needed):
-            self._begin_writing()
+        missing = self._recording.missing(needed)
+        if missing:
+            self._recording.begin_writing()
         status = self._bring(
             swarm,
             Waves.of(needed),
-            urgent=tuple(piece for piece in sorted(needed) if not self._have[piece]),
+            urgent=tuple(sorted(missing)),
             phase="plan",
             doing="the pieces that say what the model is",
         )
-        self._have = tuple(status.have)
-        return set(_there(self._have))
+        self._recording.have = tuple(status.have)
+        return set(self._recording.pieces)
 
     def complete(self, *, phase: Phase = "download") -> None:
         """Fetches what is missing of what is wanted, and records that it is right."""
         holding = self._holding
-        if holding.is_intact() and not (self._is_open and self._sharing.owes(self._have)):
+        if holding.is_intact() and not (self._is_open and self._sharing.owes(self._recording.have)):
             self.arrival.tell(holding.verified())
             return
         swarm = self._open()
-        if self._was_done and not holding.matches(holding.place.record.read()):
+        if self._recording.is_done and not holding.matches(holding.place.record.read()):
             swarm = self._look_again()  # Somebody changed a file behind libtorrent's back.
-        self._tell(self._have)
+        self._recording.tell()
         waves = holding.waves()
-        self._begin_writing()
+        self._recording.begin_writing()
         swarm.is_called_away = lambda: self._mending.is_asked
         self._mending.open()
         try:
@@ -110,10 +104,9 @@ class Download:
                     swarm = self._look_at_asked(swarm)
         finally:
             self._mending.close()
-        self._have = tuple(status.have)
+        self._recording.have = tuple(status.have)
         swarm.save_resume_data()
-        self._remember(done=True)
-        self._syncing.keep_up(_there(self._have), now=True)
+        self._recording.complete()
 
     def join(self) -> str:
         """Opens the torrent for partners, even where nothing is missing; ``HOST:PORT`` for them.
@@ -154,7 +147,7 @@ class Download:
     def member(self, host: str) -> Member:
         """What this node wants and has at the moment; after `join`, for any thread."""
         swarm = self._connection.swarm()
-        have = swarm.have() or self._have
+        have = swarm.have() or self._recording.have
         return Member(
             host=host,
             address=self._address,
@@ -167,25 +160,26 @@ class Download:
     def standing(self) -> Standing:
         """How far the role is; after `join`, for any thread."""
         swarm = self._connection.swarm()
-        return self._sharing.standing(swarm.have() or self._have, swarm.meter.received_bytes)
+        return self._sharing.standing(
+            swarm.have() or self._recording.have, swarm.meter.received_bytes
+        )
 
     def recheck(self) -> bool:
         """Hashes all files against the pieces; whether any piece was bad. `complete` mends it."""
         swarm = self._open()
-        before = self._have
+        before = self._recording.have
         # Until the check is over nothing is known, and an end before that must leave no claim.
-        self._holding.forget()
-        self.arrival.tell(frozenset())
+        self._recording.forget()
         self._is_open = False
         self.hashed_bytes += self._holding.file_bytes()
-        self._have = tuple(swarm.recheck().have)
+        self._recording.have = tuple(swarm.recheck().have)
         self._is_open = True
-        self._tell(self._have)
-        if self._have == before:
-            self._remember(done=self._was_done)
+        self._recording.tell()
+        if self._recording.have == before:
+            self._recording.remember(done=self._recording.is_done)
             return False
         self._warn_of_damage(before)
-        self._was_done = False
+        self._recording.is_done = False
         return True
 
     def mend(self, pieces: frozenset[int]) -> None:
@@ -222,12 +216,12 @@ class Download:
         try:
             check = self._holding.piece_check()
             asked = frozenset().union(*(ask.pieces for ask in asks))
-            self._have = swarm.verified() or self._have
-            bad = {p for p in sorted(asked) if self._have[p] and not check.is_right(p)}
+            self._recording.have = swarm.verified() or self._recording.have
+            bad = {p for p in sorted(asked) if self._recording.have[p] and not check.is_right(p)}
             self.hashed_bytes += check.hashed_bytes
             if bad:
                 swarm = self._take_out(bad)
-                self._begin_writing()
+                self._recording.begin_writing()
             return swarm
         finally:
             for ask in asks:
@@ -241,9 +235,7 @@ class Download:
         swarm.remove()
         self._is_open = False
         # What was in a write queue is in the files now.
-        self._have = tuple(has and piece not in bad for piece, has in enumerate(self._have))
-        self._tell(self._have)
-        self._remember(done=False)
+        self._recording.take_out(bad)
         return self._open()
 
     def close(self) -> None:
@@ -268,8 +260,7 @@ class Download:
             swarm.only(split_peer(lender.address)[0] for lender in self._lenders)
         holding = self._holding
         holding.place.data.mkdir(parents=True, exist_ok=True)
-        self._was_done = holding.is_intact()
-        self._syncing.restart(holding.synced())
+        self._recording.restart()
         remains = holding.remains()
         if remains is None:
             self.hashed_bytes += holding.file_bytes()
@@ -292,7 +283,7 @@ class Download:
             )
         )
         self._is_open = True
-        self._have = tuple(status.have)
+        self._recording.have = tuple(status.have)
         lending = tuple(split_peer(lender.address) for lender in self._lenders)
         swarm.meter.know(host for host, _ in lending)
         swarm.join(lending)
@@ -300,7 +291,7 @@ class Download:
 
     def _look_again(self) -> Swarm:
         """Opens the torrent anew: files that changed meanwhile are hashed, and no others."""
-        before = self._have
+        before = self._recording.have
         swarm = self._connection.swarm()
         swarm.remove()
         self._is_open = False
@@ -310,7 +301,9 @@ class Download:
         return swarm
 
     def _warn_of_damage(self, before: Sequence[bool]) -> None:
-        num_bad = sum(was and not now for was, now in zip(before, self._have, strict=True))
+        num_bad = sum(
+            was and not now for was, now in zip(before, self._recording.have, strict=True)
+        )
         if num_bad:
             name = self._holding.metainfo.name
             logger.warning("%s: %d damaged pieces on the disk", name, num_bad)
@@ -338,7 +331,7 @@ class Download:
     def _own_role(self, wanted: frozenset[int]) -> Role | None:
         """That of a node alone: what is lent is borrowed, the rest comes from outside."""
         lent = frozenset().union(*(lender.held for lender in self._lenders))
-        missing = frozenset(piece for piece in wanted if not self._have[piece])
+        missing = self._recording.missing(wanted)
         if not missing & lent:
             return None
         return Role(
@@ -354,44 +347,13 @@ class Download:
         swarm.only(None)
 
     def _keep_state(self, swarm: Swarm) -> None:
-        was_done, known = self._was_done, self._syncing.pieces
-        if not was_done:
+        recording = self._recording
+        synced = recording.synced
+        if not recording.is_done:
             have = swarm.verified()
             swarm.flush()
             swarm.save_resume_data()
-            self._have = have or self._have
+            recording.have = have or recording.have
         swarm.remove()
-        there = _there(self._have)
-        self._syncing.finish(there)
         # Only now can no write come any more that would change a fingerprint.
-        if not was_done or self._syncing.pieces != known:
-            self._remember(done=was_done)
-
-    def _tell(self, have: Sequence[bool]) -> None:
-        self.arrival.tell(_there(have))
-
-    def _begin_writing(self) -> None:
-        """The files change from now on, by our own hand."""
-        self._was_done = False
-        self._record_progress()
-
-    def _written(self, have: Sequence[bool]) -> None:
-        """These pieces are in the files."""
-        self._have = tuple(have)
-        there = _there(have)
-        self.arrival.tell(there)
-        self._syncing.keep_up(there)
-        if time.monotonic() - self._recorded_s >= RECORD_S:
-            self._record_progress()
-
-    def _record_progress(self) -> None:
-        self._recorded_s = time.monotonic()
-        self._holding.remember(_there(self._have), is_writing=True, synced=self._syncing.pieces)
-
-    def _remember(self, *, done: bool) -> None:
-        self._holding.remember(_there(self._have), done=done, synced=self._syncing.pieces)
-        self._was_done = done
-
-
-def _there(have: Sequence[bool]) -> frozenset[int]:
-    return frozenset(piece for piece, is_there in enumerate(have) if is_there)
+        recording.finish(synced)
