@@ -17,7 +17,7 @@ from ..waves import Waves
 from .connection import Connection
 from .contacts import shown
 from .holding import Holding
-from .lending import Lender
+from .lending import Lender, borrower_role
 from .magnet import split_peer
 from .mending import CalledAwayError, Mending
 from .recording import Recording
@@ -319,7 +319,8 @@ class Download:
     ) -> TorrentStatus:
         """Fetches the waves, by the role if there is one, and first from whoever lends."""
         if not self._is_divided:
-            self._sharing.give(self._own_role(waves.pieces))
+            missing = self._recording.missing(waves.pieces)
+            self._sharing.give(borrower_role(self._lenders, missing))
         status = self._sharing.fetch(
             swarm, waves, phase=phase, doing=doing, timeout_s=self._connection.timeout_s
         )
@@ -327,20 +328,6 @@ class Download:
             self._ask_everybody(swarm)
             status = swarm.fetch(waves, urgent=urgent, phase=phase, doing=doing)
         return status
-
-    def _own_role(self, wanted: frozenset[int]) -> Role | None:
-        """That of a node alone: what is lent is borrowed, the rest comes from outside."""
-        lent = frozenset().union(*(lender.held for lender in self._lenders))
-        missing = self._recording.missing(wanted)
-        if not missing & lent:
-            return None
-        return Role(
-            owned=missing - lent,
-            lent=frozenset(),
-            borrowed=missing & lent,
-            ready=missing & lent,
-            partners=tuple(lender.address for lender in self._lenders),
-        )
 
     def _ask_everybody(self, swarm: Swarm) -> None:
         swarm.reach_out(True)

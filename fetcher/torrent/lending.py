@@ -8,13 +8,13 @@ nobody in who did not ask through the cluster.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from ...errors import PortInUseError
 from ..layout import select_files
-from ..ownership import Member
+from ..ownership import Member, Role
 from ..store import ReleaseFolder
 from .contacts import shown
 from .holding import Holding
@@ -57,6 +57,23 @@ class Lender:
             held=self.held,
             has_way_out=False,
         )
+
+
+def borrower_role(lenders: Sequence[Lender], missing: frozenset[int]) -> Role | None:
+    """That of a node alone: what is lent is borrowed, the rest comes from outside.
+
+    None where nobody lends anything of what is missing.
+    """
+    lent = frozenset().union(*(lender.held for lender in lenders))
+    if not missing & lent:
+        return None
+    return Role(
+        owned=missing - lent,
+        lent=frozenset(),
+        borrowed=missing & lent,
+        ready=missing & lent,
+        partners=tuple(lender.address for lender in lenders),
+    )
 
 
 class Lending:
