@@ -199,16 +199,16 @@ class Search:
         stages = [stage for stage in self.exact_stages if np.isfinite(within[stage]).any()]
         if not stages:
             return None
-        rest = _least_rest([within[stage] for stage in stages])
-        most = {stage: _most_layers(within[stage]) for stage in stages}
         deepest = min(num_stages or count, num_layers, count)
+        nearest_N = hops.min(axis=0, where=~np.eye(count, dtype=bool), initial=np.inf)
+        offers = [_Offer.of(stage, within[stage], nearest_N[stage.home]) for stage in stages]
         bound, best = below_s, None
         groups: dict[tuple[int, int], list[_Front]] = {(-1, 0): [_Front.root(num_layers)]}
         for depth in range(1, deepest + 1):
             grown: dict[tuple[int, int], list[_Front]] = {}
+            rests: dict[int, Matrix] = {}
             for (first, members), fronts in groups.items():
                 outside = [stage for stage in stages if not stage.members & members]
-                reach = _reach(outside, most, deepest - depth + 1)
                 for stage in outside:
                     front = _extended(fronts, stage, within[stage], hops)
                     if front is None:
@@ -220,8 +220,10 @@ class Search:
                         if front.cost_L[-1] + back < bound:
                             bound, best = front.cost_L[-1] + back, front
                     # What cannot become better than the best, or cannot be completed, ends here.
-                    front.cost_L[front.cost_L + rest >= bound] = np.inf
-                    front.cost_L[: max(0, num_layers - reach + most[stage])] = np.inf
+                    if front.members not in rests:
+                        left = [each for each in offers if not each.stage.members & front.members]
+                        rests[front.members] = _least_rest(left, num_layers, deepest - depth)
+                    front.cost_L[front.cost_L + rests[front.members] >= bound] = np.inf
                     if np.isfinite(front.cost_L[:-1]).any():
                         grown.setdefault((front.first, front.members), []).append(front)
             groups = grown
@@ -375,29 +377,37 @@ def _extended(
     return front
 
 
-def _most_layers(stage_LL: Matrix) -> int:
-    """The longest that a stage may be."""
-    layers = np.arange(len(stage_LL))
-    spans = layers[None, :] - layers[:, None]
-    return int(np.where(np.isfinite(stage_LL), spans, 0).max())
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What a stage can do for a pipeline at best."""
+
+    stage: Stage
+    layer_s: float
+    """Seconds of a layer at least, with its part of the way there."""
+    most_layers: int
+
+    @classmethod
+    def of(cls, stage: Stage, stage_LL: Matrix, way_s: float) -> _Offer:
+        """Of a stage that may hold some layers, and that no hop reaches sooner than `way_s`."""
+        starts, ends = np.nonzero(np.isfinite(stage_LL))
+        spans = ends - starts
+        layer_s = float(((stage_LL[starts, ends] + way_s) / spans).min())
+        return cls(stage, layer_s, int(spans.max()))
 
 
-def _reach(outside: Sequence[Stage], most: dict[Stage, int], num_stages: int) -> int:
-    """The most layers that so many stages could hold, one a home."""
-    by_home: dict[int, int] = {}
-    for stage in outside:
-        by_home[stage.home] = max(by_home.get(stage.home, 0), most[stage])
-    return sum(sorted(by_home.values())[-num_stages:])
-
-
-def _least_rest(stages: Sequence[Matrix]) -> Matrix:
-    """A lower bound on the seconds of all layers from each on, whoever computes them."""
-    num_layers = len(stages[0]) - 1
-    cheapest = np.minimum.reduce(list(stages))
-    layers = np.arange(num_layers + 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        spans = layers[None, :] - layers[:, None]
-        per_layer = np.where(spans > 0, cheapest / np.maximum(spans, 1), np.inf)
-    least = float(per_layer.min())
-    rest: Matrix = (num_layers - layers) * (least if math.isfinite(least) else 0.0)
-    return rest
+def _least_rest(offers: Sequence[_Offer], num_layers: int, num_stages: int) -> Matrix:
+    """[v]: a lower bound on the seconds of all layers from v on, on so many of these stages, one a
+    home: were layers divisible, the cheapest would be filled first. inf: they cannot hold them."""
+    by_home: dict[int, tuple[float, int]] = {}
+    for offer in offers:
+        layer_s, most = by_home.get(offer.stage.home, (math.inf, 0))
+        best = min(layer_s, offer.layer_s), max(most, offer.most_layers)
+        by_home[offer.stage.home] = best
+    homes = sorted(by_home.values())
+    reach = sum(sorted(most for _, most in homes)[-num_stages:]) if num_stages else 0
+    each = [layer_s for layer_s, most in homes for _ in range(most)][:reach]
+    # Sums of another order may be larger by some last digits.
+    least = np.cumsum([0.0, *each[:num_layers]]) * (1 - 1e-12)
+    rest = np.full(num_layers + 1, np.inf)
+    rest[: len(least)] = least
+    return rest[::-1]
