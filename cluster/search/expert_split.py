@@ -169,27 +169,34 @@ class Split:
         return chosen
 
     def _mix(self, num_layers: int, open_VK: Array) -> None:
+        """The best pair of options: one for some layers, and one that is no quicker for the rest.
+        The room of a host says how many layers the first may have at most, or must have."""
         some = self._useful()
-        one_P, other_P = np.triu_indices(len(some))
-        counts_PH, others_PH = self._counts_OH[some[one_P]], self._counts_OH[some[other_P]]
-        seconds_P, others_P = self._seconds_O[some[one_P]], self._seconds_O[some[other_P]]
-        for k in np.flatnonzero(open_VK.any(axis=0)):
-            at = np.arange(k + 1)
-            seconds = seconds_P[:, None] * at + others_P[:, None] * (k - at)
-            home, *helpers = (
-                counts_PH[:, host, None] * at + others_PH[:, host, None] * (k - at)
-                for host in range(1 + len(self._rooms))
-            )
-            for held, room in zip(helpers, self._rooms, strict=True):
-                seconds[held > room] = np.inf
-            for variant in np.flatnonzero(open_VK[:, k]):
-                within = np.where(home <= self._home_VK[variant, k], seconds, np.inf)
-                pair, number = divmod(int(within.argmin()), int(k) + 1)
-                if np.isfinite(within[pair, number]):
-                    self.seconds_VK[variant, k] = within[pair, number]
-                    one, other = int(some[one_P[pair]]), int(some[other_P[pair]])
-                    mixed = [one] * number + [other] * int(k - number)
-                    self._chosen[int(variant), int(k)] = mixed
+        one_P, other_P = (some[each] for each in np.triu_indices(len(some)))
+        ones_PH, others_PH = self._counts_OH[one_P], self._counts_OH[other_P]
+        variant_R, k_R = np.nonzero(open_VK)
+        most = num_layers * int(self._counts_OH[0].sum())
+        home_R = np.minimum(self._home_VK[variant_R, k_R], most).astype(np.int64)
+        most_RP = np.repeat(k_R[:, None], len(one_P), axis=1)
+        least_RP = np.zeros_like(most_RP)
+        for host, room in enumerate((home_R[:, None], *self._rooms)):
+            more_P = ones_PH[:, host] - others_PH[:, host]
+            spare_RP = room - others_PH[:, host] * k_R[:, None]
+            layers_RP = spare_RP // np.maximum(np.abs(more_P), 1)
+            np.minimum(most_RP, layers_RP, out=most_RP, where=more_P > 0)
+            np.maximum(least_RP, -layers_RP, out=least_RP, where=more_P < 0)
+            most_RP[(more_P == 0) & (spare_RP < 0)] = -1
+        seconds_P, others_P = self._seconds_O[one_P], self._seconds_O[other_P]
+        at_RP = np.where(seconds_P < others_P, most_RP, least_RP)
+        mixed_RP = seconds_P * at_RP + others_P * (k_R[:, None] - at_RP)
+        mixed_RP[least_RP > most_RP] = np.inf
+        pair_R = mixed_RP.argmin(axis=1)
+        for row, (variant, k, pair) in enumerate(zip(variant_R, k_R, pair_R, strict=True)):
+            if np.isfinite(mixed_RP[row, pair]):
+                number = int(at_RP[row, pair])
+                self.seconds_VK[variant, k] = mixed_RP[row, pair]
+                mixed = [int(one_P[pair])] * number + [int(other_P[pair])] * int(k - number)
+                self._chosen[int(variant), int(k)] = mixed
 
     def _branch(self, variant: int, num_layers: int) -> None:
         """Options in ascending order: what follows one takes at least as long as it."""
