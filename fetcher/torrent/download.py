@@ -88,7 +88,7 @@ class Download:
             self.arrival.tell(holding.verified())
             return
         swarm = self._open()
-        if self._recording.is_done and not holding.matches(holding.place.record.read()):
+        if self._recording.is_done and not holding.is_on_record():
             swarm = self._look_again()  # Somebody changed a file behind libtorrent's back.
         self._recording.tell()
         waves = holding.waves()
@@ -335,7 +335,6 @@ class Download:
 
     def _keep_state(self, swarm: Swarm) -> None:
         recording = self._recording
-        synced = recording.synced
         if not recording.is_done:
             have = swarm.verified()
             swarm.flush()
@@ -343,4 +342,4 @@ class Download:
             recording.have = have or recording.have
         swarm.remove()
         # Only now can no write come any more that would change a fingerprint.
-        recording.finish(synced)
+        recording.finish()

@@ -64,6 +64,10 @@ class Holding:
         """Whether the files still look as they did when the record was written."""
         return fingerprints(self.place.data, self.selection.wanted) == dict(record.files)
 
+    def is_on_record(self) -> bool:
+        """Whether the files still look as they did when the record was written last."""
+        return self.matches(self.place.record.read())
+
     def verified(self) -> frozenset[int]:
         """Pieces in the files that had the right hashes, as far as that is on record."""
         record = self.place.record.read()

@@ -19,6 +19,7 @@ class Recording:
         self._holding = holding
         self._syncing = Syncing(holding.paths)
         self._recorded_s = 0.0
+        self._synced_on_record: frozenset[int] = frozenset()
         self.arrival = Arrival()
         """What may be read of the files."""
         self.have: tuple[bool, ...] = ()
@@ -35,15 +36,11 @@ class Recording:
         """Of these, those that are not there."""
         return frozenset(piece for piece in pieces if not self.have[piece])
 
-    @property
-    def synced(self) -> frozenset[int]:
-        """Those that a power cut would leave."""
-        return self._syncing.pieces
-
     def restart(self) -> None:
         """Starts from what the store has on record."""
         self.is_done = self._holding.is_intact()
-        self._syncing.restart(self._holding.synced())
+        self._synced_on_record = self._holding.synced()
+        self._syncing.restart(self._synced_on_record)
 
     def tell(self) -> None:
         """Lets readers have what is there, and nothing else any more."""
@@ -76,7 +73,7 @@ class Recording:
 
     def remember(self, *, done: bool) -> None:
         """Puts on record what is there; `done`: all that is wanted, and nothing is under way."""
-        self._holding.remember(self.pieces, done=done, synced=self.synced)
+        self._write(done=done)
         self.is_done = done
 
     def complete(self) -> None:
@@ -84,15 +81,20 @@ class Recording:
         self.remember(done=True)
         self._syncing.keep_up(self.pieces, now=True)
 
-    def finish(self, synced: frozenset[int]) -> None:
-        """Nothing writes any more: blocks until the files are on the disk, and records the rest.
-
-        `synced` is what was on the disk when the end began.
-        """
+    def finish(self) -> None:
+        """Nothing writes any more: blocks until the files are on the disk, and records the rest."""
         self._syncing.finish(self.pieces)
-        if not self.is_done or self.synced != synced:
+        # What somebody else changed since it was done is not to be put on record as right.
+        if not self.is_done or (
+            self._syncing.pieces != self._synced_on_record and self._holding.is_on_record()
+        ):
             self.remember(done=self.is_done)
 
     def _record_progress(self) -> None:
         self._recorded_s = time.monotonic()
-        self._holding.remember(self.pieces, is_writing=True, synced=self.synced)
+        self._write(is_writing=True)
+
+    def _write(self, *, done: bool = False, is_writing: bool = False) -> None:
+        synced = self._syncing.pieces
+        self._holding.remember(self.pieces, done=done, is_writing=is_writing, synced=synced)
+        self._synced_on_record = synced

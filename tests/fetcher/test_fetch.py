@@ -200,6 +200,22 @@ def test_running_again_neither_asks_the_network_nor_hashes(
     assert [release.complete for release in Store(fetching.store).releases()] == [True]
 
 
+def test_a_restart_of_the_machine_costs_nothing_of_what_was_synced(
+    shared: Shared, fetching: Fetching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fetching(shared.info.magnet) as fetch:
+        fetch.download()
+        fetch.verify()
+        for thread in threading.enumerate():
+            if thread.name == "store-sync":
+                thread.join()
+    monkeypatch.setattr("magnetar.fetcher.torrent.holding.boot_id", lambda: "another")
+    with fetching(shared.info.magnet, offline=True) as fetch:
+        fetch.download()
+        fetch.verify()
+        assert (fetch.received_bytes, fetch.hashed_bytes) == (0, 0)
+
+
 def test_a_stopped_download_goes_on_without_fetching_or_hashing_again(
     slow: Shared, fetching: Fetching
 ) -> None:
