@@ -72,7 +72,8 @@ def compiled_rows() -> Rows:
     The first call on a machine runs the C compiler ($CC, else ``cc``) for a few seconds.
 
     Raises:
-        NoCompiledKernelsError: no processor with AVX512-BF16, no compiler, or one that fails.
+        NoCompiledKernelsError: no processor with AVX512-BF16 and VNNI, no compiler, or one that
+            fails.
     """
     processor = _processor()
     if missing := _NEEDED - processor:

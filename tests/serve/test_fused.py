@@ -9,7 +9,7 @@ from magnetar.serve.model.feed_forward import gated
 from magnetar.serve.model.linear import trusted_rows
 from magnetar.serve.model.norm import rms_norm
 
-pytestmark = pytest.mark.skipif(trusted_rows() is None, reason="no compiler or no AVX512-BF16")
+pytestmark = pytest.mark.skipif(trusted_rows() is None, reason="no compiler, AVX512-BF16 or VNNI")
 
 
 def random_rows(num_rows: int, width: int, scale: float = 1.0) -> torch.Tensor:

@@ -22,7 +22,7 @@ from magnetar.serve.model.norm import rms_norm
 from magnetar.serve.model.parts import attention_part, feed_forward_part
 from magnetar.settings import KV_BLOCK_TOKENS
 
-pytestmark = pytest.mark.skipif(trusted_rows() is None, reason="no compiler or no AVX512-BF16")
+pytestmark = pytest.mark.skipif(trusted_rows() is None, reason="no compiler, AVX512-BF16 or VNNI")
 
 CONFIG = ModelConfig(
     dim=64,

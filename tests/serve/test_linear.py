@@ -70,7 +70,7 @@ def has_rows() -> bool:
     return True
 
 
-needs_rows = pytest.mark.skipif(not has_rows(), reason="no compiler or no AVX512-BF16")
+needs_rows = pytest.mark.skipif(not has_rows(), reason="no compiler, AVX512-BF16 or VNNI")
 
 
 def random_product(num_tokens: int, num_outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
