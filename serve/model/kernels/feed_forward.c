@@ -6,7 +6,7 @@
  */
 #include "layers.h"
 
-#define RUN 4
+#define RUN 16
 
 typedef struct {
     uint16_t *normed, *hidden, *outputs; /* of tokens; of assignments, sorted by expert */
@@ -122,13 +122,18 @@ static void multiply_w13(const feed_forward *l, long e, long first, long num, wo
     }
 }
 
-/* With one tile memory is the limit, and it is faster the longer it is read without a jump; with
- * several a block stays in the cache for all of them, but a run would not. */
-static void multiply_run(const feed_forward *l, long e, long run, work *w) {
-    const long begin = run * RUN, blocks = l->hidden_dim / OUTPUTS;
-    const long end = begin + RUN < blocks ? begin + RUN : blocks;
-    const long together = w->in_starts[e + 1] - w->in_starts[e] > 1 ? 1 : end - begin;
-    for (long first = begin; first < end; first += together) multiply_w13(l, e, first, together, w);
+/* Those blocks of w1 and w3, of all experts one after the other, that a thread has taken. With one tile
+ * memory is the limit, and it is faster the longer it is read without a jump; with several a block stays
+ * in the cache for all of them, but a run would not. */
+static void multiply_taken(const feed_forward *l, long i, long end, work *w) {
+    const long blocks = l->hidden_dim / OUTPUTS;
+    while (i < end) {
+        const long e = w->active[i / blocks], first = i % blocks;
+        const long most = w->in_starts[e + 1] - w->in_starts[e] > 1 ? 1 : RUN;
+        const long left = end - i < blocks - first ? end - i : blocks - first, num = left < most ? left : most;
+        multiply_w13(l, e, first, num, w);
+        i += num;
+    }
 }
 
 static void multiply_w2(const feed_forward *l, long e, long block, work *w) {
@@ -160,7 +165,7 @@ long feed_forward_bytes(const feed_forward *l, long num_tokens) {
 void feed(const feed_forward *l, const uint16_t *x, uint16_t *out, long num_tokens, char *scratch, int num_threads) {
     work w;
     lay_out_work(l, num_tokens, scratch, &w);
-    const long in_runs = (l->hidden_dim / OUTPUTS + RUN - 1) / RUN, out_blocks = num_blocks(l->w2);
+    const long in_blocks = l->hidden_dim / OUTPUTS, out_blocks = num_blocks(l->w2);
 #pragma omp for schedule(static)
     for (long t = 0; t < num_tokens; t++) {
         normalise(x + t * l->dim, l->norm, w.normed + t * l->dim, l->dim, l->eps);
@@ -170,8 +175,8 @@ void feed(const feed_forward *l, const uint16_t *x, uint16_t *out, long num_toke
     sort(l, num_tokens, &w);
 #pragma omp for schedule(static)
     for (long t = 0; t < w.in_starts[l->num_experts]; t++) fill_in(l, w.in_tiles + t, &w);
-    for (long i, end; take_run(w.in_taken, *w.num_active * in_runs, num_threads, &i, &end);)
-        for (; i < end; i++) multiply_run(l, w.active[i / in_runs], i % in_runs, &w);
+    for (long i, end; take_run(w.in_taken, *w.num_active * in_blocks, num_threads, &i, &end);)
+        multiply_taken(l, i, end, &w);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (long t = 0; t < w.out_starts[l->num_experts]; t++) fill_out(l, w.out_tiles + t, &w);

@@ -29,6 +29,7 @@
 #define ZERO_STEP 4
 #define MOST_ROWS 14
 #define MOST_ROUNDED_ROWS 6
+#define FEW_INT4 4
 #define AHEAD 2048
 #define INLINE static inline __attribute__((always_inline))
 
