@@ -93,20 +93,9 @@ def fetching(
     ray_address: str | None = None,
 ) -> "Iterator[Fetch]":
     """A `Fetch` of the source, closed at the end; what a Ray cluster holds comes from there."""
-    from ..fetcher.fetch import Fetch
+    from ..cluster.deployment.source_fetch import fetch_of
 
-    fetch = Fetch(
-        kind=source.kind,
-        location=source.location,
-        store=store,
-        peers=source.peers,
-        trackers=source.trackers,
-        web_seeds=source.web_seeds,
-        timeout_s=source.timeout_s,
-        on_progress=console.progress,
-        stop=stop,
-        limits=source.limits,
-    )
+    fetch = fetch_of(source, store, on_progress=console.progress, stop=stop)
     with contextlib.closing(fetch):
         if ray_address is not None and (info_hash := fetch.identify()) is not None:
             from ..serve.launch import lenders

@@ -10,11 +10,10 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cluster.deployment.arrivals import AgentArrivals
+from ..cluster.deployment.arrivals import AgentArrivals, arriving_tensors
 from ..cluster.deployment.assignment import (
     GatewayAssignment,
     LinkSetup,
@@ -61,8 +60,6 @@ class StageActor:
         prepare_threads()
         import torch
 
-        from ..fetcher.checkpoint.arriving import ArrivingTensorSource
-        from ..fetcher.checkpoint.read_ahead import ReadAhead
         from .engine.stage import Stage
 
         given, plan = self._assignment, self._assignment.stage
@@ -71,13 +68,10 @@ class StageActor:
         facts = facts_from_json(given.facts_json)
         arrivals = AgentArrivals(given.agent, self._stop)
         steps = steps_of(stage_shard(facts.index, plan))
-        source = ArrivingTensorSource(
-            Path(given.folder), facts.index, steps, arrivals, checks=arrivals.load_checks()
-        )
-        with ReadAhead(source, chain.from_iterable(steps)) as ahead:
+        with arriving_tensors(arrivals, given.folder, facts.index, steps) as source:
             self._stage = Stage.load(
                 config=facts.config,
-                source=ahead,
+                source=source,
                 first_layer=plan.first_layer,
                 end_layer=plan.end_layer,
                 has_embeddings=plan.has_embeddings,
@@ -89,7 +83,6 @@ class StageActor:
                 held_experts=_held_experts(plan, facts.config.num_experts),
                 on_layer=self._count,
             )
-        arrivals.keep_sums(source.checked.found)
         end_team()
         return self._stage.loaded_bytes
 

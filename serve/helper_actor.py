@@ -1,11 +1,9 @@
 """The actor that holds experts of a stage on another device."""
 
 import threading
-from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cluster.deployment.arrivals import AgentArrivals
+from ..cluster.deployment.arrivals import AgentArrivals, arriving_tensors
 from ..cluster.deployment.assignment import HelperAssignment, helper_name
 from ..cluster.deployment.shard import helper_shard, steps_of
 from ..fetcher.checkpoint.release import facts_from_json
@@ -36,8 +34,6 @@ class HelperActor:
         prepare_threads()
         import torch
 
-        from ..fetcher.checkpoint.arriving import ArrivingTensorSource
-        from ..fetcher.checkpoint.read_ahead import ReadAhead
         from .engine.helper import Helper
 
         given, host = self._assignment, self._assignment.helper
@@ -45,20 +41,16 @@ class HelperActor:
         facts = facts_from_json(given.facts_json)
         arrivals = AgentArrivals(given.agent, self._stop)
         steps = steps_of(helper_shard(facts.index, host, given.first_layer))
-        source = ArrivingTensorSource(
-            Path(given.folder), facts.index, steps, arrivals, checks=arrivals.load_checks()
-        )
-        with ReadAhead(source, chain.from_iterable(steps)) as ahead:
+        with arriving_tensors(arrivals, given.folder, facts.index, steps) as source:
             self._helper = Helper.load(
                 config=facts.config,
-                source=ahead,
+                source=source,
                 experts=dict(enumerate(host.experts, start=given.first_layer)),
                 dtype=given.dtype,
                 device=host.device,
                 batch_invariant=given.batch_invariant,
                 on_layer=self._count,
             )
-        arrivals.keep_sums(source.checked.found)
         end_team()
         return self._helper.loaded_bytes
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..cluster.deployment.agent_group import AgentGroup
+from ..cluster.deployment.source_fetch import fetch_of
 from ..cluster.inventory.inventory import host_label, probe_node
 from ..cluster.inventory.link_cache import remembered_links
 from ..cluster.plan import Inventory, Plan
@@ -22,7 +23,6 @@ from ..cluster.spec import DeploymentSpec
 from ..errors import NotFoundError
 from ..fetcher.checkpoint.release import ReleaseFacts
 from ..fetcher.config import ModelConfig
-from ..fetcher.fetch import Fetch
 from ..fetcher.progress import ProgressSink
 
 
@@ -120,18 +120,7 @@ def _look_here(
 ) -> tuple[ReleaseFacts, Inventory]:
     source, host = spec.source, host_label()
     store = Path(spec.store.replace("{host}", host)).expanduser()
-    fetch = Fetch(
-        kind=source.kind,
-        location=source.location,
-        store=store,
-        peers=source.peers,
-        trackers=source.trackers,
-        web_seeds=source.web_seeds,
-        timeout_s=source.timeout_s,
-        on_progress=on_progress,
-        stop=stop,
-    )
-    with contextlib.closing(fetch):
+    with contextlib.closing(fetch_of(source, store, on_progress=on_progress, stop=stop)) as fetch:
         fetch.metadata()
         facts = fetch.facts(given=source.given, known=source.known)
     nodes = (probe_node(host, "127.0.0.1", store),)

@@ -24,6 +24,7 @@ from ..inventory.inventory import probe_node
 from ..plan import Node
 from ..spec import SourceSpec
 from .progress_board import ProgressBoard
+from .source_fetch import fetch_of
 from .status import FetchedShare
 
 T = TypeVar("T")
@@ -269,19 +270,13 @@ class NodeAgent:
 
     def _fetch_of(self, source: SourceSpec) -> Fetch:
         if self._fetch is None:
-            self._fetch = Fetch(
-                kind=source.kind,
-                location=source.location,
-                store=self._store,
-                peers=source.peers,
-                trackers=source.trackers,
-                web_seeds=source.web_seeds,
-                timeout_s=source.timeout_s,
+            self._fetch = fetch_of(
+                source,
+                self._store,
                 on_progress=self._publish,
                 stop=self._stop,
                 node=self._host,
                 lan_address=self._lan_address,
-                limits=source.limits,
             )
         return self._fetch
 

@@ -1,12 +1,18 @@
 """What a stage's process asks the agent of its node while it loads."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
 from typing import Any, Final
 
 from ...errors import InterruptedByUserError
+from ...fetcher.checkpoint.arriving import ArrivingTensorSource
 from ...fetcher.checkpoint.checked_files import LoadChecks
+from ...fetcher.checkpoint.read_ahead import ReadAhead
 from ...fetcher.piece_map import ByteRange
+from ...fetcher.tensors import TensorEntry, TensorIndex, TensorSource
 from ..runtime.ray_calls import call, gather
 from ..runtime.ray_runtime import NAMESPACE
 
@@ -62,3 +68,21 @@ class AgentArrivals:
         """Has these SHA-256 remembered for the next time."""
         if sums:
             call(self._agent.keep_sums.remote(sums), who=_WHO)
+
+
+@contextmanager
+def arriving_tensors(
+    arrivals: AgentArrivals,
+    folder: str,
+    index: TensorIndex,
+    steps: Sequence[Sequence[TensorEntry]],
+) -> Iterator[TensorSource]:
+    """Reads the tensors of `steps` as they arrive in the release's folder, a little ahead.
+
+    The agent remembers their SHA-256 where all went well.
+    """
+    checks = arrivals.load_checks()
+    source = ArrivingTensorSource(Path(folder), index, steps, arrivals, checks=checks)
+    with ReadAhead(source, chain.from_iterable(steps)) as ahead:
+        yield ahead
+    arrivals.keep_sums(source.checked.found)
