@@ -61,14 +61,17 @@ class ModelGauge:
 
     def overheads(self, dtype: ComputeDtype, device: str, num_threads: int) -> Overheads:
         """What a small layer, its step and asking a helper take beside the bytes of the layer."""
+        from ..cluster.inventory.link_probe import loopback_s
         from .hand_overs import helper_s, worker_s
 
+        way_s = loopback_s()
         with _Threads(num_threads):
             few, many = (_step_s(num, dtype, device) for num in NUM_LAYERS)
             layer_s = max(0.0, (many - few) / (NUM_LAYERS[1] - NUM_LAYERS[0]))
             read_s = small_layer_bytes(dtype) / self.read_gbps(dtype, device, num_threads) / 1e9
-            around_s = worker_s(small_stage(NUM_LAYERS[0], dtype=dtype, device=device))
-            asking_s = helper_s(dtype=dtype, device=device)
+            stage = small_stage(NUM_LAYERS[0], dtype=dtype, device=device)
+            around_s = worker_s(stage, way_s=way_s)
+            asking_s = helper_s(dtype=dtype, device=device, way_s=way_s)
         return Overheads(
             layer_s=max(0.0, layer_s - read_s),
             step_s=max(0.0, around_s - NUM_LAYERS[0] * layer_s),

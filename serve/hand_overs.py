@@ -3,12 +3,11 @@
 Who waits for work sleeps, and wakes the later the longer it slept: a message over loopback took
 34 us there and back when one followed the other, 245 us when 10 ms lay between. So everything here
 is measured with the pauses that real layers and steps make. Links are real, over loopback; what
-they take by themselves (`probe_link` measures it between nodes) is subtracted.
+they take by themselves, `way_s` (`loopback_s` measures it), is subtracted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import threading
 import time
@@ -16,10 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from ..cluster.inventory.link_probe import PAUSE_S, echo_s, undisturbed_s
+from ..cluster.inventory.link_probe import PAUSE_S, undisturbed_s
 from ..cluster.links.frame import Frame
 from ..cluster.links.link import LinkListener, TcpLink, dial
-from ..errors import StageLostError
 from .engine.helper import Helper
 from .engine.helper_link import HelperLink
 from .engine.helper_worker import HelperWorker
@@ -39,7 +37,7 @@ _SECRET: Final = bytes(32)
 _TIMEOUT_S: Final = 10.0
 
 
-def worker_s(stage: Stage) -> float:
+def worker_s(stage: Stage, *, way_s: float) -> float:
     """Seconds of a step through the worker of a stage, beside the way to it and back."""
     with _link() as (ours, its_upstream), _link() as (its_downstream, back):
         worker = StageWorker(stage, upstream=its_upstream, downstream=its_downstream)
@@ -51,12 +49,12 @@ def worker_s(stage: Stage) -> float:
             while back.receive(_TIMEOUT_S).kind != "result":
                 pass
 
-        step_s = _median_s(once)
+        step_s = _paused_step_s(once)
         worker.stop()
-    return max(0.0, step_s - _way_s())
+    return max(0.0, step_s - way_s)
 
 
-def helper_s(*, dtype: ComputeDtype, device: str) -> float:
+def helper_s(*, dtype: ComputeDtype, device: str, way_s: float) -> float:
     """Seconds of a layer whose experts a helper computes, beside the way of the rows."""
     config = small_config(_LAYERS)
     experts = {layer: tuple(range(config.num_experts)) for layer in range(_LAYERS)}
@@ -77,9 +75,9 @@ def helper_s(*, dtype: ComputeDtype, device: str) -> float:
             stage.step(small_step(position), None)
             paused.append(asked.paused_s)
 
-        step_s = _median_s(once) - statistics.median(paused)
+        step_s = _paused_step_s(once) - statistics.median(paused)
         worker.stop()
-    return max(0.0, step_s / _LAYERS - _way_s())
+    return max(0.0, step_s / _LAYERS - way_s)
 
 
 class _Paced:
@@ -104,7 +102,7 @@ class _Paced:
         return self._helper.receive()
 
 
-def _median_s(once: Callable[[int], None]) -> float:
+def _paused_step_s(once: Callable[[int], None]) -> float:
     """Of some steps after pauses; the first two warm up."""
     found = []
     for position in range(NUM_STEPS + 2):
@@ -113,24 +111,6 @@ def _median_s(once: Callable[[int], None]) -> float:
         once(position)
         found.append(time.perf_counter() - began)
     return undisturbed_s(found[2:])
-
-
-def _way_s() -> float:
-    """There and back over loopback."""
-    with _link() as (ours, theirs):
-        answering = threading.Thread(target=_answer, args=(theirs,), name="link-echo", daemon=True)
-        answering.start()
-        found = echo_s(ours)
-        ours.close()
-        answering.join()
-    return found
-
-
-def _answer(link: TcpLink) -> None:
-    with contextlib.suppress(StageLostError, TimeoutError):
-        while True:
-            frame = link.receive(_TIMEOUT_S)
-            link.send(Frame(kind="result", epoch=0, step_id=frame.step_id))
 
 
 @contextmanager

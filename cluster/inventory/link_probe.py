@@ -66,7 +66,7 @@ def probe_link(source: str, target: str, address: str, *, secret: bytes) -> Link
 
     link = dial(address, secret=secret, deployment=_DEPLOYMENT, epoch=1, timeout_s=_TIMEOUT_S)
     try:
-        rtt_s = echo_s(link, epoch=1)
+        rtt_s = _round_trip_s(link)
         bulk = Frame(kind="step", epoch=1, step_id=0, tensor=torch.zeros(_BULK_VALUES).half())
         link.send(bulk)
         _echo_s(link)
@@ -93,13 +93,20 @@ def probe_itself(host: str, address: str) -> Link:
         echo.close()
 
 
-def echo_s(link: TcpLink, *, epoch: int = 0) -> float:
-    """A message there and its answer back, after pauses such as steps make."""
-    found = []
-    for _ in range(ECHOES):
-        time.sleep(PAUSE_S)
-        found.append(_echo_s(link, epoch))
-    return undisturbed_s(found)
+def loopback_s() -> float:
+    """A message and its answer within this machine, as `Link.rtt_s` counts them."""
+    secret = secrets.token_bytes(32)
+    echo = Echo(host="127.0.0.1", secret=secret)
+    try:
+        link = dial(
+            echo.address, secret=secret, deployment=_DEPLOYMENT, epoch=1, timeout_s=_TIMEOUT_S
+        )
+        try:
+            return _round_trip_s(link)
+        finally:
+            link.close()
+    finally:
+        echo.close()
 
 
 def undisturbed_s(seconds: Sequence[float]) -> float:
@@ -107,8 +114,17 @@ def undisturbed_s(seconds: Sequence[float]) -> float:
     return statistics.quantiles(seconds, n=4)[0]
 
 
-def _echo_s(link: TcpLink, epoch: int = 1) -> float:
+def _round_trip_s(link: TcpLink) -> float:
+    """A message there and its answer back, after pauses such as steps make."""
+    found = []
+    for _ in range(ECHOES):
+        time.sleep(PAUSE_S)
+        found.append(_echo_s(link))
+    return undisturbed_s(found)
+
+
+def _echo_s(link: TcpLink) -> float:
     began = time.perf_counter()
-    link.send(Frame(kind="step", epoch=epoch, step_id=0))
+    link.send(Frame(kind="step", epoch=1, step_id=0))
     link.receive(_TIMEOUT_S)
     return time.perf_counter() - began
