@@ -1,5 +1,6 @@
 """The data of planning: what machines there are, what is asked of them, and the answer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias
@@ -144,6 +145,7 @@ class StagePlan:
     """Consecutive layers: attention on one device, experts there and on the stage's helpers."""
 
     index: int
+    """Within its pipeline, from 0."""
     host: str
     device: str
     """``cpu`` or ``cuda:0``."""
@@ -177,37 +179,54 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What a plan should achieve under the cost model (`cost.py`)."""
+    """What a pipeline, or several together, should achieve under the cost model (`cost.py`)."""
 
     objective: Objective
     step_tokens: int
-    """Sequences in one decode step."""
+    """Sequences in one decode step; of several pipelines in one of each."""
     round_trip_s: float
-    """One decode step through all stages and links and back."""
+    """One decode step through all stages and links and back; of several pipelines the longest."""
     tokens_per_s: float
     """All streams together: the least of the bottleneck's rate and streams per round trip."""
     stream_tokens_per_s: float
-    """One stream, alone."""
+    """One stream, alone; of several pipelines on the slowest."""
     prefill_s: float
-    """A prompt of `prefill_tokens` tokens, alone, to its first token."""
+    """A prompt of `prefill_tokens` tokens, alone, to its first token; as slow as any pipeline."""
     prefill_tokens: int
-    bottleneck: int
-    """Index of the stage that takes longest."""
     assumed: tuple[str, ...] = ()
     """What was not measured."""
-    best_possible: float | None = None
-    """What no plan of these weights on these nodes goes beyond under this model: tokens per second
-    of all streams for throughput, else the seconds of a round trip; the plan's own where it was
-    found among all. None: nobody can say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pipeline:
+    """The whole model once: consecutive stages, and what decodes through them."""
+
+    stages: tuple[StagePlan, ...]
+    num_kv_blocks: int
+    """KV blocks of every stage; block ids count within the pipeline."""
+    max_concurrency: int
+    """Sequences of full context whose keys and values fit."""
+    prediction: Prediction | None = None
+    """None where no speed is known."""
+    num_micro_batches: int | None = None
+    """Steps that decoding is cut into at a time; None: `steps_at_once` decides."""
 
     @property
-    def gap(self) -> float | None:
-        """By which share the best plan that there may be is better than this one, at most."""
-        if self.best_possible is None:
+    def steps_at_once(self) -> int:
+        """Steps that decoding is cut into at a time: of stages on one device only one computes."""
+        return self.num_micro_batches or len({(each.host, each.device) for each in self.stages})
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Every node with a stage, then those with helpers alone."""
+        return _hosts(self.stages)
+
+    @property
+    def bottleneck(self) -> int | None:
+        """Index of the stage that takes longest; None where no speed is known."""
+        if any(stage.step_s is None for stage in self.stages):
             return None
-        if self.objective == "throughput":
-            return max(0.0, self.best_possible / self.tokens_per_s - 1)
-        return max(0.0, self.round_trip_s / self.best_possible - 1)
+        return max(range(len(self.stages)), key=lambda number: self.stages[number].step_s or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,31 +250,69 @@ class Concession:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A placement of the whole model."""
+    """One or more placements of the whole model, which share nothing but the disks of nodes."""
 
-    stages: tuple[StagePlan, ...]
-    num_kv_blocks: int
-    """KV blocks of every stage; block ids are global."""
+    pipelines: tuple[Pipeline, ...]
+    """At least one; no device has parts of two."""
     max_context_tokens: int
-    max_concurrency: int
     unused: tuple[UnusedNode, ...] = ()
     concessions: tuple[Concession, ...] = ()
-    prediction: Prediction | None = None
-    """None where no speed is known."""
-    num_micro_batches: int | None = None
-    """Steps that decoding is cut into at a time; None: `steps_at_once` decides."""
+    best_possible: float | None = None
+    """What no plan of these weights on these nodes goes beyond under this model: tokens per second
+    of all streams for throughput, else the seconds of a round trip; the plan's own where it was
+    found among all. None: nobody can say."""
 
     @property
-    def steps_at_once(self) -> int:
-        """Steps that decoding is cut into at a time: of stages on one device only one computes."""
-        return self.num_micro_batches or len({(each.host, each.device) for each in self.stages})
+    def stages(self) -> tuple[StagePlan, ...]:
+        """Of all pipelines, one after the other; an index counts within its pipeline."""
+        return tuple(stage for pipeline in self.pipelines for stage in pipeline.stages)
 
     @property
     def hosts(self) -> tuple[str, ...]:
         """Every node with a stage, then those with helpers alone."""
-        stages = (stage.host for stage in self.stages)
-        helpers = (helper.host for stage in self.stages for helper in stage.helpers)
-        return tuple(dict.fromkeys((*stages, *helpers)))
+        return _hosts(self.stages)
+
+    @property
+    def max_concurrency(self) -> int:
+        """Sequences of full context whose keys and values fit, on all pipelines together."""
+        return sum(pipeline.max_concurrency for pipeline in self.pipelines)
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Of all pipelines together."""
+        return sum(pipeline.num_kv_blocks for pipeline in self.pipelines)
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What all pipelines do together; None where no speed is known."""
+        told = [each.prediction for each in self.pipelines if each.prediction is not None]
+        if len(told) < len(self.pipelines):
+            return None
+        return Prediction(
+            objective=told[0].objective,
+            step_tokens=sum(each.step_tokens for each in told),
+            round_trip_s=max(each.round_trip_s for each in told),
+            tokens_per_s=sum(each.tokens_per_s for each in told),
+            stream_tokens_per_s=min(each.stream_tokens_per_s for each in told),
+            prefill_s=max(each.prefill_s for each in told),
+            prefill_tokens=told[0].prefill_tokens,
+            assumed=tuple(dict.fromkeys(said for each in told for said in each.assumed)),
+        )
+
+    @property
+    def gap(self) -> float | None:
+        """By which share the best plan that there may be is better than this one, at most."""
+        told = self.prediction
+        if self.best_possible is None or told is None:
+            return None
+        if told.objective == "throughput":
+            return max(0.0, self.best_possible / told.tokens_per_s - 1)
+        return max(0.0, told.round_trip_s / self.best_possible - 1)
+
+
+def _hosts(stages: Sequence[StagePlan]) -> tuple[str, ...]:
+    helpers = (helper.host for stage in stages for helper in stage.helpers)
+    return tuple(dict.fromkeys((*(stage.host for stage in stages), *helpers)))
 
 
 def check_experts(plan: Plan, num_experts: int) -> None:

@@ -112,7 +112,8 @@ def status_table(found: Sequence[Mapping[str, Any]], *, details: bool) -> str:
                 f"  stage {stage['index']}: layers {stage['first_layer']}-{stage['end_layer'] - 1}"
                 f" on {stage['host']} ({stage['device']}, {stage['dtype']})"
                 + (f", {loaded[stage['index']]} ready" if stage["index"] in loaded else "")
-                for stage in (told.get("plan") or {}).get("stages", ())
+                for pipeline in (told.get("plan") or {}).get("pipelines", ())
+                for stage in pipeline["stages"]
             ]
             lines += [
                 f"  node {node['host']}: {format_bytes(node['wan_received_bytes'])} from outside, "

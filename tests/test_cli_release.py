@@ -226,7 +226,9 @@ def test_plan_prints_the_placement_as_a_table_and_as_json(release: Path, tmp_pat
     wanted = [str(release), f"--store={tmp_path}", *FACTS, "--stages=2"]
     assert "+ embeddings" in data_of("plan", *wanted)
     plan = json.loads(data_of("plan", *wanted, "-o", "json"))
-    layers = [(stage["first_layer"], stage["end_layer"]) for stage in plan["stages"]]
+    layers = [
+        (stage["first_layer"], stage["end_layer"]) for stage in plan["pipelines"][0]["stages"]
+    ]
     assert layers[0][0] == 0
     assert layers[0][1] == layers[1][0]
     assert len(layers) == 2
@@ -253,7 +255,7 @@ def test_plan_from_a_manifest_fetches_nothing_but_the_description(
         "  placement: {store: store, stages: 3}\n"
     )
     plan = json.loads(data_of("plan", "-f", str(file), "-o", "json"))
-    assert [stage["index"] for stage in plan["stages"]] == [0, 1, 2]
+    assert [stage["index"] for stage in plan["pipelines"][0]["stages"]] == [0, 1, 2]
 
 
 def test_more_stages_than_layers_is_usage(release: Path, tmp_path: Path) -> None:
@@ -347,6 +349,6 @@ def test_plans_for_machines_of_an_inventory_file(release: Path, tmp_path: Path) 
     plan = json.loads(
         data_of("plan", str(release), *FACTS, "--inventory", str(machines), "-o", "json")
     )
-    assert [stage["host"] for stage in plan["stages"]] == ["card"]
+    assert [stage["host"] for stage in plan["pipelines"][0]["stages"]] == ["card"]
     assert plan["prediction"]["tokens_per_s"] > 0
     assert [idle["host"] for idle in plan["unused"]] == ["board"]

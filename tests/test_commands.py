@@ -158,14 +158,18 @@ def test_status_table_lists_and_details() -> None:
             {"type": "Ready", "status": True, "reason": "Serving", "message": ""},
         ],
         "plan": {
-            "stages": [
+            "pipelines": [
                 {
-                    "index": 0,
-                    "first_layer": 0,
-                    "end_layer": 4,
-                    "host": "h",
-                    "device": "cpu",
-                    "dtype": "bf16",
+                    "stages": [
+                        {
+                            "index": 0,
+                            "first_layer": 0,
+                            "end_layer": 4,
+                            "host": "h",
+                            "device": "cpu",
+                            "dtype": "bf16",
+                        }
+                    ]
                 }
             ]
         },

@@ -65,7 +65,7 @@ class GatewayAssignment:
     """The release on its node, whose config and tokenizer are there already."""
     facts_json: str
     num_stages: int
-    """Those that compute at once: `Plan.steps_at_once`."""
+    """Those that compute at once: `Pipeline.steps_at_once`."""
     num_kv_blocks: int
     max_context_tokens: int
     max_running: int

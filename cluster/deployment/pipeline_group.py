@@ -96,12 +96,13 @@ class PipelineGroup:
         self, plan: Plan, spec: DeploymentSpec, *, folder: str, facts_json: str
     ) -> None:
         """Tell the gateway what it will serve; it reads the tokenizer while the stages load."""
+        (pipeline,) = plan.pipelines
         assignment = GatewayAssignment(
             links=self._links(plan, self._gateway_host),
             folder=folder,
             facts_json=facts_json,
-            num_stages=plan.steps_at_once,
-            num_kv_blocks=plan.num_kv_blocks,
+            num_stages=pipeline.steps_at_once,
+            num_kv_blocks=pipeline.num_kv_blocks,
             max_context_tokens=plan.max_context_tokens,
             max_running=spec.running_limit,
             max_waiting=spec.max_waiting,
@@ -126,6 +127,7 @@ class PipelineGroup:
         """
         from ray.util.placement_group import placement_group
 
+        (pipeline,) = plan.pipelines
         members: list[StagePlan | ExpertHost]
         members = [*plan.stages, *(helper for _, helper in _helpers_of(plan))]
         self._group = placement_group(
@@ -141,7 +143,7 @@ class PipelineGroup:
             assignment = StageAssignment(
                 links=self._links(plan, stage.host),
                 stage=stage,
-                num_kv_blocks=plan.num_kv_blocks,
+                num_kv_blocks=pipeline.num_kv_blocks,
                 folder=folders[stage.host],
                 agent=agent_name(self._deployment, stage.host),
                 facts_json=facts_json,

@@ -1,7 +1,7 @@
 """Experts that a user wants on certain nodes, whoever has their layers. Pure."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
@@ -54,16 +54,25 @@ def pin_experts(
     for pin in pins:
         ids = None if pin.experts is None else frozenset(pin.experts)
         Only(layers=frozenset(pin.layers), experts=ids).tensors(index)  # refuses what is not there
-    placed = [
-        _with_helpers(stage, _pinned(stage, pins, places, config), config, index)
-        for stage in plan.stages
-    ]
-    pinned = replace(plan, stages=tuple(placed), prediction=None)
+    pinned = _each_stage(
+        plan,
+        lambda stage: _with_helpers(stage, _pinned(stage, pins, places, config), config, index),
+    )
     pinned = replace(
-        pinned, unused=tuple(node for node in plan.unused if node.host not in pinned.hosts)
+        pinned,
+        pipelines=tuple(replace(each, prediction=None) for each in pinned.pipelines),
+        unused=tuple(node for node in plan.unused if node.host not in pinned.hosts),
+        best_possible=None,
     )
     overhead = footprint(config, index, plan.stages[0].dtype).workspace_bytes(0)
     return _accounted(plan, pinned, inventory, overhead)
+
+
+def _each_stage(plan: Plan, change: Callable[[StagePlan], StagePlan]) -> Plan:
+    pipelines = tuple(
+        replace(each, stages=tuple(map(change, each.stages))) for each in plan.pipelines
+    )
+    return replace(plan, pipelines=pipelines)
 
 
 def _place(inventory: Inventory, host: str) -> Place:
@@ -170,11 +179,10 @@ def _accounted(before: Plan, after: Plan, inventory: Inventory, overhead_bytes: 
             num_threads=max(1, nodes[member.host].num_cpus // num_members[member.host]),
         )
 
-    stages = tuple(
-        replace(accounted(stage), helpers=tuple(map(accounted, stage.helpers)))
-        for stage in after.stages
+    return _each_stage(
+        after,
+        lambda stage: replace(accounted(stage), helpers=tuple(map(accounted, stage.helpers))),
     )
-    return replace(after, stages=stages)
 
 
 def _members(plan: Plan) -> Iterator[StagePlan | ExpertHost]:

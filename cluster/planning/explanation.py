@@ -7,7 +7,7 @@ from ...errors import InfeasiblePlanError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
 from ..footprint import stored_dtype
-from ..plan import Device, Inventory, Link, Plan, Workload
+from ..plan import Device, Inventory, Link, Pipeline, Plan, Workload
 from ..search.cost import assumed_link, known_links
 from ..search.place import places_of
 from ..search.search import EXACT_PLACES
@@ -154,11 +154,12 @@ def _faster_device(
     model: _Model, inventory: Inventory, workload: Workload, plan: Plan
 ) -> Iterator[Improvement]:
     """The slowest stage on a device such as the fastest one of the plan."""
-    if plan.prediction is None:
+    pipeline = max(plan.pipelines, key=_bottleneck_s)
+    if pipeline.bottleneck is None:
         return
     devices = {(p.node.host, p.device_name): p.device for p in places_of(inventory)}
     used = [devices[stage.host, stage.device] for stage in plan.stages]
-    slowest = plan.stages[plan.prediction.bottleneck]
+    slowest = pipeline.stages[pipeline.bottleneck]
     slow, fast = devices[slowest.host, slowest.device], max(used, key=lambda d: d.read_gbps or 0.0)
     if (fast.read_gbps or 0.0) < WORTH * (slow.read_gbps or 0.0):
         return
@@ -173,6 +174,10 @@ def _faster_device(
         f"{fast.read_gbps:.0f} GB/s"
     )
     yield from _gain(change, plan, then)
+
+
+def _bottleneck_s(pipeline: Pipeline) -> float:
+    return max(stage.step_s or 0.0 for stage in pipeline.stages)
 
 
 def _with(

@@ -136,7 +136,7 @@ def stages_by_memory(
             has_embeddings=number == 0,
             has_output=number == len(ends) - 1,
             dtype=dtype,
-            # Stages of one device take turns, see `Plan.steps_at_once`.
+            # Stages of one device take turns, see `Pipeline.steps_at_once`.
             num_threads=max(1, place.node.num_cpus // len(devices_of_host[place.node.host])),
             weights_bytes=sum(costs[start:end]),
             kv_bytes=(end - start) * kv_bytes,

@@ -133,21 +133,22 @@ def diff_json(diff: PlanDiff) -> dict[str, Any]:
 
 def _holders(plan: Plan, index: TensorIndex) -> dict[_Unit, tuple[_Place, ...]]:
     experts = sorted({e for entry in index if (e := _unit(entry, -1)[1]) is not None})
-    held: dict[_Unit, tuple[_Place, ...]] = {}
+    held: defaultdict[_Unit, tuple[_Place, ...]] = defaultdict(tuple)
     for stage in plan.stages:
         own = (stage.host, stage.device, stage.dtype)
         helpers = [(helper.host, helper.device, stage.dtype) for helper in stage.helpers]
         for layer in range(stage.first_layer, stage.end_layer):
-            held[layer, None] = (own,)
+            held[layer, None] += (own,)
             for expert in experts:
-                held[layer, expert] = tuple(
+                held[layer, expert] += tuple(
                     own if number < 0 else helpers[number]
                     for number in stage.holders(layer, expert)
                 )
-    first, last = plan.stages[0], plan.stages[-1]
-    # The two ends of the model, as if they were layers before the first and after the last.
-    held[-1, None] = ((first.host, first.device, first.dtype),)
-    held[last.end_layer, None] = ((last.host, last.device, last.dtype),)
+        # The two ends of the model, as if they were layers before the first and after the last.
+        if stage.has_embeddings:
+            held[-1, None] += (own,)
+        if stage.has_output:
+            held[stage.end_layer, None] += (own,)
     return held
 
 

@@ -57,9 +57,13 @@ def plan_svg(plan: Plan, *, num_experts: int, title: str = "") -> str:
         _text(_MARGIN, _MARGIN + 6, head, size=16, bold=True),
         *_links(plan, boxes),
     ]
-    slowest = plan.prediction.bottleneck if plan.prediction and len(plan.stages) > 1 else None
-    for stage, box in zip(plan.stages, boxes, strict=True):
-        parts += _stage(stage, box, num_experts=num_experts, is_slowest=stage.index == slowest)
+    slowest = [
+        stage.index == pipeline.bottleneck and len(pipeline.stages) > 1
+        for pipeline in plan.pipelines
+        for stage in pipeline.stages
+    ]
+    for stage, box, is_slowest in zip(plan.stages, boxes, slowest, strict=True):
+        parts += _stage(stage, box, num_experts=num_experts, is_slowest=is_slowest)
     parts += [
         _text(_MARGIN, bottom + number * _LINE, line, fill=_FAINT if number else _INK)
         for number, line in enumerate(lines)
@@ -189,8 +193,8 @@ def _totals(plan: Plan) -> list[str]:
             f"{told.stream_tokens_per_s:.1f} for one stream, a first token after "
             f"{milliseconds(told.prefill_s)}"
         )
-        if bound := bound_text(told):
-            said.append(f"bound: {bound}")
+    if bound := bound_text(plan):
+        said.append(f"bound: {bound}")
     said.append(
         f"context {plan.max_context_tokens} tokens, {plan.max_concurrency} sequences at once"
     )

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from ..plan import ExpertHost, ExpertIds, Plan, Prediction, StagePlan
+from ..plan import ExpertHost, ExpertIds, Pipeline, Plan, Prediction, StagePlan
 from ..units import gigabytes, id_ranges, milliseconds, wrapped
 from .explanation import Explanation, fetch_text
 
@@ -49,13 +49,16 @@ def plan_table(
 
 def _table(plan: Plan, *, with_ends: bool) -> list[tuple[str, ...]]:
     """`with_ends` says of the first and the last stage that they have the ends of the model."""
-    stages = [list(_rows(stage, plan, with_ends=with_ends)) for stage in plan.stages]
+    stages = [
+        list(_rows(stage, pipeline, with_ends=with_ends))
+        for pipeline in plan.pipelines
+        for stage in pipeline.stages
+    ]
     return [_HEAD, *(row for stage in stages for row in stage)]
 
 
-def _rows(stage: StagePlan, plan: Plan, *, with_ends: bool) -> Iterator[tuple[str, ...]]:
-    told = plan.prediction
-    is_slowest = told is not None and stage.index == told.bottleneck and len(plan.stages) > 1
+def _rows(stage: StagePlan, pipeline: Pipeline, *, with_ends: bool) -> Iterator[tuple[str, ...]]:
+    is_slowest = stage.index == pipeline.bottleneck and len(pipeline.stages) > 1
     layers = f"{stage.first_layer}-{stage.end_layer - 1}"
     ends = ""
     if with_ends:
@@ -138,27 +141,25 @@ def _predicted(prediction: Prediction, plan: Plan) -> Iterator[str]:
         f"{milliseconds(prediction.prefill_s)} ({prediction.prefill_tokens} tokens of prompt)"
     )
     cut = ""
-    if plan.num_micro_batches is not None and plan.num_micro_batches > 1:
-        cut = (
-            f"; {plan.max_concurrency} sequences decode in {plan.num_micro_batches} steps by turns"
-        )
+    if len(plan.pipelines) == 1 and (num_steps := plan.pipelines[0].num_micro_batches or 1) > 1:
+        cut = f"; {plan.max_concurrency} sequences decode in {num_steps} steps by turns"
     yield (
         f"a step of {prediction.step_tokens} goes around in "
         f"{milliseconds(prediction.round_trip_s)}{cut}"
     )
-    if bound := bound_text(prediction):
+    if bound := bound_text(plan):
         yield f"bound: {bound}"
     yield from (f"assumed: {said}" for said in prediction.assumed)
 
 
-def bound_text(prediction: Prediction) -> str | None:
+def bound_text(plan: Plan) -> str | None:
     """How much better a plan could be at all; None where nobody can say."""
-    best, gap = prediction.best_possible, prediction.gap
-    if best is None or gap is None:
+    told, best, gap = plan.prediction, plan.best_possible, plan.gap
+    if told is None or best is None or gap is None:
         return None
     if gap < 0.0005:
         return "no plan is better under this model"
-    limit = f"{best:.1f} tokens/s" if prediction.objective == "throughput" else milliseconds(best)
+    limit = f"{best:.1f} tokens/s" if told.objective == "throughput" else milliseconds(best)
     return f"within {gap:.1%} of the best possible under this model (bound: {limit})"
 
 
@@ -171,9 +172,10 @@ def _explained(explanation: Explanation) -> Iterator[str]:
 
 def plan_json(plan: Plan, explanation: Explanation | None = None) -> dict[str, Any]:
     """The whole plan with the field names of `Plan` and of its explanation; bytes, tokens."""
-    found = asdict(plan)
-    if plan.prediction is not None:
-        found["prediction"]["gap"] = plan.prediction.gap
+    found = asdict(plan) | {"max_concurrency": plan.max_concurrency, "gap": plan.gap}
+    for document, pipeline in zip(found["pipelines"], plan.pipelines, strict=True):
+        document["bottleneck"] = pipeline.bottleneck
+    found["prediction"] = None if plan.prediction is None else asdict(plan.prediction)
     if explanation is not None:
         found["improvements"] = [asdict(each) for each in explanation.improvements]
         found["fetches"] = [

@@ -16,7 +16,9 @@ from ..plan import (
     ComputeDtype,
     Concession,
     Inventory,
+    Pipeline,
     Plan,
+    StagePlan,
     UnusedNode,
     Workload,
     check_experts,
@@ -98,7 +100,7 @@ def predicted(
     """
     model = _Model(config, index, workload.dtype or stored_dtype(index))
     if not speeds_known(inventory, model.dtype):
-        return replace(plan, prediction=None)
+        return _without_times(plan)
     dtype_of = {}
     for stage in plan.stages:
         dtype_of[stage.host, stage.device] = stage.dtype
@@ -139,11 +141,10 @@ def _best(
     if found is None:
         return None
     seating, ends = found
+    stages = stages_by_memory(weights, seating, ends, workload, model.dtype)
     placed = Plan(
-        stages=stages_by_memory(weights, seating, ends, workload, model.dtype),
-        num_kv_blocks=num_kv_blocks(workload),
+        pipelines=(_pipeline(stages, workload),),
         max_context_tokens=workload.max_context_tokens,
-        max_concurrency=workload.max_concurrency,
         unused=unused_by_memory(weights, inventory, workload, seating),
     )
     if workload.objective == "fit" or not speeds_known(inventory, model.dtype):
@@ -152,20 +153,38 @@ def _best(
 
 
 def _by_speed(model: _Model, fast: SpeedPlanner, inventory: Inventory, workload: Workload) -> Plan:
+    stages = fast.stages({node.host: node.num_cpus for node in inventory.nodes})
     placed = fast.predicted(
         Plan(
-            stages=fast.stages({node.host: node.num_cpus for node in inventory.nodes}),
-            num_kv_blocks=num_kv_blocks(workload),
+            pipelines=(_pipeline(stages, workload),),
             max_context_tokens=workload.max_context_tokens,
-            max_concurrency=workload.max_concurrency,
         )
     )
     check_experts(placed, model.config.num_experts)
     if placed.prediction is not None:
-        best = fast.best_possible()
-        placed = replace(placed, prediction=replace(placed.prediction, best_possible=best))
+        placed = replace(placed, best_possible=fast.best_possible())
     smallest = smallest_stage_bytes(model.weights, workload)
     return replace(placed, unused=fast.unused(smallest))
+
+
+def _pipeline(stages: tuple[StagePlan, ...], workload: Workload) -> Pipeline:
+    return Pipeline(
+        stages=stages,
+        num_kv_blocks=num_kv_blocks(workload),
+        max_concurrency=workload.max_concurrency,
+    )
+
+
+def _without_times(plan: Plan) -> Plan:
+    def untimed(stage: StagePlan) -> StagePlan:
+        helpers = tuple(replace(each, step_s=None, hop_s=None) for each in stage.helpers)
+        return replace(stage, step_s=None, hop_s=None, helpers=helpers)
+
+    pipelines = tuple(
+        replace(each, stages=tuple(map(untimed, each.stages)), prediction=None)
+        for each in plan.pipelines
+    )
+    return replace(plan, pipelines=pipelines, best_possible=None)
 
 
 def _with_pins_alone(
@@ -182,14 +201,15 @@ def _with_pins_alone(
     plan = _best(model, ladder, alike, replace(workload, objective="latency"))
     if plan is None:
         return None
-    stages = tuple(replace(stage, step_s=None, hop_s=None) for stage in plan.stages)
-    used = {stage.host for stage in stages}
+    plan = _without_times(plan)
+    pipelines = tuple(replace(each, num_micro_batches=None) for each in plan.pipelines)
+    used = {stage.host for stage in plan.stages}
     unused = tuple(
         UnusedNode(host=node.host, reason="not needed: the others hold the whole model")
         for node in inventory.nodes
         if node.host not in used
     )
-    return replace(plan, stages=stages, prediction=None, num_micro_batches=None, unused=unused)
+    return replace(plan, pipelines=pipelines, unused=unused)
 
 
 def _dtypes(

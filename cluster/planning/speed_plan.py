@@ -9,6 +9,7 @@ from ..plan import (
     ExpertHost,
     ExpertIds,
     Inventory,
+    Pipeline,
     Plan,
     Prediction,
     StagePlan,
@@ -88,7 +89,7 @@ class SpeedPlanner:
         return max(near, key=rate)
 
     def best_possible(self) -> float | None:
-        """What no plan can beat (`Prediction.best_possible`); None where nobody can say."""
+        """What no plan can beat (`Plan.best_possible`); None where nobody can say."""
         assert self.found is not None
         problem, route = self.found
         asked, is_busy = self._workload.num_stages, self._workload.objective == "throughput"
@@ -208,15 +209,19 @@ class SpeedPlanner:
     def predicted(self, plan: Plan) -> Plan:
         """`plan` with its times, of stages without helpers or those of the best route. Stages that
         share a device take turns there."""
+        pipelines = tuple(map(self._predicted, plan.pipelines))
+        return replace(plan, pipelines=pipelines, best_possible=None)
+
+    def _predicted(self, pipeline: Pipeline) -> Pipeline:
         number_of = {(p.node.host, p.device_name): n for n, p in enumerate(self._places)}
         seats = [
-            [(s.host, s.device), *((h.host, h.device) for h in s.helpers)] for s in plan.stages
+            [(s.host, s.device), *((h.host, h.device) for h in s.helpers)] for s in pipeline.stages
         ]
         if not all(seat in number_of for stage in seats for seat in stage):
-            return plan
+            return pipeline
         sites = [number_of[stage[0]] for stage in seats]
         members = [sum(1 << number_of[seat] for seat in stage) for stage in seats]
-        ends = [stage.end_layer for stage in plan.stages]
+        ends = [stage.end_layer for stage in pipeline.stages]
         objective = self._workload.objective
         # Only the goal of throughput searches for the size of a step.
         if objective == "throughput" and self.found is not None:
@@ -226,12 +231,12 @@ class SpeedPlanner:
         alone = self._placing.problem(1)
         places = [[number_of[seat] for seat in stage] for stage in seats]
         together, single = (
-            evaluate(each, sites, ends, members, self._popular(plan, places, each.step_tokens))
+            evaluate(each, sites, ends, members, self._popular(pipeline, places, each.step_tokens))
             for each in (crowd, alone)
         )
         shown, trip = (alone, single) if objective == "latency" else (crowd, together)
         stages = []
-        for number, stage in enumerate(plan.stages):
+        for number, stage in enumerate(pipeline.stages):
             after = sites[(number + 1) % len(sites)]
             hops = shown.return_s if number == len(sites) - 1 else shown.hop_s
             stages.append(
@@ -245,7 +250,6 @@ class SpeedPlanner:
                     ),
                 )
             )
-        slowest = max(range(len(stages)), key=lambda number: stages[number].step_s or 0.0)
         prompt = min(PREFILL_TOKENS, self._workload.max_context_tokens)
         prediction = Prediction(
             objective=objective,
@@ -255,16 +259,18 @@ class SpeedPlanner:
             stream_tokens_per_s=1 / single.round_trip_s,
             prefill_s=self._placing.prefill_s(sites, ends, prompt),
             prefill_tokens=prompt,
-            bottleneck=slowest,
             assumed=self._assumed(sites),
         )
         micro_batches = -(-self._workload.max_concurrency // crowd.step_tokens)
         return replace(
-            plan, stages=tuple(stages), prediction=prediction, num_micro_batches=micro_batches
+            pipeline,
+            stages=tuple(stages),
+            prediction=prediction,
+            num_micro_batches=micro_batches,
         )
 
     def _popular(
-        self, plan: Plan, places: Sequence[Sequence[int]], tokens: int
+        self, pipeline: Pipeline, places: Sequence[Sequence[int]], tokens: int
     ) -> list[float] | None:
         """Seconds of every stage under the popularity of experts; None where all are alike."""
         popularity = self._workload.popularity
@@ -272,7 +278,7 @@ class SpeedPlanner:
             return None
         return [
             popular_stage_s(self._placing, stage, there, tokens, popularity)
-            for stage, there in zip(plan.stages, places, strict=True)
+            for stage, there in zip(pipeline.stages, places, strict=True)
         ]
 
     def _timed(

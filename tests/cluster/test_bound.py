@@ -110,16 +110,14 @@ def workload(objective: Objective = "throughput") -> Workload:
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_a_plan_tells_its_bound_in_every_form(objective: Objective) -> None:
     found = plan(*MIXTRAL, cluster(12), workload(objective))
-    prediction = found.prediction
-    assert prediction is not None
-    assert prediction.gap is not None
-    assert 0 < prediction.gap < 0.8
-    said = f"within {prediction.gap:.1%} of the best possible under this model"
+    assert found.gap is not None
+    assert 0 < found.gap < 0.8
+    said = f"within {found.gap:.1%} of the best possible under this model"
     assert said in plan_table(found)
     assert said in plan_svg(found, num_experts=8)
-    told = json.loads(json.dumps(plan_json(found)))["prediction"]
-    assert told["gap"] == prediction.gap
-    assert told["best_possible"] == prediction.best_possible
+    told = json.loads(json.dumps(plan_json(found)))
+    assert told["gap"] == found.gap
+    assert told["best_possible"] == found.best_possible
     assert found == plan(*MIXTRAL, cluster(12), workload(objective))
 
 
@@ -127,7 +125,7 @@ def test_a_plan_that_was_found_among_all_is_its_own_bound() -> None:
     alone = replace(workload(), separate_experts=False)
     found = plan(*MIXTRAL, cluster(6), alone)
     assert found.prediction is not None
-    assert found.prediction.best_possible == found.prediction.tokens_per_s
+    assert found.best_possible == found.prediction.tokens_per_s
     assert "bound: no plan is better under this model" in plan_table(found)
 
 
@@ -136,11 +134,9 @@ def test_pins_and_a_number_of_stages_bind_the_bound_too() -> None:
     pinned = plan(
         *MIXTRAL, cluster(10), replace(workload(), nodes=(NodeWish(host="n00", layers=(0, 6)),))
     )
-    assert free.prediction is not None
-    assert pinned.prediction is not None
-    assert free.prediction.best_possible is not None
-    assert pinned.prediction.best_possible is not None
-    assert pinned.prediction.best_possible < free.prediction.best_possible
+    assert free.best_possible is not None
+    assert pinned.best_possible is not None
+    assert pinned.best_possible < free.best_possible
 
 
 def test_scipy_is_only_imported_where_a_bound_is_asked_for() -> None:

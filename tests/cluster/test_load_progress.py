@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from magnetar.cluster.deployment.load_progress import load_progress
 from magnetar.cluster.deployment.status import StageLoad
-from magnetar.cluster.plan import ExpertHost, Plan
+from magnetar.cluster.plan import ExpertHost, Pipeline, Plan
 from magnetar.fetcher.progress import Progress
 from magnetar.tests.cluster.test_plan import STAGE
 
@@ -21,7 +21,8 @@ def readings(*loaded: int, helped: int = 0, finished: bool = False) -> dict[str,
         )
         for number, host in enumerate("aba")
     )
-    plan = Plan(stages=stages, num_kv_blocks=1, max_context_tokens=16, max_concurrency=1)
+    pipeline = Pipeline(stages=stages, num_kv_blocks=1, max_concurrency=1)
+    plan = Plan(pipelines=(pipeline,), max_context_tokens=16)
     loads = [
         StageLoad(index=number, num_layers=num_bytes // 50, total_layers=2, num_bytes=num_bytes)
         for number, num_bytes in enumerate(loaded)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from magnetar.cluster.plan import ExpertHost, ExpertIds, Plan, StagePlan, check_experts
+from magnetar.cluster.plan import ExpertHost, ExpertIds, Pipeline, Plan, StagePlan, check_experts
 from magnetar.cluster.planning.plan_view import plan_json
 from magnetar.errors import InfeasiblePlanError
 
@@ -37,7 +37,8 @@ STAGE = StagePlan(
 
 
 def plan_of(stage: StagePlan) -> Plan:
-    return Plan(stages=(stage,), num_kv_blocks=1, max_context_tokens=16, max_concurrency=1)
+    pipeline = Pipeline(stages=(stage,), num_kv_blocks=1, max_concurrency=1)
+    return Plan(pipelines=(pipeline,), max_context_tokens=16)
 
 
 def with_helper(experts: ExpertIds) -> Plan:
@@ -79,7 +80,8 @@ def test_a_helper_is_another_device_than_its_stage() -> None:
 
 
 def test_helpers_are_in_the_json() -> None:
-    (stage,) = json.loads(json.dumps(plan_json(plan_of(STAGE))))["stages"]
+    (pipeline,) = json.loads(json.dumps(plan_json(plan_of(STAGE))))["pipelines"]
+    (stage,) = pipeline["stages"]
     assert stage["experts"] == [[0, 1], [0, 1, 2]]
     (helper,) = stage["helpers"]
     assert (helper["host"], helper["experts"]) == ("b", [[2, 3], [1, 3]])

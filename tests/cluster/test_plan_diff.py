@@ -10,6 +10,7 @@ from magnetar.cluster.plan import (
     ExpertHost,
     Inventory,
     Node,
+    Pipeline,
     Plan,
     StagePlan,
     Workload,
@@ -40,7 +41,8 @@ def stage(index: int, host: str, first: int, end: int, **changes: object) -> Sta
 
 
 def plan_of(*stages: StagePlan) -> Plan:
-    return Plan(stages=stages, num_kv_blocks=8, max_context_tokens=128, max_concurrency=1)
+    pipeline = Pipeline(stages=stages, num_kv_blocks=8, max_concurrency=1)
+    return Plan(pipelines=(pipeline,), max_context_tokens=128)
 
 
 def cut(*ends: int) -> Plan:
@@ -131,9 +133,12 @@ def test_a_plan_that_runs_is_told_its_times_in_other_traffic() -> None:
     )
     wishes = Workload(max_context_tokens=512, max_concurrency=1, separate_experts=True)
     runs = plan(CONFIG, INDEX, inventory, wishes)
-    again = predicted(replace(runs, prediction=None), CONFIG, INDEX, inventory, wishes)
-    assert runs.prediction is not None  # how good a plan could be is said where one is searched
-    assert again.prediction == replace(runs.prediction, best_possible=None)
+    (pipeline,) = runs.pipelines
+    untold = replace(runs, pipelines=(replace(pipeline, prediction=None),))
+    again = predicted(untold, CONFIG, INDEX, inventory, wishes)
+    assert runs.best_possible is not None
+    # How good a plan could be is said where one is searched.
+    assert again == replace(runs, best_possible=None)
     traffic = replace(wishes, popularity=((1.0, 0.4, *(0.1,) * 6),) * 32)
     told = predicted(runs, CONFIG, INDEX, inventory, traffic)
     assert told.prediction is not None

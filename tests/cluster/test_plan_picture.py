@@ -7,7 +7,7 @@ import pytest
 
 from magnetar.cluster.plan import ExpertHost, Plan, Prediction, UnusedNode
 from magnetar.cluster.planning.plan_picture import plan_svg
-from magnetar.tests.cluster.test_plan_diff import BEFORE, cut
+from magnetar.tests.cluster.test_plan_diff import BEFORE, cut, plan_of
 from magnetar.tests.planning import GB
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -43,9 +43,7 @@ def test_experts_on_helpers_have_another_colour_and_replicas_both() -> None:
     )
     own = ((0, 1, 2, 3, 4, 5),) * 22
     first, second = BEFORE.stages
-    picture = drawn(
-        replace(BEFORE, stages=(first, replace(second, experts=own, helpers=(helper,))))
-    )
+    picture = drawn(plan_of(first, replace(second, experts=own, helpers=(helper,))))
     cells = [e.get("fill") for e in picture.iter(f"{SVG}rect") if e.get("height") == "7.5"]
     assert len(cells) == 256 + 22  # a replica is one cell of two halves
     assert sum(colour != cells[0] for colour in cells) == 3 * 22
@@ -61,10 +59,12 @@ def test_the_slowest_stage_and_idle_nodes_are_named() -> None:
         stream_tokens_per_s=10.0,
         prefill_s=1.0,
         prefill_tokens=512,
-        bottleneck=1,
     )
+    (pipeline,) = BEFORE.pipelines
+    stages = tuple(replace(each, step_s=0.01 + each.index) for each in pipeline.stages)
+    pipeline = replace(pipeline, stages=stages, prediction=told)
     unused = (UnusedNode(host="pi & co", reason="too small"),)
-    said = texts(drawn(replace(BEFORE, prediction=told, unused=unused)))
+    said = texts(drawn(replace(BEFORE, pipelines=(pipeline,), unused=unused)))
     assert said.count("slowest") == 1
     assert "unused: pi & co: too small" in said
 
@@ -77,6 +77,6 @@ def test_many_stages_go_on_in_further_rows() -> None:
 
 def test_a_long_name_is_drawn_within_its_box() -> None:
     first, second = BEFORE.stages
-    long = replace(BEFORE, stages=(replace(first, host="a-host-with-a-very-long-name" * 2), second))
+    long = plan_of(replace(first, host="a-host-with-a-very-long-name" * 2), second)
     (name,) = [e for e in drawn(long).iter(f"{SVG}text") if "very-long" in (e.text or "")]
     assert float(name.get("font-size", "inf")) * len(name.text or "") * 0.5 < 220

@@ -55,14 +55,14 @@ def test_four_stages_on_one_machine_share_its_memory_and_take_turns_on_its_cores
     found = plan(*MIXTRAL, cluster(node("a", 128)), asked(num_stages=4))
     assert layers(found) == [8, 8, 8, 8]
     assert {stage.num_threads for stage in found.stages} == {8}
-    assert found.steps_at_once == 1
+    assert found.pipelines[0].steps_at_once == 1
     assert len({stage.free_bytes for stage in found.stages}) == 1
 
 
 def test_stages_on_several_machines_decode_at_once() -> None:
     found = plan(*MIXTRAL, cluster(node("a", 64), node("b", 64)), asked(num_stages=4))
     assert {stage.num_threads for stage in found.stages} == {8}
-    assert found.steps_at_once == 2
+    assert found.pipelines[0].steps_at_once == 2
 
 
 def test_takes_as_few_nodes_as_fit_and_says_why_the_others_idle() -> None:
@@ -208,8 +208,10 @@ def test_more_stages_than_layers_is_a_usage_error() -> None:
 def test_json_has_the_field_names_of_the_plan() -> None:
     found = plan(*SMALL, cluster(node("a", 64)), asked())
     loaded = json.loads(json.dumps(plan_json(found)))
-    assert loaded["stages"][0]["host"] == "a"
-    assert loaded["num_kv_blocks"] == found.num_kv_blocks
+    (pipeline,) = loaded["pipelines"]
+    assert pipeline["stages"][0]["host"] == "a"
+    assert pipeline["num_kv_blocks"] == found.num_kv_blocks
+    assert loaded["max_concurrency"] == found.max_concurrency
 
 
 @settings(max_examples=60, deadline=None)

@@ -46,6 +46,11 @@ def test_skewed_traffic_needs_fewer_experts_of_a_stage_that_has_them_all() -> No
     assert rate(skewed) > rate(found)
 
 
+def with_stage(found: Plan, stage: StagePlan) -> Plan:
+    (pipeline,) = found.pipelines
+    return replace(found, pipelines=(replace(pipeline, stages=(stage,)),))
+
+
 def test_hot_experts_on_one_device_are_slower_than_on_two() -> None:
     (stage,) = plan(*MIXTRAL, INVENTORY, workload(SKEWED)).stages
 
@@ -56,7 +61,7 @@ def test_hot_experts_on_one_device_are_slower_than_on_two() -> None:
 
     def rate_of(own: tuple[int, ...], there: tuple[int, ...]) -> float:
         found = plan(*MIXTRAL, INVENTORY, workload(SKEWED))
-        moved = replace(found, stages=(with_experts(own, there),))
+        moved = with_stage(found, with_experts(own, there))
         return rate(predicted(moved, *MIXTRAL, INVENTORY, workload(SKEWED)))
 
     together, apart = rate_of((0, 1, 2, 3), (4, 5, 6, 7)), rate_of((0, 3, 5, 6), (1, 2, 4, 7))
@@ -75,7 +80,7 @@ def test_a_copy_of_a_hot_expert_is_counted_where_it_helps() -> None:
     )
     copied = replace(halves, helpers=(replace(helper, experts=((0, 1, 4, 5, 6, 7),) * 32),))
     rates = [
-        rate(predicted(replace(found, stages=(each,)), *MIXTRAL, INVENTORY, workload(SKEWED)))
+        rate(predicted(with_stage(found, each), *MIXTRAL, INVENTORY, workload(SKEWED)))
         for each in (halves, copied)
     ]
     assert rates[1] > rates[0]

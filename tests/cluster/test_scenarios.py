@@ -89,8 +89,9 @@ def test_a_card_beside_a_large_host_is_filled_and_the_host_takes_the_rest() -> N
     (conceded,) = planned("one-card-beside-a-large-host", dtype=None).concessions
     assert conceded.knob == "dtype"
     assert conceded.freed_bytes > 20 * GB
-    assert found.prediction is not None
-    assert found.stages[found.prediction.bottleneck].device == "cpu"
+    (pipeline,) = found.pipelines
+    assert pipeline.bottleneck is not None
+    assert pipeline.stages[pipeline.bottleneck].device == "cpu"
 
 
 def test_eight_small_cards_are_all_used_for_throughput_and_few_for_one_stream() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magnetar.cluster.deployment.shard import loading_steps, shard_of
-from magnetar.cluster.plan import ExpertHost, ExpertIds, Plan, StagePlan
+from magnetar.cluster.plan import ExpertHost, ExpertIds, Pipeline, Plan, StagePlan
 from magnetar.fetcher.tensors import TensorEntry, TensorIndex
 
 NAMES = (
@@ -42,7 +42,8 @@ def stage(first: int, end: int, *, host: str = "a") -> StagePlan:
 
 
 def plan_of(*stages: StagePlan) -> Plan:
-    return Plan(stages=stages, num_kv_blocks=1, max_context_tokens=16, max_concurrency=1)
+    pipeline = Pipeline(stages=stages, num_kv_blocks=1, max_concurrency=1)
+    return Plan(pipelines=(pipeline,), max_context_tokens=16)
 
 
 @given(st.sets(st.integers(1, 11)), st.integers(1, 4))

@@ -110,7 +110,7 @@ def test_predicts_what_the_roofline_says() -> None:
     attention = 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 8 * 4096)
     read = 32 * (attention + 2 * expert + 1024 * 4096) + 2 * 4096 * 32001
     assert found.prediction.round_trip_s == pytest.approx(read / 100e9, rel=0.01)
-    assert found.prediction.bottleneck == 0
+    assert found.pipelines[0].bottleneck == 0
     assert found.stages[0].step_s == pytest.approx(found.prediction.round_trip_s, rel=0.01)
     text = plan_table(found)
     assert "tokens/s" in text
@@ -163,4 +163,4 @@ def test_stages_of_one_device_take_the_whole_batch_in_turn() -> None:
     for num_stages in (1, 2, 4):
         found = plan(*MIXTRAL, linked(node("a", 200, 100)), asked(num_stages=num_stages))
         assert len(found.stages) == num_stages
-        assert found.steps_at_once == 1
+        assert found.pipelines[0].steps_at_once == 1

@@ -87,7 +87,7 @@ def test_up_status_and_down_are_separate_commands(address: str, tmp_path: Path) 
 
     (found,) = status()
     assert found["ready"], found
-    stages = found["plan"]["stages"]
+    stages = found["plan"]["pipelines"][0]["stages"]
     assert [stage["host"] for stage in stages] == ["h3", "h2"]
     assert [stage["end_layer"] - stage["first_layer"] for stage in stages] == [3, 1]
     reasons = {idle["host"]: idle["reason"] for idle in found["plan"]["unused"]}
@@ -162,7 +162,7 @@ def test_a_stage_on_each_node_and_one_that_dies_is_said(address: str, tmp_path: 
         reply = client.completions.create(model="four", prompt=[1, 2, 3], max_tokens=8)
         assert reply.choices[0].finish_reason in ("stop", "length")
         (found,) = status()
-        assert {stage["host"] for stage in found["plan"]["stages"]} == set(MEMORIES)
+        assert {stage["host"] for stage in found["plan"]["pipelines"][0]["stages"]} == set(MEMORIES)
 
         ours = psutil.Process().children(recursive=True)
         stages = [process for process in ours if "ray::StageActor" in "".join(process.cmdline())]

@@ -79,7 +79,8 @@ def wanted_bytes(address: str) -> dict[str, int]:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [helper["host"] for helper in found["plan"]["stages"][0]["helpers"]] == ["h2", "h3"]
+    (pipeline,) = found["plan"]["pipelines"]
+    assert [helper["host"] for helper in pipeline["stages"][0]["helpers"]] == ["h2", "h3"]
     return {share["host"]: share["wanted_bytes"] for share in found["fetched"]}
 
 
