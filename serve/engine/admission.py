@@ -181,7 +181,7 @@ class Admission:
         request.num_cached_tokens = request.num_scheduled
         if request.params.reads_cache:
             self.num_cache_queries += len(request.prompt_ids)
-            self.num_cache_hits += request.num_scheduled
+            self.num_cache_hits += min(request.num_scheduled, len(request.prompt_ids))
 
     def _give_back(self, request: Request) -> None:
         if request.num_blocks_sent:

@@ -87,6 +87,8 @@ class Request:
     """Ascending in order of arrival; never used twice."""
     prompt_ids: tuple[int, ...]
     params: GenerationParams
+    begun_ids: tuple[int, ...] = ()
+    """Its answer so far, where another scheduler began it; counts as if it had been here."""
     rank: tuple[int, int] = field(init=False)
     """Lower ones come first: by priority, then by arrival."""
     token_ids: list[int] = field(init=False)
@@ -120,8 +122,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.rank = (self.params.priority, self.request_id)
-        self.token_ids = list(self.prompt_ids)
+        self.token_ids = [*self.prompt_ids, *self.begun_ids]
         self.matcher = None if self.params.grammar is None else self.params.grammar.start()
+        if self.matcher is not None:
+            for token_id in self.begun_ids:
+                self.matcher.accept(token_id)
         params = self.params
         self.has_wishes = (
             params.sampling.counts_tokens

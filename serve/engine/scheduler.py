@@ -16,6 +16,9 @@ and reads the weights once for all of them. An answer of 500 tokens is back afte
 size that decoding has too. Of the cache such a request takes no more than lets its next row begin
 where one did before; prompts are therefore cut at the borders of blocks. What is left to chance,
 outside of reproducible mode, is what else is computed in the same steps.
+
+An answer that another scheduler began goes on here in the same way: as if it had been preempted,
+but for the rows of its prompt, which nobody remembers.
 """
 
 from collections import deque
@@ -279,8 +282,10 @@ class Scheduler:
             # What was found in the cache then may be longer than any row.
             num_tokens = min(end - start, self._max_step_tokens)
             return num_tokens if is_first or num_tokens <= budget else 0
-        if request.num_unscheduled <= budget:
-            return request.num_unscheduled
+        # An answer that was begun elsewhere comes later, in rows of one token.
+        num_left = len(request.prompt_ids) - start
+        if num_left <= budget:
+            return num_left
         whole = (start + budget) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS - start
         return whole if whole > 0 else budget if is_first else 0
 

@@ -234,6 +234,24 @@ def test_a_row_that_is_computed_again_is_not_cut_for_those_that_decode() -> None
     assert [(row.request_id, len(row.token_ids)) for row in plan.rows] == [(2, 1), (1, 32)]
 
 
+def test_an_answer_begun_elsewhere_goes_on_after_its_prompt_in_rows_of_one_token() -> None:
+    scheduler = make_scheduler(max_running=4)
+    prompt = tuple(range(1, 41))
+    begun = tuple(expected_tokens(prompt, 6))
+    params = GenerationParams(max_tokens=8, reads_cache=False)
+    scheduler.add(Request(request_id=0, prompt_ids=prompt, params=params, begun_ids=begun))
+    stages = fake_stages(1, num_kv_blocks=ROOMY)
+    path, told = [], []
+    while (plan := scheduler.schedule()) is not None:
+        path.append([(position, count) for _, position, count in rows_of(plan)])
+        told += [event for _, event in scheduler.complete(run_step(stages, plan))]
+    # As many at once as may decode; the last known token is sampled from.
+    ones = [[(n, 1) for n in range(40, 44)], [(44, 1), (45, 1)], [(46, 1)]]
+    assert path == [[(0, 32)], [(32, 8)], *ones]
+    assert [event.token_id for event in told] == expected_tokens(prompt, 8)[6:]
+    assert [event.finish_reason for event in told] == [None, "length"]
+
+
 def test_a_token_in_flight_for_a_preempted_request_counts() -> None:
     scheduler = make_scheduler(num_kv_blocks=5, num_stages=2, max_step_tokens=64)
     add(scheduler, 0, 30)
@@ -459,11 +477,19 @@ class Simulation:
         self.events: list[list[TokenEvent]] = []
         self.aborted: set[int] = set()
 
-    def add(self, prompt: Sequence[int], params: GenerationParams) -> None:
-        request_id = len(self.answers)
-        self.answers.append(wanted(prompt, params))
+    def add(self, prompt: Sequence[int], params: GenerationParams, num_begun: int = 0) -> None:
+        """With so many tokens of the answer from elsewhere, but one at least still to come."""
+        request_id, tokens = len(self.answers), wanted(prompt, params)
+        num_begun = min(num_begun, len(tokens) - 1)
+        self.answers.append(tokens[num_begun:])
         self.events.append([])
-        self.scheduler.add(Request(request_id=request_id, prompt_ids=tuple(prompt), params=params))
+        request = Request(
+            request_id=request_id,
+            prompt_ids=tuple(prompt),
+            params=params,
+            begun_ids=tuple(tokens[:num_begun]),
+        )
+        self.scheduler.add(request)
         self.scheduler.check_integrity()
 
     def abort(self, request_id: int) -> None:
@@ -543,6 +569,7 @@ REQUESTS = st.tuples(
         reads_cache=st.booleans(),
         priority=st.integers(-1, 1),
     ),
+    st.sampled_from([0, 0, 1, 3, 19]),
 )
 MOVES = st.lists(
     st.one_of(
@@ -563,7 +590,7 @@ MOVES = st.lists(
     max_running=st.integers(1, 8),
 )
 def test_every_request_gets_the_tokens_of_a_lone_one_and_every_block_comes_back(
-    moves: list[tuple[object, object]],
+    moves: list[tuple[object, ...]],
     num_kv_blocks: int,
     max_step_tokens: int,
     num_stages: int,
@@ -577,10 +604,12 @@ def test_every_request_gets_the_tokens_of_a_lone_one_and_every_block_comes_back(
         eos_token_ids=EOS,
     )
     run = Simulation(scheduler, num_stages=num_stages, num_kv_blocks=num_kv_blocks)
-    for what, value in moves:
+    for what, value, *rest in moves:
         if isinstance(value, GenerationParams):
             assert isinstance(what, list)
-            run.add(what, value)
+            (num_begun,) = rest
+            assert isinstance(num_begun, int)
+            run.add(what, value, num_begun)
             continue
         assert isinstance(value, int)
         if what == "abort":
@@ -623,7 +652,7 @@ def test_nothing_is_lost_when_blocks_are_short_and_clients_leave() -> None:
                     reads_cache=seed % 3 > 0,
                     priority=random.choice([-1, 0, 0, 0, 5]),
                 )
-                run.add(prompt, params)
+                run.add(prompt, params, random.choice([0, 0, 0, 7, 30]))
             elif chance < 0.06 and run.answers:
                 run.abort(random.randrange(len(run.answers)))
             elif chance < 0.5:
