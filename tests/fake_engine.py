@@ -5,8 +5,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from magnetar.errors import NotFiniteError, QueueFullError, StageLostError
-from magnetar.serve.engine.engine import EngineStats
 from magnetar.serve.engine.request import GenerationParams, TokenEvent
+from magnetar.serve.engine.stats import EngineStats
 from magnetar.serve.engine.step import ScoredToken
 
 Reply = Callable[[Sequence[int], GenerationParams], Iterable[int]]

@@ -4,6 +4,7 @@ Each stage keeps the tokens of every request in KV blocks of its own, so a wrong
 block with two owners or a lost release shows as a wrong token.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from magnetar.settings import KV_BLOCK_TOKENS
 
 VOCAB_SIZE = 1000
 SECRET = b"s" * 32
+GATE_TIMEOUT_S = 20.0
 
 
 def next_token(token_ids: Sequence[int]) -> int:
@@ -72,6 +74,18 @@ class FakeStage:
         return table[block] * KV_BLOCK_TOKENS + offset
 
 
+class GatedStage(FakeStage):
+    """Computes nothing until the gate opens."""
+
+    def __init__(self, *, num_kv_blocks: int, is_first: bool, is_last: bool) -> None:
+        super().__init__(num_kv_blocks=num_kv_blocks, is_first=is_first, is_last=is_last)
+        self.gate = threading.Event()
+
+    def step(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor | StepResult:
+        assert self.gate.wait(GATE_TIMEOUT_S)
+        return super().step(plan, hidden_TD)
+
+
 def fake_stages(num_stages: int, *, num_kv_blocks: int) -> list[FakeStage]:
     """A whole pipeline."""
     return [
@@ -103,8 +117,6 @@ def linked_pair() -> tuple[TcpLink, TcpLink]:
 
 @contextmanager
 def _dialled(address: str) -> Iterator[list[TcpLink]]:
-    import threading
-
     links: list[TcpLink] = []
 
     def run() -> None:

@@ -9,12 +9,10 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from ...errors import QueueFullError, UsageError
-
-if TYPE_CHECKING:
-    from ..engine.engine import EngineStats
+from ..engine.stats import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FinishedReason = Literal["stop", "length", "abort", "error"]
@@ -117,9 +115,9 @@ class Metrics:
         """Follow a request that is handed to the engine now."""
         return RequestMeter(self, num_prompt_tokens)
 
-    def render(self, stats: "EngineStats", *, model_name: str) -> str:
+    def render(self, stats: EngineStats, *, model_name: str) -> str:
         """The whole page."""
-        used = 1 - stats.kv_blocks_free / stats.num_kv_blocks
+        used = _share_in_use(stats)
         lines: list[str] = []
 
         def add(name: str, kind: str, text: str, samples: Iterable[_Sample]) -> None:
@@ -148,6 +146,8 @@ class Metrics:
             ("generation_tokens", "Tokens of answers.", self.num_generation_tokens),
         ):
             add_one(f"{name}_total", "counter", text, value)
+        for name, kind, text, samples in _pipeline_families(stats):
+            add(name, kind, text, samples)
         reasons: list[_Sample] = [
             ("", {"finished_reason": reason}, self.num_finished[reason]) for reason in _REASONS
         ]
@@ -166,6 +166,29 @@ class Metrics:
         ):
             add(f"{name}_seconds", "histogram", text, histogram.samples())
         return "\n".join(lines) + "\n"
+
+
+def _share_in_use(stats: EngineStats) -> float:
+    return 1 - stats.kv_blocks_free / stats.num_kv_blocks
+
+
+def _pipeline_families(stats: EngineStats) -> Iterator[tuple[str, str, str, list[_Sample]]]:
+    """Of each of several pipelines; under names of their own, so that sums count nothing twice."""
+    if not stats.pipelines:
+        return
+    readings: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+        ("up", "Whether the pipeline serves.", lambda each: not each.is_over),
+        ("requests_running", "Requests that hold KV blocks there.", lambda each: each.running),
+        ("requests_waiting", "Requests that wait for them.", lambda each: each.waiting),
+        ("kv_cache_usage_perc", "Share of its KV blocks in use.", _share_in_use),
+    )
+    for name, text, read in readings:
+        samples: list[_Sample] = [
+            ("", {"pipeline": str(index)}, read(each)) for index, each in enumerate(stats.pipelines)
+        ]
+        yield f"pipeline_{name}", "gauge", text, samples
+    text = "Requests that another pipeline took over when theirs was lost."
+    yield "requests_moved_total", "counter", text, [("", {}, stats.num_moved)]
 
 
 def _expert_samples(expert_tokens: Mapping[int, Sequence[int]]) -> Iterator[_Sample]:

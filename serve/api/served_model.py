@@ -2,17 +2,15 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ...fetcher.config import ChatFormat
 from ..engine.request import GenerationParams, TokenEvent
+from ..engine.stats import EngineStats
 from ..text.grammar import GrammarCompiler
 from ..text.tokenizer import Tokenizer
 from .errors import ApiError
 from .metrics import Metrics
-
-if TYPE_CHECKING:
-    from ..engine.engine import EngineStats
 
 
 class EngineLike(Protocol):
@@ -36,7 +34,7 @@ class EngineLike(Protocol):
             StageLostError: it does not arrive.
         """
 
-    def stats(self) -> "EngineStats":
+    def stats(self) -> EngineStats:
         """How busy it is."""
 
 

@@ -61,6 +61,10 @@ class Admission:
         """KV blocks that nobody reads; their contents may still be found by others."""
         return self._pool.num_free
 
+    def holds(self, digest: bytes) -> bool:
+        """Whether a KV block with this digest can be found now. Any thread may ask."""
+        return self._pool.holds(digest)
+
     def add(self, request: Request) -> None:
         """Let a request wait; ValueError when it is here already."""
         if request.request_id in self.requests:

@@ -9,7 +9,7 @@ no prompt can be crafted to be taken for somebody else's.
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ...settings import KV_BLOCK_TOKENS
 
@@ -28,6 +28,14 @@ def root_digest(cache_salt: str) -> bytes:
 def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """What is known of a full block: its tokens, and through `parent` all those before."""
     return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=32).digest()
+
+
+def prompt_digests(prompt_ids: Sequence[int], cache_salt: str) -> Iterator[bytes]:
+    """Of the full blocks of a prompt but the one with its last token, which is always computed."""
+    digest = root_digest(cache_salt)
+    for start in range(0, len(prompt_ids) - KV_BLOCK_TOKENS, KV_BLOCK_TOKENS):
+        digest = block_digest(digest, prompt_ids[start : start + KV_BLOCK_TOKENS])
+        yield digest
 
 
 class BlockPool:
@@ -55,6 +63,10 @@ class BlockPool:
     def num_free(self) -> int:
         """Blocks that nobody reads."""
         return len(self._blank) + len(self._kept)
+
+    def holds(self, digest: bytes) -> bool:
+        """Whether a block with this digest can be found; one look, so that any thread may ask."""
+        return digest in self._by_digest
 
     def match(self, digests: Iterable[bytes]) -> list[int]:
         """The blocks that hold the longest known beginning of a prompt, given by its digests."""

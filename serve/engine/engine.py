@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from ...cluster.links.link import ALIVE_S, StageLink
 from ...errors import NotFiniteError, QueueFullError, StageLostError, UsageError
@@ -19,29 +19,10 @@ from .callers import Callers, Probe, Stream
 from .pipeline import Arrival, Pipeline, Traffic
 from .request import GenerationParams, Request, TokenEvent
 from .scheduler import Scheduler
+from .stats import EngineStats
 from .step import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineStats:
-    """A snapshot between two steps."""
-
-    running: int = 0
-    """Requests that hold KV blocks."""
-    waiting: int = 0
-    steps_in_flight: int = 0
-    num_kv_blocks: int
-    kv_blocks_free: int
-    num_preemptions: int = 0
-    """Since the start, like the following."""
-    num_cache_queries: int = 0
-    """Tokens of prompts that were looked for in the KV cache."""
-    num_cache_hits: int = 0
-    """Those that were there."""
-    expert_tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """By layer, the tokens that each expert was chosen for; some seconds old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +136,27 @@ class Engine:
         with self._lock:
             return replace(self._stats, waiting=self._stats.waiting + self._num_unseen)
 
+    @property
+    def lost(self) -> StageLostError | None:
+        """What broke the ring; None while it serves, and after `stop`."""
+        with self._lock:
+            return None if self._was_stopped else self._over
+
+    def holds(self, digest: bytes) -> bool:
+        """Whether the KV cache has the block with this digest now (see `blocks.py`)."""
+        return self._scheduler.holds(digest)
+
     async def generate(
-        self, prompt_ids: Sequence[int], params: GenerationParams
+        self,
+        prompt_ids: Sequence[int],
+        params: GenerationParams,
+        *,
+        begun_ids: Sequence[int] | None = None,
     ) -> AsyncGenerator[TokenEvent, None]:
         """One event per token, the last with a finish reason. Closing it aborts the request.
+
+        With `begun_ids` the request was accepted by another engine, which gave these tokens of the
+        answer: it goes on behind them, and waits whoever else does.
 
         Raises:
             UsageError: the prompt is empty, has an unknown token, or cannot fit with its answer.
@@ -166,7 +164,7 @@ class Engine:
             StageLostError: a stage or its link died, or the engine stopped.
             NotFiniteError: its numbers overflowed; the engine and other requests go on.
         """
-        stream = self._add(tuple(prompt_ids), params)
+        stream = self._add(tuple(prompt_ids), params, begun_ids)
         is_over = False
         try:
             while not is_over:
@@ -195,7 +193,12 @@ class Engine:
             self._inbox.put(probe)
         return await probe.seconds
 
-    def _add(self, prompt_ids: tuple[int, ...], params: GenerationParams) -> Stream:
+    def _add(
+        self,
+        prompt_ids: tuple[int, ...],
+        params: GenerationParams,
+        begun_ids: Sequence[int] | None,
+    ) -> Stream:
         if unknown := [token for token in prompt_ids if not 0 <= token < self._vocab_size]:
             raise UsageError(
                 f"token {unknown[0]} is not in the vocabulary of {self._vocab_size} tokens"
@@ -205,11 +208,16 @@ class Engine:
         with self._lock:
             self._check_open()
             num_waiting = self._stats.waiting + self._num_unseen
-            if num_waiting >= self._max_waiting:
+            if begun_ids is None and num_waiting >= self._max_waiting:
                 raise QueueFullError(f"{num_waiting} requests wait already; try again later")
             # Ids ascend in the order of the inbox, because both are under the lock.
             stream = Stream(self._new_request_id(), loop)
-            request = Request(request_id=stream.request_id, prompt_ids=prompt_ids, params=params)
+            request = Request(
+                request_id=stream.request_id,
+                prompt_ids=prompt_ids,
+                params=params,
+                begun_ids=tuple(begun_ids or ()),
+            )
             self._num_unseen += 1
             self._inbox.put(_Add(request, stream))
         return stream
@@ -334,8 +342,13 @@ class Engine:
             self._over = error
             self._was_stopped = was_stopped
             self._num_unseen = 0
-            self._stats = EngineStats(
-                num_kv_blocks=self._num_kv_blocks, kv_blocks_free=self._num_kv_blocks
+            self._stats = replace(
+                self._stats,
+                running=0,
+                waiting=0,
+                steps_in_flight=0,
+                kv_blocks_free=self._num_kv_blocks,
+                is_over=True,
             )
         while True:
             try:

@@ -116,6 +116,10 @@ class Scheduler:
         """Those that were there."""
         return self._admission.num_cache_hits
 
+    def holds(self, digest: bytes) -> bool:
+        """Whether a KV block with this digest can be found now. Any thread may ask."""
+        return self._admission.holds(digest)
+
     def check(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuse a request that could never be finished. Any thread may ask.
 

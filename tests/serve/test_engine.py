@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
 from magnetar.cluster.links.link import Frame, TcpLink
 from magnetar.errors import QueueFullError, StageLostError, UsageError
@@ -15,9 +14,9 @@ from magnetar.serve.engine import stage_worker
 from magnetar.serve.engine.engine import Engine
 from magnetar.serve.engine.pipeline import STALL_S
 from magnetar.serve.engine.request import GenerationParams
-from magnetar.serve.engine.step import StepPlan, StepResult
 from magnetar.tests.fake_stage import (
     FakeStage,
+    GatedStage,
     expected_tokens,
     fake_stages,
     linked_pair,
@@ -26,18 +25,6 @@ from magnetar.tests.fake_stage import (
 )
 
 TIMEOUT_S = 20.0
-
-
-class GatedStage(FakeStage):
-    """Computes nothing until the gate opens."""
-
-    def __init__(self, *, num_kv_blocks: int, is_first: bool, is_last: bool) -> None:
-        super().__init__(num_kv_blocks=num_kv_blocks, is_first=is_first, is_last=is_last)
-        self.gate = threading.Event()
-
-    def step(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor | StepResult:
-        assert self.gate.wait(TIMEOUT_S)
-        return super().step(plan, hidden_TD)
 
 
 def bare_engine(*, clock: Callable[[], float] = time.monotonic) -> tuple[Engine, TcpLink, TcpLink]:

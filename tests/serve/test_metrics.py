@@ -10,7 +10,7 @@ import pytest
 
 from magnetar.errors import QueueFullError, StageLostError
 from magnetar.serve.api.metrics import Histogram, Metrics
-from magnetar.serve.engine.engine import EngineStats
+from magnetar.serve.engine.stats import EngineStats, total
 from magnetar.tests.api_server import saying, serving
 from magnetar.tests.fake_engine import FakeEngine
 
@@ -54,6 +54,26 @@ def test_a_histogram_counts_what_is_at_most_each_bound() -> None:
         ("_sum", None, 10.5),
         ("_count", None, 4),
     ]
+
+
+def test_several_pipelines_are_summed_and_told_one_by_one() -> None:
+    assert not [
+        name for name in values(Metrics().render(STATS, model_name="tiny")) if "pipe" in name
+    ]
+    other = replace(STATS, running=1, waiting=0, kv_blocks_free=9)
+    lost = EngineStats(num_kv_blocks=50, kv_blocks_free=50, num_preemptions=5, is_over=True)
+    stats = total([STATS, other, lost], num_moved=4)
+    found = values(Metrics().render(stats, model_name="tiny"))
+    assert found["num_requests_running"] == 4
+    assert found["num_requests_waiting"] == 2
+    assert found["kv_cache_usage_perc"] == pytest.approx(0.35)  # of those that serve
+    assert found["num_preemptions_total"] == 7
+    assert found["requests_moved_total"] == 4
+    by_pipeline = [
+        [found[f'pipeline_{name}{{pipeline="{index}"}}'] for index in range(3)]
+        for name in ("up", "requests_running", "requests_waiting", "kv_cache_usage_perc")
+    ]
+    assert by_pipeline == [[1, 1, 0], [3, 1, 0], [2, 0, 0], pytest.approx([0.6, 0.1, 0.0])]
 
 
 def test_tokens_of_every_expert_are_told_by_layer() -> None:
