@@ -67,6 +67,8 @@ class Node:
     disk_free_bytes: int = 0
     held_bytes: int = 0
     """Bytes of this release that the node's store holds already."""
+    busy_share: float = 0.0
+    """Of its processors, that other work took while its speeds were measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -115,6 +115,13 @@ class NodeEntry(Part):
     cpus: int = Field(default=1, ge=1, le=4096, description="Processors.")
     disk_free_bytes: int = Field(default=0, ge=0, description="For releases.")
     held_bytes: int = Field(default=0, ge=0, description="Of the release, that it has already.")
+    busy_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Of its processors, that other work took while it was measured.",
+    )
     devices: list[DeviceEntry] = Field(min_length=1, description="What computes.")
 
     @property
@@ -139,6 +146,7 @@ class NodeEntry(Part):
                 devices=tuple(found),
                 disk_free_bytes=self.disk_free_bytes,
                 held_bytes=self.held_bytes,
+                busy_share=self.busy_share,
             )
             for host in self.hosts
         ]
@@ -243,6 +251,7 @@ def inventory_document(inventory: Inventory) -> dict[str, Any]:
                 "cpus": node.num_cpus,
                 "diskFreeBytes": node.disk_free_bytes,
                 **({"heldBytes": node.held_bytes} if node.held_bytes else {}),
+                **({"busyShare": round(node.busy_share, 2)} if node.busy_share else {}),
                 "devices": [_device_value(device) for device in node.devices],
             }
             for node in inventory.nodes

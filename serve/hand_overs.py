@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .engine.stage import Stage
 
 NUM_STEPS: Final = 24
-_LAYERS: Final = 4
+_LAYERS: Final = 2
 _SECRET: Final = bytes(32)
 _TIMEOUT_S: Final = 10.0
 

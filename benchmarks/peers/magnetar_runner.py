@@ -208,6 +208,7 @@ class Ring:
             "seconds": ended - began,
             "num_tokens": sum(map(len, inside)),
             "busy": [round(ratio, 3) for ratio in busy],
+            "gap_p25_s": gaps[len(gaps) // 4],
             "gap_p50_s": gaps[len(gaps) // 2],
         }
 

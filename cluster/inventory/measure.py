@@ -11,8 +11,9 @@ from typing import Any, Final, Protocol
 
 from ...settings import data_dir
 from ..plan import ComputeDtype, Device, DeviceKind, Node
+from .other_work import OtherWork
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Of the method; figures of another one are measured again."""
 DTYPES: Final[Mapping[DeviceKind, tuple[ComputeDtype, ...]]] = {
     "cpu": ("bf16", "fp32", "int8", "int4"),
@@ -51,9 +52,13 @@ class Gauge(Protocol):
 def with_known_speeds(node: Node) -> Node:
     """`node` with what was measured on this machine before; unknown devices stay as they are."""
     cached = _read_cache(_cache_file())
+    rows = [cached.get(_key(node, device)) for device in node.devices]
     return replace(
         node,
-        devices=tuple(_with_row(device, cached.get(_key(node, device))) for device in node.devices),
+        devices=tuple(
+            _with_row(device, row) for device, row in zip(node.devices, rows, strict=True)
+        ),
+        busy_share=max((row["busy_share"] for row in rows if row is not None), default=0.0),
     )
 
 
@@ -77,15 +82,16 @@ def measure_speeds(node: Node, gauge: Gauge, *, again: bool = False) -> Node:
 
 def _measure(device: Device, num_threads: int, gauge: Gauge) -> dict[str, Any]:
     where = "cpu" if device.kind == "cpu" else f"cuda:{device.index}"
-    dtypes = DTYPES[device.kind]
+    dtypes, others = DTYPES[device.kind], OtherWork()
     overheads = gauge.overheads("bf16", where, num_threads)
-    return {
+    row = {
         "read_gbps": {dtype: gauge.read_gbps(dtype, where, num_threads) for dtype in dtypes},
         "gemm_gflops": {dtype: gauge.gemm_gflops(dtype, where, num_threads) for dtype in dtypes},
         "layer_overhead_s": overheads.layer_s,
         "step_overhead_s": overheads.step_s,
         "helper_overhead_s": overheads.helper_s,
     }
+    return row | {"busy_share": others.share()}
 
 
 def _with_row(device: Device, row: dict[str, Any] | None) -> Device:

@@ -1,19 +1,25 @@
 """Measuring this machine: cached, bounded in time, and over the links that serve."""
 
+import json
 import time
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from magnetar.cluster.inventory.inventory import probe_node
 from magnetar.cluster.inventory.link_cache import remember_links, remembered_links
 from magnetar.cluster.inventory.link_probe import Echo, probe_link
 from magnetar.cluster.inventory.measure import Overheads, measure_speeds, with_known_speeds
+from magnetar.cluster.inventory.other_work import OtherWork
 from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node
 from magnetar.cluster.runtime.survey import rounds
 from magnetar.commands.nodes import nodes_table
 from magnetar.errors import StageLostError
+from magnetar.manifests.inventory import inventory_document, load_inventory
 
 
 class FixedGauge:
@@ -55,6 +61,33 @@ def test_speeds_are_measured_once_and_known_to_every_later_probe(home: Path) -> 
     assert gauge.num_calls == num_calls
     assert "4.0 GB/s" in nodes_table(Inventory(nodes=(measured,)))
     assert with_known_speeds(node) == measured
+
+
+def test_other_work_is_what_neither_idles_nor_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = namedtuple("every", "user system idle iowait steal guest")
+    own = namedtuple("own", "user system")
+    now = [every(100.0, 10.0, 50.0, 5.0, 1.0, 40.0), own(3.0, 1.0)]
+    process = SimpleNamespace(cpu_times=lambda: now[1])
+    monkeypatch.setattr(psutil, "cpu_times", lambda: now[0])
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    others = OtherWork()
+    assert others.share() == 0.0
+    # Of 10 s more on all processors we had 3, nobody had 2, and 1 was stolen.
+    now[:] = [every(106.0, 11.0, 51.0, 6.0, 2.0, 44.0), own(5.5, 1.5)]
+    assert others.share() == pytest.approx(0.5)
+
+
+def test_a_node_that_was_busy_when_it_was_measured_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OtherWork, "share", lambda _: 0.62)
+    node = measure_speeds(probe_node("h", "", home), FixedGauge())
+    assert "h was busy: other work took 62 %" in nodes_table(Inventory(nodes=(node,)))
+    (home / "inventory.json").write_text(json.dumps(inventory_document(Inventory(nodes=(node,)))))
+    assert load_inventory(home / "inventory.json", environment={}).nodes[0].busy_share == 0.62
+    monkeypatch.setattr(OtherWork, "share", lambda _: 0.02)
+    node = measure_speeds(node, FixedGauge(), again=True)
+    assert "busy" not in nodes_table(Inventory(nodes=(node,)))
 
 
 def test_again_measures_again(home: Path) -> None:

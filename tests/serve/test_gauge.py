@@ -15,6 +15,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gauge, "READ_BYTES", 1 << 18)
     monkeypatch.setattr(gauge, "READ_WIDTH", 256)
     monkeypatch.setattr(gauge, "GEMM_ROWS", 16)
+    monkeypatch.setattr(gauge, "GEMM_WIDTH", 256)
     monkeypatch.setattr(hand_overs, "NUM_STEPS", 4)
 
 
@@ -28,8 +29,8 @@ def test_overheads_are_the_time_of_a_small_step() -> None:
     found = ModelGauge().overheads("bf16", "cpu", 1)
     assert 0 <= found.layer_s < 1
     assert 0 <= found.step_s < 1
-    assert 0 < found.helper_s < 1
-    assert found.layer_s + found.step_s > 0
+    assert 0 <= found.helper_s < 1
+    assert found.layer_s + found.step_s + found.helper_s > 0
 
 
 def test_the_number_of_threads_is_as_before() -> None:
@@ -43,7 +44,7 @@ def test_the_number_of_threads_is_as_before() -> None:
 def test_a_processor_is_measured_within_ten_seconds() -> None:
     # Reading, multiplying, and two small models; then steps to a worker and, by layer, to a helper.
     num_slices = 2 * len(DTYPES["cpu"]) + 2
-    num_pauses = (2 + 4) * _NUM_STEPS + 2 * ECHOES
+    num_pauses = (2 + 2) * _NUM_STEPS + 2 * ECHOES
     assert num_slices * _SLICE_S + num_pauses * PAUSE_S < 6
 
 

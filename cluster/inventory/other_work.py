@@ -1,0 +1,31 @@
+"""What else a machine does while something is measured on it."""
+
+from typing import Final
+
+import psutil
+
+BUSY: Final = 0.1
+"""Share of the processors from which on other work is worth a word."""
+
+
+class OtherWork:
+    """The work of others from now on: other processes, and other guests of the same host."""
+
+    def __init__(self) -> None:
+        self._others_s, self._all_s = _seconds()
+
+    def share(self) -> float:
+        """Of all that the processors did or could have done since, 0 to 1."""
+        others_s, all_s = _seconds()
+        passed_s = all_s - self._all_s
+        return min(1.0, max(0.0, (others_s - self._others_s) / passed_s)) if passed_s > 0 else 0.0
+
+
+def _seconds() -> tuple[float, float]:
+    """Of all processors since the machine started: what others took, and all there were."""
+    every = psutil.cpu_times()
+    own = psutil.Process().cpu_times()
+    idle_s = every.idle + getattr(every, "iowait", 0.0)
+    # Guests of this machine are counted as users of it too.
+    all_s = sum(every) - getattr(every, "guest", 0.0) - getattr(every, "guest_nice", 0.0)
+    return all_s - idle_s - own.user - own.system, all_s
