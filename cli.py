@@ -98,7 +98,7 @@ def _how_to_resume(text: str, verb: str, arguments: list[str]) -> str:
     said = text or "interrupted"
     if verb not in _RESUMABLE:
         return said
-    return f"{said}\nGo on where it stopped with: {shlex.join(['magnetar', *arguments])}"
+    return f"{said}\nGo on where it stopped with:\n  {shlex.join(['magnetar', *arguments])}"
 
 
 class _ConsoleHandler(logging.Handler):

@@ -29,6 +29,8 @@ _BAR_COLUMNS: Final = 90
 _MAX_NODES: Final = 8
 """Lines of nodes in a phase; those that have furthest to go."""
 _MAX_NAME: Final = 16
+_ECHO_COLUMNS: Final = 3
+"""Left free at the right: the ``^C`` that a terminal echoes must not begin a line of its own."""
 
 
 class BarView:
@@ -38,6 +40,7 @@ class BarView:
         self._terminal = terminal
         self._clock = clock
         self._phases: dict[str, PhaseState] = {}
+        self._is_pausing = self._has_failed = False
         self._live: Live | None = None
         # rich has a lock of its own and calls `_table` while it holds it. So the order is: this
         # lock for the life of the display, then rich's, then the one for the phases alone.
@@ -57,16 +60,25 @@ class BarView:
 
     def note(self, text: str, kind: str) -> None:
         style = {"error": "bold red", "warning": "yellow"}.get(kind)
-        self._terminal.print(headed(text, kind), style=style, markup=False, highlight=False)
+        for line in headed(text, kind).splitlines():
+            # An indented line is a link, a command or a quotation: to be copied, not to be broken.
+            self._terminal.print(
+                line, style=style, markup=False, highlight=False, soft_wrap=line.startswith("  ")
+            )
 
     def event(self, kind: str, fields: dict[str, object]) -> None:
         pass
 
-    def pause(self) -> None:
+    def pause(self, *, failed: bool = False) -> None:
         with self._live_lock:
             if self._live is not None:
+                self._is_pausing, self._has_failed = True, failed
+                # The last picture has no lines that move; without any line it must go as a whole.
+                with self._phases_lock:
+                    over = any(phase.ended is not None for phase in self._phases.values())
+                self._live.transient = not (over or failed)
                 self._live.stop()
-                self._live = None
+                self._live, self._is_pausing = None, False
         with self._phases_lock:
             # Lines of finished phases stay on the screen and are not drawn again.
             self._phases = {
@@ -93,7 +105,8 @@ class BarView:
         plain = self._terminal.options.ascii_only
         # One for all lines and refreshes: it counts time from when it is first drawn.
         spinner = self._spinner = self._spinner or Spinner("line" if plain else "dots")
-        table = Table.grid(padding=(0, 1), expand=True)
+        table = Table.grid(padding=(0, 1))
+        table.width = self._terminal.width - _ECHO_COLUMNS
         for _ in range(6):
             table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -101,8 +114,15 @@ class BarView:
         with self._phases_lock:
             for phase in self._phases.values():
                 total, over = phase.total(), phase.ended is not None
+                if self._is_pausing and not (over or self._has_failed):
+                    continue
+                mark: RenderableType = spinner
+                if over:
+                    mark = Text("done" if plain else "✓", style="green")
+                elif self._is_pausing:
+                    mark = Text("not done" if plain else "✗", style="red")
                 table.add_row(
-                    Text("done" if plain else "✓", style="green") if over else spinner,
+                    mark,
                     Text(phase.phase, style="bold"),
                     "" if over else self._bar(total),
                     phase.amount(),

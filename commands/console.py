@@ -40,8 +40,8 @@ class View(Protocol):
         """Tells programs; people are not shown it."""
         ...
 
-    def pause(self) -> None:
-        """Leaves what is shown on the screen as it is, so that data may follow."""
+    def pause(self, *, failed: bool = False) -> None:
+        """Leaves what is done on the screen, so that data may follow; and where it `failed`."""
         ...
 
 
@@ -60,7 +60,7 @@ class SilentView:
     def event(self, kind: str, fields: dict[str, object]) -> None:
         pass
 
-    def pause(self) -> None:
+    def pause(self, *, failed: bool = False) -> None:
         pass
 
 
@@ -110,7 +110,7 @@ class JsonView:
     def event(self, kind: str, fields: dict[str, object]) -> None:
         _write_line(self._stream, json.dumps({"event": kind, **fields}))
 
-    def pause(self) -> None:
+    def pause(self, *, failed: bool = False) -> None:
         pass
 
 
@@ -166,7 +166,7 @@ class Console:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._view.pause()
+        self._view.pause(failed=kind is not None)
 
     def progress(self, progress: Progress) -> None:
         """A `ProgressSink`."""
@@ -182,7 +182,7 @@ class Console:
 
     def error(self, text: str, *, exit_code: int) -> None:
         """Why the command fails."""
-        self._view.pause()
+        self._view.pause(failed=True)
         if isinstance(self._view, JsonView):
             self._view.event("error", {"message": text, "exit_code": exit_code})
         else:

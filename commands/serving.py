@@ -61,21 +61,26 @@ def how_to_ask(url: str, *, model_name: str, chats: bool, api_key_file: str | No
         question = {"prompt": "A torrent is", "max_tokens": 64}
     body = {"model": model_name, **question}
     key = "'none'"
-    curl = ["curl", f"{url}/v1/{route}", "-H", "'Content-Type: application/json'"]
+    curl = [f"curl {url}/v1/{route}", "  -H 'Content-Type: application/json'"]
     if api_key_file:
-        curl += ["-H", f'"Authorization: Bearer $(cat {shlex.quote(api_key_file)})"']
+        curl.append(f'  -H "Authorization: Bearer $(cat {shlex.quote(api_key_file)})"')
         key = f"open({api_key_file!r}).read().strip()"
-    curl += ["-d", shlex.quote(json.dumps(body))]
-    arguments = ", ".join(f"{name}={value!r}" for name, value in body.items())
+    fields = ",\n".join(f"    {json.dumps(name)}: {json.dumps(body[name])}" for name in body)
+    curl.append("  -d " + shlex.quote(f"{{\n{fields}\n  }}"))
+    arguments = "\n".join(f"    {name}={value!r}," for name, value in body.items())
+    line = " \\\n".join(curl)
+    # Not indented, so that both can be pasted as they are.
     return f"""\
 {url}
 
-  {" ".join(curl)}
+{line}
 
-  from openai import OpenAI
-  client = OpenAI(base_url={f"{url}/v1"!r}, api_key={key})
-  reply = client.{call}.create({arguments})
-  print(reply.choices[0].{answer})
+from openai import OpenAI
+client = OpenAI(base_url={f"{url}/v1"!r}, api_key={key})
+reply = client.{call}.create(
+{arguments}
+)
+print(reply.choices[0].{answer})
 """
 
 

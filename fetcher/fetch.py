@@ -359,9 +359,7 @@ class Fetch:
 
     def _finish(self, phase: Phase, *, done: int = 0, message: str = "") -> None:
         if self._stop.is_set():
-            raise InterruptedByUserError(
-                "stopped; what arrived is kept: run the same command again to go on"
-            )
+            raise InterruptedByUserError("stopped; what arrived is kept")
         self._on_progress(
             Progress(
                 phase=phase,

@@ -133,8 +133,9 @@ def replace_file(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             draft.unlink()
         kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else DownloadError
+        do = "make room" if kind is DiskFullError else "make the folder writable or name another"
         raise kind(
-            f"{path} could not be written ({error.strerror}): make room and run it again"
+            f"{path} could not be written ({error.strerror}): {do}, and run it again"
         ) from error
 
 

@@ -103,9 +103,7 @@ class Md5Check:
         with (self._folder / name).open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 if self._stop.is_set():
-                    raise InterruptedByUserError(
-                        f"stopped while checking {name}; run the same command again to go on"
-                    )
+                    raise InterruptedByUserError(f"stopped while checking {name}")
                 digest.update(chunk)
                 self._done_bytes += len(chunk)
                 self._report(name)

@@ -69,9 +69,9 @@ def test_interruption_says_how_to_resume(
     monkeypatch.setattr(commands, "COMMANDS", {"fetch": ends_with(error)})
     arguments = ["fetch", "magnet:?xt=a&dn=b c", "--progress", "plain"]
     assert cli.main(arguments) == 130
-    first, second = capsys.readouterr().err.splitlines()
+    first, _, last = capsys.readouterr().err.splitlines()
     assert first == "magnetar: stopped at 40 %"
-    assert second.endswith(shlex.join(["magnetar", *arguments]))
+    assert last == f"  {shlex.join(['magnetar', *arguments])}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

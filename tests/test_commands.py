@@ -129,15 +129,16 @@ def test_source_and_manifest_exclude_each_other(manifest: Path) -> None:
 @pytest.mark.parametrize("chats", [True, False])
 def test_curl_line_and_snippet_ask_what_the_model_can_answer(chats: bool) -> None:
     text = how_to_ask("http://127.0.0.1:1", model_name="it's", chats=chats, api_key_file=None)
-    url, curl, *snippet = (line.strip() for line in text.splitlines() if line.strip())
+    url, curl, snippet = text.strip().split("\n\n")
     assert url == "http://127.0.0.1:1"
+    assert max(map(len, text.splitlines())) < 80
     words = shlex.split(curl)
     assert words[1].endswith("/v1/chat/completions" if chats else "/v1/completions")
     body = json.loads(words[words.index("-d") + 1])
     assert body["model"] == "it's"
     assert ("messages" in body) == chats
-    compile("\n".join(snippet), "snippet", "exec")
-    assert ("chat.completions" in snippet[2]) == chats
+    compile(snippet, "snippet", "exec")
+    assert ("chat.completions" in snippet) == chats
 
 
 def test_curl_line_and_snippet_read_the_key_from_its_file() -> None:

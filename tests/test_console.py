@@ -146,7 +146,7 @@ def test_bar_draws_one_line_per_phase_and_not_again_after_a_pause() -> None:
     view.progress(Progress(phase="metadata", finished=True, message="4 files"))
     view.progress(download(500, rate=250.0, message="12 peers"))
     clock.now += 2.0
-    view.pause()
+    view.pause(failed=True)
     drawn = stream.getvalue()
     for part in ("metadata", "4 files", "500 B of 1.00 kB", "250 B/s", "2.0 s left", "12 peers"):
         assert part in drawn
@@ -156,9 +156,27 @@ def test_bar_draws_one_line_per_phase_and_not_again_after_a_pause() -> None:
     assert "4.00" not in stream.getvalue()
 
 
+def test_what_is_not_done_stays_on_the_screen_only_where_the_command_failed() -> None:
+    for failed, left in ((False, "\x1b[?25h"), (True, "✗ download")):
+        stream = Terminal()
+        view = BarView(RichConsole(file=stream, force_terminal=True, no_color=True, width=80))
+        view.progress(download(500))
+        view.pause(failed=failed)
+        last = re.split(r"\x1b\[2K|\x1b\[1A", stream.getvalue())[-1]
+        assert left in re.sub(r"\x1b\[\d*m", "", last)
+        assert ("download" in last) == failed
+
+
+def test_the_live_line_leaves_room_for_the_echo_of_an_interrupt() -> None:
+    stream = Terminal()
+    view = BarView(RichConsole(file=stream, force_terminal=True, width=80))
+    view.progress(download(500, message="long " * 40))
+    assert max(map(len, drawn(view, stream))) <= 77
+
+
 def drawn(view: BarView, stream: io.StringIO) -> list[str]:
     """The last picture, line by line, without colours."""
-    view.pause()
+    view.pause(failed=True)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
     lines = text.replace("\r", "\n").splitlines()
     last = max(number for number, line in enumerate(lines) if "download" in line)
@@ -288,3 +306,13 @@ def test_magnet_on_a_terminal_is_not_read_as_markup() -> None:
     view = BarView(RichConsole(file=stream, force_terminal=True, width=200))
     view.note("x.pe=[::1]:80 [bold]", "note")
     assert "[::1]:80 [bold]" in stream.getvalue()
+
+
+def test_prose_is_broken_between_words_and_what_can_be_copied_not_at_all() -> None:
+    stream, command = Terminal(), "  magnetar up " + "x" * 100
+    view = BarView(RichConsole(file=stream, force_terminal=True, no_color=True, width=40))
+    view.note(f"{'word ' * 20}\n{command}", "note")
+    *prose, last = stream.getvalue().splitlines()
+    assert last == command
+    assert len(prose) > 2
+    assert max(map(len, prose)) <= 40

@@ -72,16 +72,20 @@ class Contacts:
             parts.append("the DHT")
         asked = ", ".join(parts) or "nobody: the link names no tracker and no peer"
         seen = max(len(self._connected), self._num_found)
-        error = f"; last error: {self._last_error}" if self._last_error else ""
+        told = {f"tracker {url}: {outcome}" for url, outcome in self._trackers.items()}
+        new = self._last_error and self._last_error not in told
+        error = f"; last error: {self._last_error}" if new else ""
         at_least = "at least " if len(self._connected) == MAX_SEEN else ""
         return f"asked {asked}; {at_least}{seen} peers seen{error}"
 
-    def waiting_for(self, status: TorrentStatus | None, peers: Sequence[PeerView]) -> str:
+    def waiting_for(
+        self, status: TorrentStatus | None, peers: Sequence[PeerView], *, with_error: bool = True
+    ) -> str:
         """A clause: why nothing arrives, given the reading and the connected peers."""
         if status is not None and status.is_paused:
             return "paused"
         if not peers:
-            error = f" ({self._last_error})" if self._last_error else ""
+            error = f" ({self._last_error})" if with_error and self._last_error else ""
             return f"no peers{error}"
         count = "1 peer" if len(peers) == 1 else f"{len(peers)} peers"
         if status is not None and status.state == "metadata":

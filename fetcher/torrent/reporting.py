@@ -95,7 +95,9 @@ class Reporting:
 
     def timed_out(self, doing: str, timeout_s: float) -> TimedOutError:
         """The error for whoever waited so long: the cause, who was asked, and what to do."""
-        cause = self._contacts.waiting_for(self._session.status(), self._session.peers())
+        cause = self._contacts.waiting_for(
+            self._session.status(), self._session.peers(), with_error=False
+        )
         # Of a private torrent peers send none.
         private = "; a private torrent needs its .torrent file" if doing == "metadata" else ""
         return TimedOutError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...errors import MagnetarError, NotFoundError
 from ..layout import select_files
 from ..piece_map import ByteRange
-from ..progress import ProgressSink
+from ..progress import Progress, ProgressSink
 from ..store import ReleaseFolder
 from ..tensors import MissingRangeError
 from .contacts import Contacts
@@ -93,6 +93,16 @@ def check_stored(
             swarm.remove()
         finally:
             swarm.close()
+        num_bytes = holding.piece_map.num_bytes(expected or whole)
+        on_progress(
+            Progress(
+                phase="verify",
+                done_bytes=num_bytes,
+                total_bytes=num_bytes,
+                message=metainfo.name,
+                finished=True,
+            )
+        )
         right = frozenset(piece for piece in whole if status.have[piece])
         damaged = tuple(sorted((expected or whole) - right))
         holding.remember(right, done=True, synced=holding.synced())
@@ -104,7 +114,7 @@ def check_stored(
             info_hash=place.info_hash,
             name=metainfo.name,
             num_pieces=len(expected or whole),
-            num_bytes=holding.piece_map.num_bytes(expected or whole),
+            num_bytes=num_bytes,
             damaged_pieces=damaged,
             damaged=holding.piece_map.readable(damaged),
             damaged_tensors=_tensors(holding, reader, frozenset(damaged)),

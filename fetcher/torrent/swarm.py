@@ -286,9 +286,7 @@ class Swarm:
         last: object = None
         while True:
             if self._stop.is_set():
-                raise InterruptedByUserError(
-                    "stopped; what arrived is kept: run the same command again to go on"
-                )
+                raise InterruptedByUserError("stopped; what arrived is kept")
             self._answers.poll(waits_for_room=self._has_files)
             now_s = self._clock()
             self.meter.keep_up(now_s)

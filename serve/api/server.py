@@ -44,8 +44,8 @@ def bind(host: str, port: int, *, has_api_key: bool = False) -> socket.socket:
         raise UsageError(f"The port {port} does not exist; give one of 1 to 65535, or 0.")
     if not is_loopback(host) and not has_api_key:
         raise UsageError(
-            f"{host} can be reached by others and there is no API key; set apiKeyFile, or listen"
-            " on 127.0.0.1."
+            f"{host} can be reached by others and there is no API key; give --api-key-file FILE"
+            " (apiKeyFile in a manifest), or listen on 127.0.0.1."
         )
     try:
         family, _, _, _, address = socket.getaddrinfo(

@@ -272,7 +272,7 @@ def test_stop_ends_it_at_once() -> None:
             scene.stop.set()
 
     scene.play(press)
-    with pytest.raises(InterruptedByUserError, match="same command again"):
+    with pytest.raises(InterruptedByUserError, match="what arrived is kept"):
         scene.fetch()
     assert scene.session.now_s < 1.5
 
