@@ -62,7 +62,7 @@ def demo(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
                 answer = ask(endpoint.url, endpoint.model_name, api_key_file=args.api_key_file)
                 console.data(f"Q: {QUESTION}\nA: {answer}")
                 return
-            endpoint.wait()
+            endpoint.wait(on_warning=console.warning)
     _raise_if(stop)
 
 

@@ -106,20 +106,19 @@ def status_table(found: Sequence[Mapping[str, Any]], *, details: bool) -> str:
     for told in found:
         if message := told.get("message") or (told.get("failure") or {}).get("message"):
             lines.append(f"{told['name']}: {message}")
+        elif told["ready"]:  # what is amiss although it serves
+            lines += [
+                f"{told['name']}: {each['message']}"
+                for each in told.get("conditions") or ()
+                if not each["status"]
+            ]
         if details:
             lines += [
                 f"  {'yes' if each['status'] else 'no ':<3}  {each['type']:<15}  {each['reason']}"
                 f"  {each['message']}".rstrip()
                 for each in told.get("conditions") or ()
             ]
-            loaded = {each["index"]: each["num_layers"] for each in told.get("loaded") or ()}
-            lines += [
-                f"  stage {stage['index']}: layers {stage['first_layer']}-{stage['end_layer'] - 1}"
-                f" on {stage['host']} ({stage['device']}, {stage['dtype']})"
-                + (f", {loaded[stage['index']]} ready" if stage["index"] in loaded else "")
-                for pipeline in (told.get("plan") or {}).get("pipelines", ())
-                for stage in pipeline["stages"]
-            ]
+            lines += _stage_lines(told)
             lines += [
                 f"  node {node['host']}: {format_bytes(node['wan_received_bytes'])} from outside, "
                 f"{format_bytes(node['lan_received_bytes'])} from nodes, "
@@ -128,6 +127,23 @@ def status_table(found: Sequence[Mapping[str, Any]], *, details: bool) -> str:
                 if node["received_bytes"] or node["sent_bytes"]
             ]
     return "\n".join(lines)
+
+
+def _stage_lines(told: Mapping[str, Any]) -> Iterator[str]:
+    loaded = {
+        (each["pipeline"], each["index"]): each["num_layers"] for each in told.get("loaded") or ()
+    }
+    pipelines = (told.get("plan") or {}).get("pipelines", ())
+    for number, pipeline in enumerate(pipelines):
+        which = f"pipeline {number}, " * (len(pipelines) > 1)
+        for stage in pipeline["stages"]:
+            ready = loaded.get((number, stage["index"]))
+            yield (
+                f"  {which}stage {stage['index']}:"
+                f" layers {stage['first_layer']}-{stage['end_layer'] - 1}"
+                f" on {stage['host']} ({stage['device']}, {stage['dtype']})"
+                + (f", {ready} ready" if ready is not None else "")
+            )
 
 
 def need_importable_package() -> None:

@@ -4,18 +4,16 @@ import threading
 from typing import TYPE_CHECKING
 
 from ..cluster.deployment.arrivals import AgentArrivals, arriving_tensors
-from ..cluster.deployment.assignment import HelperAssignment, helper_name
+from ..cluster.deployment.assignment import HelperAssignment, helper_name, stage_name
 from ..cluster.deployment.shard import helper_shard, steps_of
 from ..fetcher.checkpoint.release import facts_from_json
 from .model.threads import end_team, prepare_threads
+from .ring import LINK_TIMEOUT_S, listen
 
 if TYPE_CHECKING:
     from ..cluster.links.link import LinkListener
     from .engine.helper import Helper
     from .engine.helper_worker import HelperWorker
-
-LINK_TIMEOUT_S = 60.0
-"""For the stage to dial; it is told to at the same time."""
 
 
 class HelperActor:
@@ -60,15 +58,7 @@ class HelperActor:
 
     def listen(self) -> str:
         """Open the link of the stage."""
-        from ..cluster.links.link import LinkListener
-
-        links = self._assignment.links
-        self._listener = LinkListener(
-            host=links.listen_host,
-            secret=links.secret,
-            deployment=links.deployment,
-            epoch=links.epoch,
-        )
+        self._listener = listen(self._assignment.links)
         return self._listener.address
 
     def connect(self) -> None:
@@ -81,7 +71,7 @@ class HelperActor:
         self._worker = HelperWorker(
             self._helper,
             link=self._listener.accept(LINK_TIMEOUT_S),
-            name=helper_name(given.stage_index, given.helper),
+            name=helper_name(given.helper, of=stage_name(given.stage_index, given.pipeline)),
         )
         self._worker.start()
 

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +69,29 @@ class Endpoint:
         self._connection = connection
         self._detached = detached
 
-    def wait(self, stop: threading.Event | None = None) -> None:
+    def wait(
+        self,
+        stop: threading.Event | None = None,
+        *,
+        on_warning: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Return when `stop` is set (by default the one that `up` was given).
+
+        `on_warning` hears, once each, what is amiss although the deployment serves.
 
         Raises:
             MagnetarError: the deployment failed or was stopped by somebody else.
         """
         stop = stop or self._stop
+        heard: set[str] = set()
         while not stop.wait(5 * POLL_S):
             status = self._session.poll().status
             if status.failure is not None:
                 raise status.failure.to_error()
+            amiss = {each.message for each in status.conditions if not each.status} - heard
+            for message in sorted(amiss):
+                on_warning(message)
+            heard |= amiss
 
     def close(self) -> None:
         """End the deployment, or only leave it alone when it is detached."""

@@ -14,8 +14,9 @@ from ..cluster.runtime.ray_runtime import NAMESPACE, home_node, ray_nodes
 from ..cluster.spec import DeploymentSpec
 from ..errors import InterruptedByUserError, NotFoundError, StageLostError, UsageError
 from ..fetcher.progress import ProgressSink
-from .actors import GatewayActor, StageActor
+from .gateway_actor import GatewayActor
 from .helper_actor import HelperActor
+from .stage_actor import StageActor
 
 POLL_S: Final = 0.1
 STOP_TIMEOUT_S: Final = 60.0

@@ -28,6 +28,7 @@ class FakeStage:
         stage = self._assignment.stage
         layers = stage.end_layer - stage.first_layer
         return StageLoad(
+            pipeline=self._assignment.pipeline or 0,
             index=stage.index,
             num_layers=layers,
             total_layers=layers,
@@ -92,16 +93,21 @@ class FakeGateway:
             raise PortInUseError("port 1 is in use")
         return self._wish[1]
 
-    def listen(self, assignment: GatewayAssignment) -> str:
-        return f"{assignment.links.listen_host}:9"
+    def listen(self, assignment: GatewayAssignment) -> tuple[str, ...]:
+        self._assignment = assignment
+        return tuple(f"{ring.links.listen_host}:{9 + n}" for n, ring in enumerate(assignment.rings))
 
-    def connect(self, downstream: str) -> None:
-        self._downstream = downstream
+    def connect(self, downstreams: Sequence[str]) -> None:
+        self._downstreams = downstreams
 
-    def warm(self) -> float:
+    def warm(self) -> tuple[float, ...]:
         if self._wish[1] == 2:
             raise StageLostError("stage 0 does not answer")
-        return 0.001
+        return (0.001,) * len(self._downstreams)
+
+    def facts(self) -> GatewayAssignment:
+        """What it was told, for assertions."""
+        return self._assignment
 
     def expert_tokens(self) -> Mapping[int, Sequence[int]]:
         return {0: (3, 1)}
@@ -109,7 +115,7 @@ class FakeGateway:
     def serve(self) -> str:
         return f"http://{self._wish[0]}:{self._wish[1]}/on/{socket.gethostname()}"
 
-    def run(self) -> None:
+    def run(self, pipeline: int) -> None:
         self._stop.wait()
 
     def stop(self) -> None:

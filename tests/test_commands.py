@@ -189,3 +189,26 @@ def test_status_table_lists_and_details() -> None:
     assert "yes  Ready" in details
     assert "node h: 2.00 kB from outside, 1.00 kB from nodes, 20 B to nodes" in details
     assert "idle" not in details
+
+
+def test_status_tells_of_each_pipeline_and_of_what_is_amiss() -> None:
+    stage = {"index": 0, "first_layer": 0, "end_layer": 4, "device": "cpu", "dtype": "bf16"}
+    pipelines = [{"stages": [stage | {"host": host}]} for host in "hi"]
+    message = "1 of 2 pipelines lost, requests go to the others: pipeline 1: it died"
+    conditions = [
+        {"type": "AllPipelinesUp", "status": False, "reason": "PipelineLost", "message": message},
+        {"type": "Ready", "status": True, "reason": "Serving", "message": ""},
+    ]
+    serving = {
+        "name": "a",
+        "phase": "serving",
+        "ready": True,
+        "conditions": conditions,
+        "loaded": [{"pipeline": 1, "index": 0, "num_layers": 3}],
+        "plan": {"pipelines": pipelines},
+    }
+    lines = status_table([serving], details=True).splitlines()
+    assert lines[1].split() == ["a", "serving", "yes", "-", "-"]
+    assert lines[2] == f"a: {message}"
+    assert lines[-2] == "  pipeline 0, stage 0: layers 0-3 on h (cpu, bf16)"
+    assert lines[-1] == "  pipeline 1, stage 0: layers 0-3 on i (cpu, bf16), 3 ready"

@@ -15,7 +15,8 @@ from .status import StageLoad
 class LinkSetup:
     """Common to all ends of the links of one incarnation of a pipeline."""
 
-    deployment: str
+    ring: str
+    """Who belongs together: the deployment, and which pipeline where it has several."""
     epoch: int
     secret: bytes
     """Key of the handshake; known to the actors alone."""
@@ -37,6 +38,8 @@ class StageAssignment:
     facts_json: str
     batch_invariant: bool = False
     """See `DeploymentSpec.batch_invariant`."""
+    pipeline: int | None = None
+    """Which of several it belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,24 +57,36 @@ class HelperAssignment:
     """As in `StageAssignment`, both."""
     facts_json: str
     batch_invariant: bool = False
+    pipeline: int | None = None
+    """Which of several the stage belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GatewayAssignment:
-    """The engine and the API."""
+class RingAssignment:
+    """The engine of one pipeline."""
 
     links: LinkSetup
-    folder: str
-    """The release on its node, whose config and tokenizer are there already."""
-    facts_json: str
     num_stages: int
     """Those that compute at once: `Pipeline.steps_at_once`."""
     num_kv_blocks: int
-    max_context_tokens: int
     max_running: int
     """Requests that hold KV blocks at once."""
     max_waiting: int
     """Requests that wait for theirs; more are refused."""
+    speed: float
+    """Against that of the other pipelines."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayAssignment:
+    """The engines and the API."""
+
+    rings: tuple[RingAssignment, ...]
+    """Of each pipeline."""
+    folder: str
+    """The release on its node, whose config and tokenizer are there already."""
+    facts_json: str
+    max_context_tokens: int
     model_name: str
 
 
@@ -139,7 +154,7 @@ class HelperRole(Protocol):
 
 
 class GatewayRole(Protocol):
-    """An actor with the engine and the API. Calls come in this order; `stop` any time."""
+    """An actor with the engines and the API. Calls come in this order; `stop` any time."""
 
     def __init__(self, host: str, port: int, api_key: str | None) -> None:
         """Bind the port before anything else is done, so that a taken one is found out early."""
@@ -149,16 +164,16 @@ class GatewayRole(Protocol):
         """The port; raises PortInUseError or UsageError where it cannot be had."""
         ...
 
-    def listen(self, assignment: GatewayAssignment) -> str:
-        """Open the link on which the last stage answers; its ``HOST:PORT``."""
+    def listen(self, assignment: GatewayAssignment) -> tuple[str, ...]:
+        """Open the links on which the last stages answer; the ``HOST:PORT`` for each pipeline."""
         ...
 
-    def connect(self, downstream: str) -> None:
-        """Dial stage 0, accept the last one, start the engine; blocks until both stand."""
+    def connect(self, downstreams: Sequence[str]) -> None:
+        """Dial stage 0, accept the last one, start the engine, for each pipeline; blocks."""
         ...
 
-    def warm(self) -> float:
-        """Seconds that one token took through every stage."""
+    def warm(self) -> tuple[float, ...]:
+        """Seconds that one token took through every stage of each pipeline."""
         ...
 
     def serve(self) -> str:
@@ -169,8 +184,8 @@ class GatewayRole(Protocol):
         """By layer, the tokens that each expert was chosen for since the start; any time."""
         ...
 
-    def run(self) -> None:
-        """As `StageRole.run`."""
+    def run(self, pipeline: int) -> None:
+        """As `StageRole.run`, for the ring of one pipeline; called once for each."""
         ...
 
     def stop(self) -> None:
@@ -178,9 +193,14 @@ class GatewayRole(Protocol):
         ...
 
 
-def helper_name(stage_index: int, helper: ExpertHost) -> str:
-    """What errors call it."""
-    return f"the helper on {helper.host} of stage {stage_index}"
+def stage_name(index: int, pipeline: int | None) -> str:
+    """What errors call a stage of one pipeline, or of one of several."""
+    return f"stage {index}" if pipeline is None else f"stage {index} of pipeline {pipeline}"
+
+
+def helper_name(helper: ExpertHost, *, of: str) -> str:
+    """What errors call a helper of the stage with that name."""
+    return f"the helper on {helper.host} of {of}"
 
 
 @dataclass(frozen=True, slots=True)

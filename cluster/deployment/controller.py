@@ -1,7 +1,7 @@
 """One deployment, from its spec to serving and to its end: a Ray actor with a thread of its own."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final
@@ -11,7 +11,7 @@ from ...fetcher.checkpoint.release import ReleaseFacts, facts_to_json
 from ...fetcher.piece_map import ByteRange, ranges_of
 from ...fetcher.progress import PHASES, Phase, Progress
 from ..journal import controller_journal
-from ..plan import Plan
+from ..plan import Pipeline, Plan
 from ..planning.expert_pins import pin_experts
 from ..planning.planner import plan as place_model
 from ..planning.workload import workload_of
@@ -41,8 +41,9 @@ _CONDITION_OF: Final[dict[Phase, ConditionType]] = {
 class Controller:
     """Works from its creation on; `poll` tells how far it is, `stop` ends everything it started.
 
-    A failure before serving ends everything too. A stage lost while serving does not: requests
-    get errors and `Ready` is false with the reason, until somebody stops the deployment.
+    A failure before serving ends everything too. A stage lost while serving does not: other
+    pipelines take the requests over, and a condition says so. Where there is none, requests get
+    errors and `Ready` is false with the reason, until somebody stops the deployment.
     """
 
     def __init__(
@@ -205,7 +206,9 @@ class Controller:
         self._enter("warm")
         self._pipeline.connect()
         seconds = self._pipeline.warm()
-        self._leave("warm", f"one token through every stage took {seconds * 1000:.0f} ms")
+        took = ", ".join(f"{each * 1000:.0f} ms" for each in seconds)
+        each = " of each pipeline" * (len(seconds) > 1)
+        self._leave("warm", f"one token through every stage{each} took {took}")
         self._record.hold("StagesReady", "TokenWentThrough")
 
     def _note_loaded(self, loads: tuple[StageLoad, ...]) -> None:
@@ -226,15 +229,26 @@ class Controller:
 
     def _watch(self) -> None:
         """Until `stop`: notice what dies."""
-        lost: MagnetarError | None = None
-        while not self._stop.wait(WATCH_S if lost else 0):
-            if lost is None and (lost := self._pipeline.lost(WATCH_S)) is not None:
+        plan = self._record.status.plan
+        assert plan is not None
+        num_pipelines = len(plan.pipelines)
+        lost: dict[int, MagnetarError] = {}
+        while not self._stop.wait(WATCH_S if len(lost) == num_pipelines else 0):
+            if len(lost) == num_pipelines or not (found := self._pipeline.lost(WATCH_S)):
+                continue
+            lost |= found
+            if num_pipelines > 1:
+                self._record.hold(
+                    "AllPipelinesUp", "PipelineLost", _losses(lost, num_pipelines), status=False
+                )
+            if len(lost) == num_pipelines:
+                last = next(iter(found.values()))
                 self._record.hold(
                     "StagesReady",
                     "StageLost",
-                    str(lost),
+                    str(last),
                     status=False,
-                    failure=Failure.of(lost),
+                    failure=Failure.of(last),
                 )
         raise InterruptedByUserError("the deployment was stopped")
 
@@ -287,9 +301,19 @@ class Controller:
 
 
 def _placement(plan: Plan) -> str:
-    hosts = dict.fromkeys(stage.host for stage in plan.stages)
-    helpers = [host for host in plan.hosts if host not in hosts]
+    each = "; ".join(map(_placed, plan.pipelines))
+    return f"{len(plan.pipelines)} pipelines: {each}" if len(plan.pipelines) > 1 else each
+
+
+def _placed(pipeline: Pipeline) -> str:
+    hosts = dict.fromkeys(stage.host for stage in pipeline.stages)
+    helpers = [host for host in pipeline.hosts if host not in hosts]
     return (
-        f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)} on {', '.join(hosts)}"
+        f"{len(pipeline.stages)} stage{'s' * (len(pipeline.stages) > 1)} on {', '.join(hosts)}"
         + f", experts on {', '.join(helpers)} too" * bool(helpers)
     )
+
+
+def _losses(lost: Mapping[int, MagnetarError], num_pipelines: int) -> str:
+    told = "; ".join(f"pipeline {number}: {error}" for number, error in sorted(lost.items()))
+    return f"{len(lost)} of {num_pipelines} pipelines lost, requests go to the others: {told}"

@@ -1,6 +1,8 @@
-"""How far a pipeline is with reading its weights, in all and by node."""
+"""How far the pipelines are with reading their weights, in all and by node."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import Final
 
 from ...fetcher.progress import Progress
@@ -19,9 +21,9 @@ def load_progress(
     seconds: float,
     finished: bool,
 ) -> Iterator[Progress]:
-    """A reading of every node of several, then that of the pipeline.
+    """A reading of every node of several, then that of all of them.
 
-    `loads` are of the stages in order, `helped_bytes` of their helpers, stage by stage.
+    `loads` are of the stages of the plan in order, `helped_bytes` of their helpers.
     """
     done: dict[str, int] = {}
     total: dict[str, int] = {}
@@ -65,6 +67,12 @@ def load_progress(
 
 
 def layers_ready(loads: Sequence[StageLoad]) -> str:
-    """``layers ready 5/16 7/16``: of each stage, in order; nothing where there is none."""
-    counts = " ".join(f"{load.num_layers}/{load.total_layers}" for load in loads)
+    """``layers ready 5/16 7/16``: of each stage, in order; nothing where there is none.
+
+    Those of several pipelines are set apart by a bar.
+    """
+    counts = " | ".join(
+        " ".join(f"{load.num_layers}/{load.total_layers}" for load in own)
+        for _, own in groupby(loads, key=attrgetter("pipeline"))
+    )
     return f"layers ready {counts}" if counts else ""

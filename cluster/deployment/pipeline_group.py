@@ -1,46 +1,36 @@
-"""The actors of a pipeline: stages and their helpers in a placement group, a gateway, the links."""
+"""The actors of a deployment's pipelines in one placement group, and a gateway before them."""
 
 import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import count
 from typing import Any, Final
 
-from ...errors import (
-    InterruptedByUserError,
-    MagnetarError,
-    PreflightError,
-    StageLostError,
-)
+from ...errors import InterruptedByUserError, MagnetarError, PreflightError
 from ...fetcher.progress import ProgressSink
 from ..plan import ExpertHost, Plan, StagePlan
-from ..runtime.ray_calls import any_ended, call, endings, gather
+from ..runtime.ray_calls import any_ended, call, gather
 from ..runtime.ray_runtime import RayNode
 from ..spec import DeploymentSpec
-from .arrivals import agent_name
-from .assignment import (
-    GatewayAssignment,
-    HelperAssignment,
-    LinkSetup,
-    PipelineRoles,
-    StageAssignment,
-    helper_name,
-)
+from .assignment import GatewayAssignment, LinkSetup, PipelineRoles, RingAssignment
 from .load_progress import load_progress
+from .pipeline_actors import Loading, PipelineActors, members_of
 from .status import StageLoad
 
 PLACE_TIMEOUT_S: Final = 60.0
 CONNECT_TIMEOUT_S: Final = 120.0
 WARM_TIMEOUT_S: Final = 300.0
-DEATH_NOTICE_S: Final = 1.0
-"""Ray tells of a dead actor within 0.05 s."""
 STOP_TIMEOUT_S: Final = 15.0
 _METHODS_AT_ONCE: Final = 4
+_GATEWAY_METHODS_AT_ONCE: Final = 64
+"""One for each pipeline runs all the time; the gateway is there before their number is known."""
 
 
 class PipelineGroup:
-    """One incarnation of a pipeline; every actor's name carries its epoch."""
+    """One incarnation of all pipelines; every actor's name carries its epoch."""
 
     def __init__(
         self,
@@ -63,14 +53,11 @@ class PipelineGroup:
         self._gateway: Any = None
         self._gateway_host = ""
         self._briefing: Any = None
-        self._answers_to = ""
-        self._stages: list[Any] = []
-        self._helpers: list[list[Any]] = []
-        """Of each stage."""
-        self._names: list[str] = []
-        """Of the actors, in the order of `_members`."""
+        self._answers_to: tuple[str, ...] = ()
+        """Where the gateway hears the last stage of each pipeline."""
+        self._pipelines: list[PipelineActors] = []
+        self._lost: set[int] = set()
         self._group: Any = None
-        self._running: list[Any] = []
 
     def bind_gateway(self, host: str, *, listen: tuple[str, int], api_key: str | None) -> None:
         """Start the gateway on the node `host` and take its port; once."""
@@ -85,7 +72,7 @@ class PipelineGroup:
                 name=f"{self._prefix}/gateway",
                 lifetime=self._lifetime,
                 num_cpus=0,
-                max_concurrency=_METHODS_AT_ONCE,
+                max_concurrency=_GATEWAY_METHODS_AT_ONCE,
                 label_selector=self._nodes[host].selector,
             )
             .remote(*listen, api_key)
@@ -96,16 +83,27 @@ class PipelineGroup:
         self, plan: Plan, spec: DeploymentSpec, *, folder: str, facts_json: str
     ) -> None:
         """Tell the gateway what it will serve; it reads the tokenizer while the stages load."""
-        (pipeline,) = plan.pipelines
+        num_pipelines, speeds = len(plan.pipelines), _speeds(plan)
+        max_running = spec.running_limit
+        if spec.max_running is not None:  # what was asked for is for all together
+            max_running = -(-spec.max_running // num_pipelines)
         assignment = GatewayAssignment(
-            links=self._links(plan, self._gateway_host),
+            rings=tuple(
+                RingAssignment(
+                    links=self._links(plan, number, self._gateway_host),
+                    num_stages=pipeline.steps_at_once,
+                    num_kv_blocks=pipeline.num_kv_blocks,
+                    max_running=max_running,
+                    max_waiting=-(-spec.max_waiting // num_pipelines),
+                    speed=speed,
+                )
+                for pipeline, number, speed in zip(
+                    plan.pipelines, _numbers(plan), speeds, strict=True
+                )
+            ),
             folder=folder,
             facts_json=facts_json,
-            num_stages=pipeline.steps_at_once,
-            num_kv_blocks=pipeline.num_kv_blocks,
             max_context_tokens=plan.max_context_tokens,
-            max_running=spec.running_limit,
-            max_waiting=spec.max_waiting,
             model_name=spec.model_name,
         )
         self._briefing = self._gateway.listen.remote(assignment)
@@ -127,9 +125,7 @@ class PipelineGroup:
         """
         from ray.util.placement_group import placement_group
 
-        (pipeline,) = plan.pipelines
-        members: list[StagePlan | ExpertHost]
-        members = [*plan.stages, *(helper for _, helper in _helpers_of(plan))]
+        members = [member for pipeline in plan.pipelines for member in members_of(pipeline)]
         self._group = placement_group(
             # A card's memory is not Ray's to count; the bundle then only pins the node.
             [{"memory": _reserved_bytes(member)} for member in members],
@@ -139,39 +135,28 @@ class PipelineGroup:
             bundle_label_selector=[self._nodes[member.host].selector for member in members],
         )
         self._wait_placed(members)
-        for stage in plan.stages:
-            assignment = StageAssignment(
-                links=self._links(plan, stage.host),
-                stage=stage,
-                num_kv_blocks=pipeline.num_kv_blocks,
-                folder=folders[stage.host],
-                agent=agent_name(self._deployment, stage.host),
-                facts_json=facts_json,
-                batch_invariant=spec.batch_invariant,
+        bundles = count()
+        loading = Loading(
+            deployment=self._deployment,
+            folders=folders,
+            facts_json=facts_json,
+            batch_invariant=spec.batch_invariant,
+        )
+
+        def start(role: type[Any], assignment: object, name: str) -> Any:
+            return self._start(role, assignment, name, next(bundles))
+
+        for pipeline, number in zip(plan.pipelines, _numbers(plan), strict=True):
+            self._pipelines.append(
+                PipelineActors(
+                    pipeline,
+                    number=number,
+                    roles=self._roles,
+                    start=start,
+                    links=partial(self._links, plan, number),
+                    loading=loading,
+                )
             )
-            name = f"s{stage.index}"
-            self._stages.append(self._start(self._roles.stage, assignment, name, len(self._stages)))
-            self._helpers.append([])
-        for bundle, (stage, helper) in enumerate(_helpers_of(plan), start=len(plan.stages)):
-            task = HelperAssignment(
-                links=self._links(plan, helper.host),
-                helper=helper,
-                stage_index=stage.index,
-                first_layer=stage.first_layer,
-                dtype=stage.dtype,
-                folder=folders[helper.host],
-                agent=agent_name(self._deployment, helper.host),
-                facts_json=facts_json,
-                batch_invariant=spec.batch_invariant,
-            )
-            helpers = self._helpers[stage.index]
-            name = f"s{stage.index}/h{len(helpers)}"
-            helpers.append(self._start(self._roles.helper, task, name, bundle))
-        self._names = [
-            "the gateway",
-            *(f"stage {stage.index}" for stage in plan.stages),
-            *(helper_name(stage.index, helper) for stage, helper in _helpers_of(plan)),
-        ]
 
     def _start(self, role: type[Any], assignment: object, name: str, bundle: int) -> Any:
         import ray
@@ -206,48 +191,50 @@ class PipelineGroup:
             TokenizerError: the tokenizer does not fit the model.
             CheckpointError: the weights do not.
         """
-        loading = self._members[1:]
         began = time.monotonic()
 
         def tell(*, finished: bool = False) -> None:
-            refs = [stage.loaded.remote() for stage in self._stages]
+            refs = [stage.loaded.remote() for each in self._pipelines for stage in each.stages]
             loads: list[StageLoad] = gather(refs, who="a stage", stop=self._stop)
             on_loaded(tuple(loads))
-            helping = [helper.loaded_bytes.remote() for each in self._helpers for helper in each]
+            helping = [
+                helper.loaded_bytes.remote()
+                for each in self._pipelines
+                for helper in each.members[len(each.stages) :]
+            ]
             helped: list[int] = gather(helping, who="a helper")
             for progress in load_progress(
                 plan, loads, helped, seconds=time.monotonic() - began, finished=finished
             ):
                 on_progress(progress)
 
-        refs = [self._briefing, *(member.load.remote() for member in loading)]
+        refs = [self._briefing, *(member.load.remote() for member in self._members)]
         found = gather(refs, who="the pipeline", stop=self._stop, meanwhile=tell)
-        self._answers_to = str(found[0])
+        self._answers_to = tuple(found[0])
         tell(finished=True)
 
     def connect(self) -> None:
-        """Close the ring: gateway -> stage 0 -> ... -> last stage -> gateway; join the helpers."""
-        members = self._members[1:]
+        """Close the rings: gateway -> stage 0 -> ... -> last stage -> gateway; join the helpers."""
+        members = self._members
         addresses = self._together([member.listen.remote() for member in members])
         address_of = dict(zip(members, addresses, strict=True))
-        ring = [address_of[stage] for stage in self._stages] + [self._answers_to]
-        connecting = [self._gateway.connect.remote(ring[0])]
-        for stage, helpers, after in zip(self._stages, self._helpers, ring[1:], strict=True):
-            there = [address_of[helper] for helper in helpers]
-            connecting.append(stage.connect.remote(after, there))
-            connecting.extend(helper.connect.remote() for helper in helpers)
+        first = [address_of[pipeline.stages[0]] for pipeline in self._pipelines]
+        connecting = [self._gateway.connect.remote(first)]
+        for pipeline, answers_to in zip(self._pipelines, self._answers_to, strict=True):
+            connecting += pipeline.connect(address_of, answers_to)
         self._together(connecting)
-        self._running = [member.run.remote() for member in self._members]
+        for number, pipeline in enumerate(self._pipelines):
+            pipeline.run(self._gateway.run.remote(number))
 
-    def warm(self) -> float:
-        """Send one token through every stage; the seconds it took."""
+    def warm(self) -> tuple[float, ...]:
+        """Send one token through every stage; the seconds it took in each pipeline."""
         (seconds,) = gather(
             [self._gateway.warm.remote()],
             who="the gateway",
             stop=self._stop,
             timeout_s=WARM_TIMEOUT_S,
         )
-        return float(seconds)
+        return tuple(map(float, seconds))
 
     def serve(self) -> str:
         """Open the API; its URL on the gateway's node."""
@@ -258,26 +245,31 @@ class PipelineGroup:
         told = call(self._gateway.expert_tokens.remote(), who="the gateway")
         return {int(layer): tuple(counts) for layer, counts in told.items()}
 
-    def lost(self, timeout_s: float) -> MagnetarError | None:
-        """Wait up to `timeout_s` for an actor to end by itself; what ended it."""
-        if not any_ended(self._running, timeout_s=timeout_s):
-            return None
-        # One that dies breaks the ring for all others: look for a death before any complaint, and
-        # at the gateway first, to which the cause travels.
-        ended = endings(self._running, self._names, timeout_s=DEATH_NOTICE_S)
-        for death in (True, False):
-            for ending in ended:
-                if ending.is_death == death and ending.error is not None:
-                    return ending.error
-        return StageLostError("the pipeline came to its end by itself")
+    def lost(self, timeout_s: float) -> dict[int, MagnetarError]:
+        """Wait up to `timeout_s` for pipelines to end by themselves; what ended each of these.
+
+        Each is told of once. While others live, what remains of it is ended too.
+        """
+        living = {n: each for n, each in enumerate(self._pipelines) if n not in self._lost}
+        running = [ref for pipeline in living.values() for ref in pipeline.running]
+        if not any_ended(running, timeout_s=timeout_s):
+            return {}
+        ended = {number: pipeline.ending() for number, pipeline in living.items()}
+        found = {number: error for number, error in ended.items() if error is not None}
+        self._lost.update(found)
+        if len(self._lost) < len(self._pipelines):
+            for number in found:
+                self._pipelines[number].kill()
+        return found
 
     def stop(self) -> None:
         """End the API, stages, helpers and the reservation; dying actors are not waited for."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        helpers = [helper for helpers in self._helpers for helper in helpers]
-        for actors in ([self._gateway] if self._gateway else [], self._stages, helpers):
+        stages = [stage for pipeline in self._pipelines for stage in pipeline.stages]
+        helpers = [member for member in self._members if member not in stages]
+        for actors in ([self._gateway] if self._gateway else [], stages, helpers):
             stopping = [actor.stop.remote() for actor in actors]
             if stopping:
                 ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
@@ -287,22 +279,21 @@ class PipelineGroup:
             with contextlib.suppress(ray.exceptions.RayError):
                 remove_placement_group(self._group)
         self._gateway, self._group = None, None
-        self._stages, self._helpers, self._running = [], [], []
+        self._pipelines = []
 
     @property
     def _members(self) -> list[Any]:
-        """All actors: the gateway, the stages, the helpers of each."""
-        helpers = [helper for helpers in self._helpers for helper in helpers]
-        return [self._gateway, *self._stages, *helpers]
+        """All actors but the gateway."""
+        return [member for pipeline in self._pipelines for member in pipeline.members]
 
     def _together(self, refs: list[Any]) -> list[Any]:
         return gather(refs, who="the pipeline", stop=self._stop, timeout_s=CONNECT_TIMEOUT_S)
 
-    def _links(self, plan: Plan, host: str) -> LinkSetup:
+    def _links(self, plan: Plan, number: int | None, host: str) -> LinkSetup:
         """Loopback where everything is on one node, else the node's own address."""
         alone = set(plan.hosts) == {self._gateway_host}
         return LinkSetup(
-            deployment=self._deployment,
+            ring=self._deployment if number is None else f"{self._deployment}/p{number}",
             epoch=self._epoch,
             secret=self._secret,
             listen_host="127.0.0.1" if alone else self._nodes[host].address,
@@ -323,8 +314,17 @@ class PipelineGroup:
                 )
 
 
-def _helpers_of(plan: Plan) -> Iterator[tuple[StagePlan, ExpertHost]]:
-    return ((stage, helper) for stage in plan.stages for helper in stage.helpers)
+def _numbers(plan: Plan) -> Sequence[int | None]:
+    """What the pipelines are called: nothing where there is only one."""
+    return range(len(plan.pipelines)) if len(plan.pipelines) > 1 else (None,)
+
+
+def _speeds(plan: Plan) -> list[float]:
+    """Of each pipeline against the others: as predicted, or else by what fits at once."""
+    told = [each.prediction.tokens_per_s for each in plan.pipelines if each.prediction is not None]
+    if len(told) == len(plan.pipelines):
+        return told
+    return [float(each.max_concurrency) for each in plan.pipelines]
 
 
 def _reserved_bytes(member: StagePlan | ExpertHost) -> int:

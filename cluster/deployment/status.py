@@ -16,6 +16,7 @@ ConditionType = Literal[
     "StagesReady",
     "EndpointReady",
     "DiskHasRoom",
+    "AllPipelinesUp",
     "Ready",
 ]
 PARTS: tuple[ConditionType, ...] = (
@@ -27,7 +28,8 @@ PARTS: tuple[ConditionType, ...] = (
 )
 """`Ready` is the AND of these.
 
-`DiskHasRoom` is there, and false, only while the download of a node waits for room."""
+Of the others, `DiskHasRoom` is there, and false, only while the download of a node waits for room;
+`AllPipelinesUp` from when a pipeline is lost while another serves."""
 _ORDER: Final = get_args(ConditionType)
 
 
@@ -90,7 +92,9 @@ class FetchedShare:
 class StageLoad:
     """How far a stage is with reading its weights."""
 
+    pipeline: int = 0
     index: int
+    """Within its pipeline."""
     num_layers: int
     """Ready to compute."""
     total_layers: int
@@ -116,7 +120,7 @@ class DeploymentStatus:
     fetched: tuple[FetchedShare, ...] = ()
     """By node of the plan, once everything is there; empty for a plain folder."""
     loaded: tuple[StageLoad, ...] = ()
-    """By stage, from when they have begun."""
+    """By stage, one pipeline after the other, from when they have begun."""
     failure: Failure | None = None
     finished: bool = False
     """Everything that the deployment had started has ended."""

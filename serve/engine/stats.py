@@ -30,7 +30,7 @@ class EngineStats:
     """Of each pipeline, where there are several."""
 
 
-def total(pipelines: Sequence[EngineStats], *, num_moved: int) -> EngineStats:
+def total(pipelines: Sequence[EngineStats], *, num_moved: int = 0) -> EngineStats:
     """Of all pipelines together; the KV blocks are those of the pipelines that still serve."""
     serving = [each for each in pipelines if not each.is_over] or pipelines
     return EngineStats(

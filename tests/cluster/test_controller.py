@@ -12,13 +12,16 @@ import pytest
 
 from magnetar.cluster.deployment.assignment import PipelineRoles
 from magnetar.cluster.deployment.controller import Controller
-from magnetar.cluster.deployment.status import DeploymentStatus, Report
+from magnetar.cluster.deployment.pipeline_group import PipelineGroup
+from magnetar.cluster.deployment.status import DeploymentStatus, Report, StageLoad
 from magnetar.cluster.journal import controller_journal
+from magnetar.cluster.plan import Pipeline, Plan
 from magnetar.cluster.runtime.ray_calls import call
 from magnetar.cluster.runtime.ray_runtime import NAMESPACE, home_node, local_ray, ray_nodes
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.errors import NotFoundError, PortInUseError, StageLostError
 from magnetar.fetcher.progress import PHASES, Progress
+from magnetar.tests.cluster.test_plan import STAGE
 from magnetar.tests.fake_roles import FakeGateway, FakeHelper, FakeStage
 from magnetar.tests.lab.test_full_disk import fill, small_disk
 from magnetar.tests.releases import write_release
@@ -99,6 +102,50 @@ def status_when(controller: Any, reached: Callable[[DeploymentStatus], bool]) ->
 def actor_names(ray: Any, spec: DeploymentSpec) -> set[str]:
     names = {row["name"] for row in ray.util.list_named_actors(all_namespaces=True)}
     return {name.removeprefix(spec.name) for name in names if name.startswith(spec.name)}
+
+
+@contextmanager
+def placed(spec: DeploymentSpec, num_stages: tuple[int, ...]) -> Iterator[PipelineGroup]:
+    """Pipelines with so many stages each, all of them on this node and serving."""
+    nodes = ray_nodes()
+    host = home_node(nodes).host
+    plan = Plan(
+        pipelines=tuple(
+            Pipeline(
+                stages=tuple(
+                    replace(STAGE, index=n, host=host, weights_bytes=10, kv_bytes=10, helpers=())
+                    for n in range(count)
+                ),
+                num_kv_blocks=4 + count,
+                max_concurrency=count,
+            )
+            for count in num_stages
+        ),
+        max_context_tokens=16,
+    )
+    group = PipelineGroup(
+        deployment=spec.name,
+        epoch=3,
+        roles=PipelineRoles(stage=FakeStage, helper=FakeHelper, gateway=FakeGateway),
+        nodes=nodes,
+        detached=False,
+        stop=threading.Event(),
+    )
+    try:
+        group.bind_gateway(host, listen=("127.0.0.1", 3), api_key=None)
+        group.brief_gateway(plan, spec, folder="/", facts_json="{}")
+        group.place(plan, spec, folders={host: "/"}, facts_json="{}")
+        loads: list[tuple[StageLoad, ...]] = []
+        progress: list[Progress] = []
+        group.load(plan, progress.append, on_loaded=loads.append)
+        assert [(each.pipeline, each.index) for each in loads[-1]] == [
+            (number, index) for number, count in enumerate(num_stages) for index in range(count)
+        ]
+        group.connect()
+        assert len(group.warm()) == len(num_stages)
+        yield group
+    finally:
+        group.stop()
 
 
 def test_serves_after_every_phase_and_leaves_nothing_behind(ray: Any, spec: DeploymentSpec) -> None:
@@ -198,3 +245,42 @@ def test_a_node_that_waits_for_room_is_a_condition_until_there_is_some(
             status = status_when(controller, lambda status: status.ready or status.finished)
             assert status.failure is None
             assert not waits(status)
+
+
+def test_each_of_several_pipelines_has_a_ring_and_one_that_is_lost_is_named_and_ended(
+    ray: Any, spec: DeploymentSpec
+) -> None:
+    spec = replace(spec, max_running=9, max_waiting=5)
+
+    def actor(name: str) -> Any:
+        return ray.get_actor(f"{spec.name}/g3/{name}", namespace=NAMESPACE)
+
+    with placed(spec, (1, 2)) as group:
+        everybody = {"/g3/gateway", "/g3/p0/s0", "/g3/p1/s0", "/g3/p1/s1"}
+        assert actor_names(ray, spec) == everybody
+        told = {name: ray.get(actor(name).facts.remote()) for name in ("p0/s0", "p1/s0", "p1/s1")}
+        assert {facts[0].links.ring for facts in told.values()} == {
+            f"{spec.name}/p0",
+            f"{spec.name}/p1",
+        }
+        # Stages listen at their index, the gateway at 9 and 10.
+        downstream = {name: facts[1].split(":")[1] for name, facts in told.items()}
+        assert downstream == {"p0/s0": "9", "p1/s0": "1", "p1/s1": "10"}
+        rings = ray.get(actor("gateway").facts.remote()).rings
+        assert [(r.num_kv_blocks, r.max_running, r.max_waiting, r.speed) for r in rings] == [
+            (5, 5, 3, 1.0),
+            (6, 5, 3, 2.0),
+        ]
+
+        assert group.lost(0.05) == {}
+        actor("p1/s1").crash.remote()
+        ((number, error),) = group.lost(20).items()
+        assert number == 1
+        assert "stage 1 of pipeline 1 died" in str(error)
+        deadline = time.monotonic() + 20
+        while actor_names(ray, spec) != {"/g3/gateway", "/g3/p0/s0"}:
+            assert time.monotonic() < deadline, actor_names(ray, spec)
+            threading.Event().wait(0.05)
+        assert group.lost(0.05) == {}
+        actor("p0/s0").crash.remote()
+        assert [*group.lost(20)] == [0]

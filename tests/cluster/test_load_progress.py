@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from magnetar.cluster.deployment.load_progress import load_progress
+from magnetar.cluster.deployment.load_progress import layers_ready, load_progress
 from magnetar.cluster.deployment.status import StageLoad
 from magnetar.cluster.plan import ExpertHost, Pipeline, Plan
 from magnetar.fetcher.progress import Progress
@@ -58,3 +58,11 @@ def test_weights_that_grew_while_they_were_read_are_not_more_than_all() -> None:
         50,
         350,
     }
+
+
+def test_layers_of_several_pipelines_are_set_apart() -> None:
+    loads = [
+        StageLoad(pipeline=number // 2, index=number % 2, num_layers=n, total_layers=4, num_bytes=0)
+        for number, n in enumerate((1, 2, 3))
+    ]
+    assert layers_ready(loads) == "layers ready 1/4 2/4 | 3/4"
