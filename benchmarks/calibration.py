@@ -6,32 +6,42 @@
 
 The machine is measured as `magnetar nodes` does, the plan is made as `magnetar plan --stages N`
 makes it, and the engine then decodes as deployed: a process a stage, joined by links. Helpers are
-those of `spread.py`, with one thread each. Prints a table on stderr and one JSON object per case on
-stdout; a ratio is predicted over measured.
+those of `spread.py`, with one thread each.
+
+Memory may be twice as fast a minute later where others share it, so that a prediction and a run see
+two machines. Therefore the gauge of the planner measures again before and after every round: what
+holds or not is the prediction for the machine that the rounds ran on; `before` has the one of the
+machine as it was measured first. Prints a table on stderr and one JSON object per case on stdout; a
+ratio is predicted over measured, GB/s are those of a plain sum and of the gauge.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+# As `prepare_threads` has it; torch reads both when it is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import numpy as np
-import torch
 
 from magnetar.benchmarks import spread
 from magnetar.benchmarks.cases import Engine
 from magnetar.benchmarks.engine_process import Runner, command, model_folder
 from magnetar.benchmarks.peers.runner import Task
+from magnetar.benchmarks.rounds_gauge import Moment, RoundsGauge
 from magnetar.benchmarks.synthetic import write_model
 from magnetar.benchmarks.up import machine
 from magnetar.cluster.inventory.inventory import probe_node
-from magnetar.cluster.inventory.link_probe import probe_itself
+from magnetar.cluster.inventory.link_probe import probe_itself, undisturbed_s
 from magnetar.cluster.inventory.measure import measure_speeds
-from magnetar.cluster.plan import Inventory, Link, Node, Workload
+from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node, Workload
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.cost import (
     attention_s,
@@ -47,64 +57,120 @@ from magnetar.serve.gauge import ModelGauge
 
 CASES = ("demo", "moe", "spread")
 STAGES = (1, 2, 4)
+DTYPE: ComputeDtype = "bf16"
 GOAL = 0.2
 """Share of the measured time by which a prediction may be off."""
 NUM_TOKENS = 32
 CONTEXT_TOKENS = 64
 """About what a task has in use; the planner counts half of it."""
+ROWS = (1, 8)
+SPREAD_STEPS = 12
+"""Of every placement in a round."""
+
+Predict = Callable[[Moment], Mapping[str, float]]
+"""Seconds of a step by case, on a machine as it was then."""
 
 
-def predicted_s(folder: Path, node: Node, link: Link, num_stages: int, dtype: str) -> float:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """What one round saw."""
+
+    told_s: Mapping[str, float]
+    seen_s: Mapping[str, float]
+    plain_gbps: float
+    gauge_gbps: float
+
+
+def rounds_of(
+    gauge: RoundsGauge, predict: Predict, measure: Callable[[], Mapping[str, float]], number: int
+) -> list[Round]:
+    """Rounds between measurements of the machine, of which each takes the mean of both sides."""
+    found, before = [], gauge.measure()
+    for _ in range(number):
+        seen, after = measure(), gauge.measure()
+        sides = [predict(before), predict(after)]
+        found.append(
+            Round(
+                told_s={case: (sides[0][case] + sides[1][case]) / 2 for case in seen},
+                seen_s=seen,
+                plain_gbps=(before.plain_gbps + after.plain_gbps) / 2,
+                gauge_gbps=(before.gauge_gbps + after.gauge_gbps) / 2,
+            )
+        )
+        before = after
+    return found
+
+
+def stages_predicted(folder: Path, link: Link, num_stages: int, node: Node) -> dict[str, float]:
     """One step around all stages, as the planner says."""
     facts = read_release(FolderReader(folder), given=ReleaseHints(), known=ReleaseHints())
     workload = Workload(
         max_context_tokens=CONTEXT_TOKENS,
         max_concurrency=1,
         num_stages=num_stages,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=DTYPE,
         objective="latency",
     )
-    inventory = Inventory(nodes=(node,), links=(link,))
-    found = plan(facts.config, facts.index, inventory, workload)
+    found = plan(facts.config, facts.index, Inventory(nodes=(node,), links=(link,)), workload)
     assert found.prediction is not None
-    return found.prediction.round_trip_s
+    return {f"{num_stages}-stages": found.prediction.round_trip_s}
 
 
-def measured_s(engine: Engine, num_threads: int, rounds: int) -> float:
-    """The median time between two tokens of one stream, of the best round: what else runs makes
-    rounds longer, never shorter, and the gauge takes the best of its runs too."""
-    runner = Runner(engine, command(engine, peers=Path(), threads=num_threads))
-    try:
-        runner.loaded()
-        task = Task(kind="decode", num_streams=1, num_tokens=NUM_TOKENS)
-        runner.measure(task)
-        gaps: list[float] = [runner.measure(task)["gap_p50_s"] for _ in range(rounds)]
-        return min(gaps)
-    finally:
-        runner.close()
+def calibrate_stages(
+    model: str, counts: Sequence[int], node: Node, link: Link, number: int
+) -> Iterator[dict[str, Any]]:
+    """A model through rings of processes: the time between two tokens of one stream."""
+    folder, gauge = model_folder(model), RoundsGauge(node, DTYPE)
+    for num_stages in counts:
+        engine = Engine(model=model, stages=num_stages)
+        runner = Runner(engine, command(engine, peers=Path(), threads=node.num_cpus))
+
+        def predict(seen: Moment, num_stages: int = num_stages) -> dict[str, float]:
+            return stages_predicted(folder, link, num_stages, seen.node)
+
+        def measure(runner: Runner = runner, num_stages: int = num_stages) -> dict[str, float]:
+            task = Task(kind="decode", num_streams=1, num_tokens=NUM_TOKENS)
+            return {f"{num_stages}-stages": runner.measure(task)["gap_p25_s"]}
+
+        try:
+            runner.loaded()
+            measure()
+            told = stages_predicted(folder, link, num_stages, node)
+            yield from compared(model, told, rounds_of(gauge, predict, measure, number))
+        finally:
+            runner.close()
 
 
-def spread_predictions(node: Node, link: Link, num_rows: int) -> dict[str, float]:
-    """A step of the model of `spread.py` by where its experts are, as the cost model has it."""
+def spread_predicted(link: Link, node: Node, both_gbps: float) -> dict[str, float]:
+    """A step of the model of `spread.py` by where its experts are, as the cost model has it.
+
+    Stage and helper stand for two machines but share the memory of this one: while both read, each
+    gets `both_gbps`.
+    """
     config, source = spread.release()
-    cost = model_cost(config, source.index, "bf16")
-    speed = device_speed(node.devices[0], "bf16")
+    cost, found = model_cost(config, source.index, DTYPE), {}
+    speed = device_speed(node.devices[0], DTYPE)
     assert speed is not None
-    seats = [Seat(speed=speed), Seat(speed=speed, link=link)]
-    around = embeddings_s(cost, speed, tokens=num_rows) + output_s(cost, speed, tokens=num_rows)
-    attention = attention_s(cost, 0, speed, tokens=num_rows, context_tokens=CONTEXT_TOKENS)
-    found = {}
-    for name, here in {"alone": range(config.num_experts), **spread.HERE}.items():
-        held_OHE = np.zeros((1, 2, config.num_experts), dtype=np.int64)
-        held_OHE[0, 0, list(here)] = 1
-        held_OHE[0, 1] = 1 - held_OHE[0, 0]
-        experts = float(hosts_s(cost, 0, seats, held_OHE, tokens=num_rows)[0])
-        found[name] = around + config.n_layers * (attention + experts)
+    crowded = replace(speed, read_gbps=min(speed.read_gbps, both_gbps))
+    for rows in ROWS:
+        around = embeddings_s(cost, speed, tokens=rows) + output_s(cost, speed, tokens=rows)
+        attention = attention_s(cost, 0, speed, tokens=rows, context_tokens=CONTEXT_TOKENS)
+        for name, here in {"alone": range(config.num_experts), **spread.HERE}.items():
+            each = crowded if 0 < len(here) < config.num_experts else speed
+            seats = [Seat(speed=each), Seat(speed=each, link=link)]
+            held_OHE = np.zeros((1, 2, config.num_experts), dtype=np.int64)
+            held_OHE[0, 0, list(here)] = 1
+            held_OHE[0, 1] = 1 - held_OHE[0, 0]
+            experts = float(hosts_s(cost, 0, seats, held_OHE, tokens=rows)[0])
+            step_s = around + config.n_layers * (attention + experts)
+            found[f"{rows}-rows-{name.replace(' ', '-')}"] = step_s
     return found
 
 
-def calibrate_spread(link: Link, rounds: int) -> Iterator[dict[str, Any]]:
+def calibrate_spread(link: Link, number: int) -> Iterator[dict[str, Any]]:
     """Stages of one thread without a helper, and with one that has all or half of the experts."""
+    import torch
+
     torch.set_num_threads(1)
     write_model(spread.FOLDER, spread.SHAPE)
     helpers = {name: spread.start_helper(spread.away(ids)) for name, ids in spread.HERE.items()}
@@ -114,45 +180,59 @@ def calibrate_spread(link: Link, rounds: int) -> Iterator[dict[str, Any]]:
         pipelines[name].stages[0].join_helpers([(helpers[name][1], spread.away(ids))])
     node = replace(probe_node("one-thread", "127.0.0.1", Path.home()), num_cpus=1)
     node = measure_speeds(node, ModelGauge(), again=True)
-    for num_rows in (1, 8):
-        told = spread_predictions(node, link, num_rows)
-        seen = spread.measure(pipelines, num_rows, 10 * rounds)
-        for name, seconds in told.items():
-            case = f"spread-{num_rows}-rows-{name.replace(' ', '-')}"
-            yield compared(case, seconds, statistics.quantiles(seen[name], n=4)[0])
+
+    def measure() -> dict[str, float]:
+        found = {}
+        for rows in ROWS:
+            for name, seconds in spread.measure(pipelines, rows, SPREAD_STEPS).items():
+                found[f"{rows}-rows-{name.replace(' ', '-')}"] = undisturbed_s(seconds)
+        return found
+
+    def predict(seen: Moment) -> dict[str, float]:
+        return spread_predicted(link, seen.node, seen.both_gbps)
+
+    gauge = RoundsGauge(node, DTYPE)
+    told = spread_predicted(link, node, gauge.measure().both_gbps)
+    yield from compared("spread", told, rounds_of(gauge, predict, measure, number))
     for process, asked in helpers.values():
         asked.close()
         process.join()
 
 
-def calibrate_stages(model: str, node: Node, link: Link, rounds: int) -> Iterator[dict[str, Any]]:
-    """A model through rings of processes."""
-    folder = model_folder(model)
-    for num_stages in STAGES:
-        engine = Engine(model=model, stages=num_stages)
-        told = predicted_s(folder, node, link, num_stages, engine.dtype)
-        seen = measured_s(engine, node.num_cpus, rounds)
-        yield compared(f"{model}-{num_stages}-stages", told, seen)
+def compared(
+    name: str, before_s: Mapping[str, float], rounds: Sequence[Round]
+) -> Iterator[dict[str, Any]]:
+    """Rows of the results; `before_s` was predicted before there were rounds."""
+    for case, told_s in before_s.items():
+        ratio = statistics.median(each.told_s[case] / each.seen_s[case] for each in rounds)
+        early = told_s / statistics.median(each.seen_s[case] for each in rounds)
+        plain, gauge = (
+            [getattr(each, key) for each in rounds] for key in ("plain_gbps", "gauge_gbps")
+        )
+        row = {
+            "case": f"{name}-{case}",
+            "ours": _ms(statistics.median(each.told_s[case] for each in rounds)),
+            "reference": _ms(statistics.median(each.seen_s[case] for each in rounds)),
+            "unit": "ms a step",
+            "ratio": round(ratio, 3),
+            "goal": GOAL,
+            "holds": abs(ratio - 1) <= GOAL,
+            "before": {"ours": _ms(told_s), "ratio": round(early, 3)},
+            "rounds": [round(each.told_s[case] / each.seen_s[case], 3) for each in rounds],
+            "plain_gbps": [round(min(plain), 1), round(max(plain), 1)],
+            "gauge_gbps": [round(min(gauge), 1), round(max(gauge), 1)],
+        }
+        print(
+            f"{row['case']:<26} {row['ours']:9.2f} {row['reference']:9.2f} {ratio:6.2f}"
+            f"  {'yes' if row['holds'] else 'no':<5} {early:6.2f}"
+            f"  {min(gauge):5.1f} to {max(gauge):5.1f}",
+            file=sys.stderr,
+        )
+        yield row
 
 
-def compared(case: str, told_s: float, seen_s: float) -> dict[str, Any]:
-    """A row of the results."""
-    ratio = told_s / seen_s
-    holds = abs(ratio - 1) <= GOAL
-    print(
-        f"{case:<28} {told_s * 1e3:10.2f} {seen_s * 1e3:10.2f} {ratio:6.2f}"
-        f"  {'yes' if holds else 'no'}",
-        file=sys.stderr,
-    )
-    return {
-        "case": case,
-        "ours": round(told_s * 1e3, 2),
-        "reference": round(seen_s * 1e3, 2),
-        "unit": "ms a step",
-        "ratio": round(ratio, 3),
-        "goal": GOAL,
-        "holds": holds,
-    }
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 2)
 
 
 def main() -> None:
@@ -160,19 +240,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the demo model alone")
     parser.add_argument("--case", choices=CASES, help="one of them alone")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--stages", type=int, action="append", help="only so many stages")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, help="add the objects to a file")
     args = parser.parse_args()
     results: list[dict[str, Any]] = [machine() | {"benchmark": "calibration"}]
     node = probe_node("here", "127.0.0.1", Path.home())
     node = measure_speeds(node, ModelGauge(), again=True)
     link = probe_itself(node.host, node.address)
-    print(f"{'case':<28} {'predicted':>10} {'measured':>10} {'ratio':>6}  holds", file=sys.stderr)
+    results[0]["busy_share"] = round(node.busy_share, 3)
+    print(
+        f"{'case':<26} {'predicted':>9} {'measured':>9} {'ratio':>6}  {'holds':<5} {'before':>6}"
+        "  GB/s of the gauge",
+        file=sys.stderr,
+    )
     for case in [args.case] if args.case else ["demo"] if args.quick else CASES:
         rows = (
             calibrate_spread(link, args.rounds)
             if case == "spread"
-            else calibrate_stages(case, node, link, args.rounds)
+            else calibrate_stages(case, args.stages or STAGES, node, link, args.rounds)
         )
         for row in rows:
             results.append(row)

@@ -23,7 +23,7 @@ from ..cluster.footprint import form_bytes
 from ..cluster.inventory.link_probe import loopback_s, undisturbed_s
 from ..cluster.inventory.measure import Overheads
 from ..cluster.plan import ComputeDtype
-from .model.threads import prepare_threads
+from .model.threads import end_team, prepare_threads
 from .small_model import small_layer_bytes, small_stage, small_step
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ SLICE_S: Final = 0.3
 """How long each figure is measured for."""
 PAUSE_S: Final = 0.004
 """Before every two pieces."""
-FEWEST: Final = 8
+FEWEST: Final = 16
 """Pieces that each figure is of, however long they take."""
 READ_BYTES: Final = 256 << 20
 """Weights that take turns; larger than the caches of a processor."""
@@ -73,6 +73,7 @@ class ModelGauge:
         way_s, layers = loopback_s(), SmallLayers(dtype, device)
         layer_s = layers.layer_s(num_threads)
         read_s = small_layer_bytes(dtype) / self.read_gbps(dtype, device, num_threads) / 1e9
+        end_team()  # the thread of the worker computes, as in a stage
         with _threads(num_threads):
             around_s = worker_s(layers.few, way_s=way_s)
             asking_s = helper_s(dtype=dtype, device=device, way_s=way_s)
