@@ -1,19 +1,16 @@
 """The command line: one command runs, and a failure becomes one line and an exit code.
 
-Only light modules are imported here, so that ``magnetar --help`` answers at once; the bodies
-of the commands are in `commands` and bring in what they need.
+The verbs are in `commands`; their modules are light, so that ``magnetar --help`` answers at once.
 """
 
-import contextlib
+import errno
 import importlib.util
-import logging
 import os
 import shlex
-import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
@@ -30,11 +27,14 @@ if __name__ == "__main__" and not __package__:
     __package__ = "magnetar"
 
 from .commands.console import Console
-from .commands.options import build_parser
-from .errors import InterruptedByUserError, MagnetarError
+from .commands.logs import send_logs_to
+from .commands.parser import build_parser
+from .commands.stopping import stopping
+from .errors import InterruptedByUserError, MagnetarError, PreflightError
 
 # What can be taken up again where it was left, by running the same command.
 _RESUMABLE = frozenset({"up", "demo", "fetch", "verify", "plan", "inspect"})
+_NO_ACCESS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,81 +43,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     stop = threading.Event()
     console = Console(args.progress)
-    _send_logs_to(console, debug=args.debug)
+    send_logs_to(console, debug=args.debug)
     try:
-        with console, _stopping(stop, console):
-            from .commands.verbs import COMMANDS
-
-            COMMANDS[args.verb](args, console, stop)
+        with console, stopping(stop, console):
+            args.body(args, console, stop)
     except BrokenPipeError:
         # Whoever read our output has gone; closing stdout again at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (MagnetarError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if args.debug:
             traceback.print_exc()
-        if isinstance(error, MagnetarError) and not isinstance(error, InterruptedByUserError):
-            console.error(str(error), exit_code=error.exit_code)
-            return error.exit_code
-        code = InterruptedByUserError.exit_code
-        console.error(_how_to_resume(str(error), args.verb, arguments), exit_code=code)
+        text, code = _failure(error, debug=args.debug)
+        if code == InterruptedByUserError.exit_code and args.verb in _RESUMABLE:
+            command = shlex.join(["magnetar", *arguments])
+            text += f"\nGo on where it stopped with:\n  {command}"
+        console.error(text, exit_code=code)
         return code
-    except Exception as error:
-        if args.debug:
-            traceback.print_exc()
-        text = f"{type(error).__name__}: {error}"
-        hint = "" if args.debug else "; --debug shows where"
-        console.error(f"an error that Magnetar does not expect: {text}{hint}", exit_code=1)
-        return 1
     return 0
 
 
-@contextlib.contextmanager
-def _stopping(stop: threading.Event, console: Console) -> Iterator[None]:
-    """Makes Ctrl-C and SIGTERM set ``stop``; the second one ends the process at once."""
-
-    def handle(number: int, _frame: object) -> None:
-        if stop.is_set():
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        stop.set()
-        # In a thread: the main thread may be in the middle of printing.
-        text = "stopping; once more ends it at once"
-        threading.Thread(target=console.note, args=(text,), name="stop-note", daemon=True).start()
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handle) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-def _how_to_resume(text: str, verb: str, arguments: list[str]) -> str:
-    said = text or "interrupted"
-    if verb not in _RESUMABLE:
-        return said
-    return f"{said}\nGo on where it stopped with:\n  {shlex.join(['magnetar', *arguments])}"
-
-
-class _ConsoleHandler(logging.Handler):
-    """Log records of Magnetar's own modules become notes of the command."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say = self._console.warning if record.levelno >= logging.WARNING else self._console.note
-        say(self.format(record))
-
-
-def _send_logs_to(console: Console, *, debug: bool) -> None:
-    logger = logging.getLogger("magnetar")
-    logger.handlers = [_ConsoleHandler(console)]
-    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
-    logger.propagate = False
+def _failure(error: BaseException, *, debug: bool) -> tuple[str, int]:
+    """What a failure is called, and the exit code."""
+    match error:
+        case KeyboardInterrupt():
+            return "interrupted", InterruptedByUserError.exit_code
+        case MagnetarError():
+            return str(error) or "interrupted", error.exit_code
+        case OSError() if error.filename and error.errno in _NO_ACCESS:
+            return (
+                f"{error.filename} cannot be used ({error.strerror}): allow that, or name other "
+                "folders by --store and the variable MAGNETAR_HOME",
+                PreflightError.exit_code,
+            )
+    hint = "" if debug else "; --debug shows where"
+    return f"an error that Magnetar does not expect: {type(error).__name__}: {error}{hint}", 1
 
 
 if __name__ == "__main__":

@@ -198,6 +198,11 @@ class Console:
         _write_line(self._out, text)
 
 
+def json_text(value: object) -> str:
+    """JSON on stdout: indented where people read it, on one line where programs do."""
+    return json.dumps(value, indent=2 if sys.stdout.isatty() else None)
+
+
 def _view(mode: ProgressMode, stream: TextIO) -> View:
     if mode == "auto":
         mode = "json" if not stream.isatty() else "bar"

@@ -21,9 +21,11 @@ from pathlib import Path
 from ..cluster.spec import DeploymentSpec
 from ..errors import InterruptedByUserError, MagnetarError, TimedOutError
 from ..fetcher.progress import Progress
-from ..settings import default_store
 from .console import Console
+from .option_groups import add_placement, add_serving, add_store
 from .serving import need_importable_package, serving
+from .verb import Verbs
+from .wishes import store_of, with_options
 
 MODEL_NAME = "smollm2-moe"
 QUESTION = "What is the capital of France?"
@@ -40,10 +42,30 @@ class Seed:
     address: str
 
 
+def add_demo(verbs: Verbs) -> None:
+    """`magnetar demo` and its options."""
+    parser = verbs.add(
+        "demo",
+        demo,
+        "serve a small real model that is made and seeded on this machine",
+        "Make a small real model, seed it, and serve it from its magnet link. Nothing is "
+        "downloaded from the internet. Stays up until Ctrl-C.",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="ask one question, print the answer, and stop"
+    )
+    parser.add_argument(
+        "--seed-only", action="store_true", help="make and seed the model but do not serve it"
+    )
+    add_store(parser)
+    add_placement(parser)
+    add_serving(parser)
+
+
 def demo(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Makes, seeds and serves the demo model; with ``--check`` asks it one question and stops."""
     need_importable_package()
-    store = Path(args.store).expanduser().absolute() if args.store else default_store()
+    store = store_of(args)
     from ..fetcher.demo.build import build_demo_release
 
     folder = build_demo_release(
@@ -68,7 +90,6 @@ def demo(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
 
 def _spec(args: argparse.Namespace, seed: Seed, store: Path, console: Console) -> DeploymentSpec:
     from ..manifests.source import deployment_name, resolve_source
-    from .wishes import with_options
 
     source = resolve_source(
         seed.magnet, peers=(seed.address,), timeout_s=60.0, on_note=console.note

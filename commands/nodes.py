@@ -1,18 +1,40 @@
 """`magnetar nodes`: what there is to compute on, how fast it is, and an inventory file of it."""
 
 import argparse
-import json
-import sys
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..settings import default_store
-from .console import Console
+from .console import Console, json_text
+from .option_groups import add_ray_address
 from .serving import need_importable_package
+from .verb import Verbs
 
 if TYPE_CHECKING:
     from ..cluster.plan import Inventory
+
+
+def add_nodes(verbs: Verbs) -> None:
+    """`magnetar nodes` and its options."""
+    parser = verbs.add(
+        "nodes",
+        nodes,
+        "measure the machines there are to plan with",
+        "Measure this machine, or every node of a Ray cluster and the links between them. Later "
+        "plans use what was measured.",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="measure even what was measured before"
+    )
+    add_ray_address(parser, "measure the nodes of this Ray cluster (this machine alone)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=("table", "json", "yaml"),
+        default="table",
+        help="form of what is printed; yaml is an inventory file",
+    )
 
 
 def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
@@ -35,8 +57,7 @@ def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
     if args.output == "table":
         console.data(nodes_table(inventory))
     elif args.output == "json":
-        document = inventory_document(inventory)
-        console.data(json.dumps(document, indent=2 if sys.stdout.isatty() else None))
+        console.data(json_text(inventory_document(inventory)))
     else:
         import yaml
 

@@ -126,11 +126,12 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_ray_address(parser: argparse._ActionsContainer) -> None:
-    """A cluster to join."""
-    parser.add_argument(
-        "--ray-address", metavar="ADDRESS", help="an existing Ray cluster (one is started here)"
-    )
+def add_ray_address(
+    parser: argparse._ActionsContainer,
+    help: str = "an existing Ray cluster (one is started here)",
+) -> None:
+    """A cluster to join, and in `help` what for."""
+    parser.add_argument("--ray-address", metavar="ADDRESS", help=help)
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:

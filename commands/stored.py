@@ -1,18 +1,18 @@
 """The verbs about what the store holds: `magnetar store ls | path | gc | verify`."""
 
 import argparse
-import json
-import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import NotFoundError, UsageError, VerifyError
-from ..settings import default_store
-from .console import Console
+from .console import Console, json_text
+from .option_groups import add_output, add_store
 from .phases import format_bytes
+from .values import age
+from .verb import Verbs
+from .wishes import store_of
 
 if TYPE_CHECKING:
     from ..fetcher.store import Store, StoredRelease
@@ -20,6 +20,33 @@ if TYPE_CHECKING:
 
 MAX_NAMED = 10
 """Damaged tensors that are named one by one where people read."""
+
+
+def add_store_verb(verbs: Verbs) -> None:
+    """`magnetar store` and its options."""
+    parser = verbs.add(
+        "store",
+        store,
+        "list, check or delete what the store holds, or print the folder of a release",
+        "ls lists the releases, path prints the folder of one. verify hashes all that is on "
+        "record, of one or of all, names what is damaged and has the next fetch bring it again. "
+        "gc deletes releases that no deployment uses and that nobody has used for long.",
+    )
+    parser.add_argument("action", choices=("ls", "path", "gc", "verify"), help="what to do")
+    parser.add_argument(
+        "release", nargs="?", metavar="RELEASE", help="name or info-hash, for path and verify"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="gc: say what would be deleted, and delete nothing"
+    )
+    parser.add_argument(
+        "--older-than",
+        type=age,
+        metavar="TIME",
+        help="gc: what was not used for this long, for example 12h or 7d; 0s is all (30d)",
+    )
+    add_store(parser)
+    add_output(parser)
 
 
 def store(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
@@ -32,14 +59,13 @@ def store(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
         raise UsageError("write: magnetar store path RELEASE")
     if args.action != "gc" and (args.dry_run or args.older_than is not None):
         raise UsageError("--dry-run and --older-than belong to: magnetar store gc")
-    root = Path(args.store).expanduser().absolute() if args.store else default_store()
-    _ACTIONS[args.action](Store(root), args, console, stop)
+    _ACTIONS[args.action](Store(store_of(args)), args, console, stop)
 
 
 def _ls(store: "Store", args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     held = store.releases()
     if args.output == "json":
-        console.data(_json([_told(release) for release in held]))
+        console.data(json_text([_told(release) for release in held]))
     elif held:
         console.data("\n".join(map(_line, held)))
     else:
@@ -50,7 +76,7 @@ def _path(
     store: "Store", args: argparse.Namespace, console: Console, stop: threading.Event
 ) -> None:
     folder = str(_named(store, args.release).folder)
-    console.data(_json({"folder": folder}) if args.output == "json" else folder)
+    console.data(json_text({"folder": folder}) if args.output == "json" else folder)
 
 
 def _gc(store: "Store", args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
@@ -64,7 +90,7 @@ def _gc(store: "Store", args: argparse.Namespace, console: Console, stop: thread
     freed = sum(each.release.num_bytes for each in found if not each.reason)
     if args.output == "json":
         told = [_told(each.release) | {"kept_because": each.reason} for each in found]
-        console.data(_json({"freed_bytes": freed, "dry_run": args.dry_run, "releases": told}))
+        console.data(json_text({"freed_bytes": freed, "dry_run": args.dry_run, "releases": told}))
         return
     verb = "would be deleted" if args.dry_run else "deleted"
     for each in found:
@@ -90,7 +116,7 @@ def _verify(
         if args.output != "json":
             console.data(_report(checks[-1]))
     if args.output == "json":
-        console.data(_json([asdict(check) | {"is_right": check.is_right} for check in checks]))
+        console.data(json_text([asdict(check) | {"is_right": check.is_right} for check in checks]))
     if bad := [check for check in checks if not check.is_right]:
         names = ", ".join(check.name for check in bad)
         raise VerifyError(
@@ -132,10 +158,6 @@ def _line(release: "StoredRelease") -> str:
         f"{release.info_hash[:12]}  {release.num_bytes:>16,} bytes  "
         f"{'whole' if release.complete else 'part '}  {release.name}"
     )
-
-
-def _json(value: Sequence[object] | Mapping[str, object]) -> str:
-    return json.dumps(value, indent=2) if sys.stdout.isatty() else json.dumps(value)
 
 
 _ACTIONS: Mapping[str, Callable[["Store", argparse.Namespace, Console, threading.Event], None]] = {

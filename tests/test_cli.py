@@ -9,9 +9,21 @@ from pathlib import Path
 import pytest
 
 import magnetar
-from magnetar.commands.options import build_parser
+from magnetar.commands.parser import build_parser
 
-VERBS = ("up", "demo", "plan", "nodes", "fetch", "verify", "seed", "inspect", "status", "down")
+VERBS = (
+    "up",
+    "demo",
+    "plan",
+    "nodes",
+    "fetch",
+    "verify",
+    "seed",
+    "inspect",
+    "store",
+    "status",
+    "down",
+)
 Run = subprocess.CompletedProcess[str]
 
 
@@ -34,11 +46,12 @@ def test_help_names_every_verb_and_the_exit_codes() -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb: str) -> None:
-    done = run(verb, "--help")
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_of_everything_fits_a_terminal(verb: str) -> None:
+    done = run(*verb.split(), "--help", COLUMNS="80")
     assert done.returncode == 0
     assert "--progress" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_version() -> None:

@@ -1,6 +1,7 @@
 """The error boundary: whatever a command raises becomes one line and an exit code."""
 
 import argparse
+import errno
 import os
 import shlex
 import signal
@@ -11,11 +12,12 @@ import threading
 import pytest
 
 from magnetar import cli, errors
-from magnetar.commands import verbs as commands
+from magnetar.commands import deployments, releases, seeding
 from magnetar.commands.console import Console
+from magnetar.commands.verb import Body
 
 
-def ends_with(error: BaseException | None) -> commands.Command:
+def ends_with(error: BaseException | None) -> Body:
     def body(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
         if error is not None:
             raise error
@@ -33,7 +35,7 @@ def test_every_error_ends_with_its_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(commands, "COMMANDS", {"down": ends_with(kind("what to do"))})
+    monkeypatch.setattr(deployments, "down", ends_with(kind("what to do")))
     assert cli.main(["down", "x", "--progress", "plain"]) == kind.exit_code
     assert capsys.readouterr().err == "magnetar: what to do\n"
 
@@ -48,14 +50,14 @@ def test_error_tree_in_the_docstring_is_the_real_one() -> None:
 
 
 def test_success_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "COMMANDS", {"down": ends_with(None)})
+    monkeypatch.setattr(deployments, "down", ends_with(None))
     assert cli.main(["down", "x"]) == 0
 
 
 def test_unexpected_error_is_one_line_without_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(commands, "COMMANDS", {"down": ends_with(ZeroDivisionError("odd"))})
+    monkeypatch.setattr(deployments, "down", ends_with(ZeroDivisionError("odd")))
     assert cli.main(["down", "x", "--progress", "plain"]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -66,12 +68,23 @@ def test_interruption_says_how_to_resume(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = errors.InterruptedByUserError("stopped at 40 %")
-    monkeypatch.setattr(commands, "COMMANDS", {"fetch": ends_with(error)})
+    monkeypatch.setattr(releases, "fetch", ends_with(error))
     arguments = ["fetch", "magnet:?xt=a&dn=b c", "--progress", "plain"]
     assert cli.main(arguments) == 130
     first, _, last = capsys.readouterr().err.splitlines()
     assert first == "magnetar: stopped at 40 %"
     assert last == f"  {shlex.join(['magnetar', *arguments])}"
+
+
+def test_folder_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS), "/read/only")
+    monkeypatch.setattr(deployments, "down", ends_with(error))
+    assert cli.main(["down", "x", "--progress", "plain"]) == errors.PreflightError.exit_code
+    said = capsys.readouterr().err
+    assert said.startswith("magnetar: /read/only cannot be used (Read-only file system): ")
+    assert "MAGNETAR_HOME" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -84,7 +97,7 @@ def test_signal_sets_the_event_and_leaves_the_handlers_as_they_were(
         raise errors.InterruptedByUserError
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(commands, "COMMANDS", {"seed": body})
+    monkeypatch.setattr(seeding, "seed", body)
     assert cli.main(["seed", "x"]) == 130
     assert signal.getsignal(number) is before
 
@@ -92,10 +105,10 @@ def test_signal_sets_the_event_and_leaves_the_handlers_as_they_were(
 BODY = """
 import sys
 from magnetar import cli
-from magnetar.commands import verbs as commands
+from magnetar.commands import deployments
 def body(args, console, stop):
     {}
-commands.COMMANDS = {{"down": body}}
+deployments.down = body
 sys.exit(cli.main(["down", "x", "--progress", "plain"]))
 """
 

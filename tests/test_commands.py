@@ -9,7 +9,7 @@ import pytest
 
 from magnetar.cluster.spec import DeploymentSpec
 from magnetar.commands.console import Console
-from magnetar.commands.options import build_parser
+from magnetar.commands.parser import build_parser
 from magnetar.commands.serving import how_to_ask, status_table
 from magnetar.commands.wishes import wanted
 from magnetar.errors import UsageError

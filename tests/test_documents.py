@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from magnetar import errors
-from magnetar.commands.options import build_parser
+from magnetar.commands.parser import build_parser
 from magnetar.manifests.load import parse_deployment
 
 ROOT = Path(__file__).resolve().parent.parent

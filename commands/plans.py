@@ -1,0 +1,120 @@
+"""The verb ``plan``: table, JSON, YAML or picture of a plan, or what it would change."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ..errors import UsageError
+from .console import Console, json_text
+from .option_groups import CONCURRENCY_HELP, add_facts, add_manifest, add_placement, add_source
+from .serving import need_importable_package
+from .values import positive
+from .verb import Verbs
+from .wishes import wanted
+
+if TYPE_CHECKING:
+    from ..serve.launch import PlanPreview
+
+PlanOutput = Literal["table", "json", "yaml", "svg"]
+
+
+def add_plan(verbs: Verbs) -> None:
+    """`magnetar plan` and its options."""
+    parser = verbs.add("plan", plan, "print where a model would run; changes nothing")
+    add_source(parser, optional=True)
+    add_manifest(parser)
+    add_facts(parser)
+    add_placement(parser)
+    parser.add_argument("--max-concurrency", type=positive, metavar="N", help=CONCURRENCY_HELP)
+    parser.add_argument(
+        "--inventory",
+        metavar="FILE",
+        help="plan for the machines of this file, as `magnetar nodes -o yaml` writes it",
+    )
+    parser.add_argument(
+        "--diff",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="print what would move of the deployment that runs (of this name, else of the "
+        "manifest's or the model's)",
+    )
+    parser.add_argument(
+        "--from-traffic",
+        action="store_true",
+        help="plan for the experts that the running deployment chose, and say what that gains; "
+        "implies --diff",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=get_args(PlanOutput),
+        default="table",
+        help="form of what is printed; svg is a picture",
+    )
+
+
+def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+    """Prints where a model would run; fetches no more than what describes it."""
+    spec, ray_address = wanted(args, console)
+    inventory = None
+    if args.inventory is not None:
+        from ..manifests.inventory import load_inventory
+
+        inventory = load_inventory(Path(args.inventory).expanduser(), environment=os.environ)
+    elif ray_address is not None:
+        need_importable_package()
+    from ..serve.launch import plan_only, running
+
+    before = None
+    if args.diff is not None or args.from_traffic:
+        before = running(args.diff or spec.name, ray_address=ray_address)
+    preview = plan_only(
+        spec,
+        ray_address=ray_address,
+        inventory=inventory,
+        running=before,
+        from_traffic=args.from_traffic,
+        on_progress=console.progress,
+        stop=stop,
+    )
+    console.data(shown_plan(preview, name=spec.name, output=args.output))
+
+
+def shown_plan(preview: "PlanPreview", *, name: str, output: PlanOutput) -> str:
+    """The plan itself, or what it would change of what runs.
+
+    Raises:
+        UsageError: a picture of a difference.
+    """
+    from ..cluster.planning.plan_diff import diff_json, diff_table, plan_diff
+    from ..cluster.planning.plan_picture import plan_svg
+    from ..cluster.planning.plan_view import plan_json, plan_table
+
+    if preview.running is not None:
+        if output == "svg":
+            raise UsageError("there is no picture of a difference; leave out --diff or -o svg")
+        diff = plan_diff(preview.running, preview.plan, preview.facts.index)
+        return diff_table(diff) if output == "table" else _document(diff_json(diff), output)
+    if output == "svg":
+        num_experts = preview.facts.config.num_experts
+        return plan_svg(preview.plan, num_experts=num_experts, title=name).rstrip()
+    if output == "table":
+        # Whoever parses lines gets them whole.
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        return plan_table(preview.plan, preview.explanation, width=width)
+    return _document(plan_json(preview.plan, preview.explanation), output)
+
+
+def _document(told: dict[str, Any], output: PlanOutput) -> str:
+    if output == "json":
+        return json_text(told)
+    import yaml
+
+    # By way of JSON, for YAML would mark tuples.
+    return yaml.safe_dump(json.loads(json.dumps(told)), sort_keys=False).rstrip()
