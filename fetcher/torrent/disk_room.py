@@ -3,7 +3,7 @@
 from typing import Final
 
 RESERVE_BYTES: Final = 512 << 20
-"""Left free for whatever else lives on the disk; twice libtorrent's write queue."""
+"""Left free for whatever else lives on the disk; far more than libtorrent's write queue."""
 RETRY_S: Final = 5.0
 MAX_RETRY_S: Final = 300.0
 
