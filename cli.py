@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code == InterruptedByUserError.exit_code and args.verb in _RESUMABLE:
             command = shlex.join(["magnetar", *arguments])
             text += f"\nGo on where it stopped with:\n  {command}"
-        console.error(text, exit_code=code)
+        fields = error.fields() if isinstance(error, MagnetarError) else {}
+        console.error(text, exit_code=code, **fields)
         return code
     return 0
 

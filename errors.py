@@ -26,11 +26,18 @@ MagnetarError                    1  something failed
 A message says what happened, with the value, and then what to do next.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class MagnetarError(Exception):
     """Something failed; the message says what and what to do."""
 
     exit_code = 1
+
+    def fields(self) -> dict[str, Any]:
+        """What programs are told besides the message; arguments of the class, by name."""
+        return {}
 
 
 class UsageError(MagnetarError):
@@ -79,6 +86,15 @@ class PortInUseError(PreflightError):
 
 class InfeasiblePlanError(PreflightError):
     """No placement fits the memory there is; the message has the numbers."""
+
+    def __init__(self, message: str, *, changes: Sequence[Mapping[str, Any]] = ()) -> None:
+        """`changes` each suffice by themselves, the cheapest first: their knob, amount and text."""
+        super().__init__(message)
+        self.changes = tuple(changes)
+
+    def fields(self) -> dict[str, Any]:
+        """See `MagnetarError.fields`."""
+        return {"changes": self.changes} if self.changes else {}
 
 
 class ReleaseError(MagnetarError):

@@ -180,11 +180,11 @@ class Console:
         """Something that was ignored, clamped or changed."""
         self._view.note(text, "warning")
 
-    def error(self, text: str, *, exit_code: int) -> None:
-        """Why the command fails."""
+    def error(self, text: str, *, exit_code: int, **fields: object) -> None:
+        """Why the command fails; programs are told `fields` too."""
         self._view.pause(failed=True)
         if isinstance(self._view, JsonView):
-            self._view.event("error", {"message": text, "exit_code": exit_code})
+            self._view.event("error", {"message": text, "exit_code": exit_code, **fields})
         else:
             self._view.note(text, "error")
 

@@ -1,6 +1,7 @@
 """How far a deployment is: phase, conditions, failure; plain data that crosses processes."""
 
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal, get_args
 
@@ -54,13 +55,20 @@ class Failure:
     message: str
     details: str = ""
     """The remote traceback, for `--debug`."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """See `MagnetarError.fields`."""
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
         """Describe `error`; what is no `MagnetarError` keeps its type in the message."""
         details = "".join(traceback.format_exception(error))
         if isinstance(error, MagnetarError):
-            return cls(error=type(error).__name__, message=str(error), details=details)
+            return cls(
+                error=type(error).__name__,
+                message=str(error),
+                details=details,
+                fields=error.fields(),
+            )
         message = f"{type(error).__name__}: {error}"
         return cls(error="MagnetarError", message=message, details=details)
 
@@ -69,7 +77,7 @@ class Failure:
         kind = getattr(errors, self.error, MagnetarError)
         if not (isinstance(kind, type) and issubclass(kind, MagnetarError)):
             kind = MagnetarError
-        error = kind(self.message)
+        error = kind(self.message, **self.fields)
         if self.details:
             error.add_note(self.details)
         return error

@@ -27,7 +27,6 @@ from ..search.cost import device_speed
 from ..search.place import MARGIN, places_of
 from ..search.placing import Placing
 from ..units import gigabytes, id_ranges
-from .advice import sufficient_changes
 from .dtype_ladder import dtype_choices, lower_dtypes
 from .memory_plan import (
     kv_bytes_of,
@@ -39,6 +38,7 @@ from .memory_plan import (
     unused_by_memory,
 )
 from .node_wishes import allowed_nodes
+from .refusal import pins_refused, refused
 from .soundness import check_inventory
 from .speed_plan import SpeedPlanner, speeds_known
 
@@ -83,8 +83,8 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
     if any(wish.layers for wish in workload.nodes):
         freed = tuple(replace(wish, layers=None) for wish in workload.nodes)
         if _best(model, ladder, allowed, replace(workload, nodes=freed)) is not None:
-            raise InfeasiblePlanError(_why_not_pinned(model, allowed, workload))
-    raise InfeasiblePlanError(_why_not(config, index, stored, allowed, workload))
+            raise pins_refused(model.weights, allowed, workload)
+    raise refused(config, index, ladder[-1], allowed, workload)
 
 
 def predicted(
@@ -322,68 +322,3 @@ def _check(config: ModelConfig, inventory: Inventory, workload: Workload) -> Non
         )
     if not inventory.nodes:
         raise InfeasiblePlanError("there is no node to place the model on; start one")
-
-
-def _why_not_pinned(model: _Model, inventory: Inventory, workload: Workload) -> str:
-    """What each pin needs; without them the model fits."""
-    weights, said = model.weights, []
-    room = {
-        node.host: max(int(each.memory_bytes * (1 - MARGIN)) for each in node.devices)
-        for node in inventory.nodes
-    }
-    overhead = weights.workspace_bytes(workload.max_context_tokens)
-    for wish in workload.nodes:
-        if wish.layers is not None:
-            first, end = wish.layers
-            need = sum(weights.layer_bytes[first:end]) + overhead
-            need += (end - first) * kv_bytes_of(weights, workload)
-            need += (first == 0) * weights.embeddings_bytes
-            need += (end == len(weights.layer_bytes)) * weights.output_bytes
-            said.append(
-                f"layers {first}-{end - 1} need {gigabytes(need)} in {model.dtype} on {wish.host}, "
-                f"of which {gigabytes(room[wish.host])} can be used"
-            )
-    return (
-        f"the pins leave no placement, and without them the model fits: {'; '.join(said)}; pin "
-        "fewer layers there, or leave layers to nodes without a pin"
-    )
-
-
-def _why_not(
-    config: ModelConfig,
-    index: TensorIndex,
-    dtype: ComputeDtype,
-    inventory: Inventory,
-    workload: Workload,
-) -> str:
-    weights = footprint(config, index, dtype)
-    context = workload.min_context_tokens or workload.max_context_tokens
-    least = replace(workload, max_context_tokens=min(context, workload.max_context_tokens))
-    kv_bytes = kv_bytes_of(weights, least) * len(weights.layer_bytes)
-    overhead = weights.workspace_bytes(least.max_context_tokens) * (workload.num_stages or 1)
-    needed = weights.weights_bytes + kv_bytes + overhead
-    there = ", ".join(
-        f"{node.host} {gigabytes(int(device.memory_bytes * (1 - MARGIN)))} of "
-        f"{gigabytes(device.memory_bytes)} {device.kind}"
-        for node in inventory.nodes
-        for device in node.devices
-    )
-    stages = f" in {workload.num_stages} stages" if workload.num_stages else ""
-    changes = "; ".join(
-        change.text for change in sufficient_changes(config, index, inventory, least, dtype)
-    )
-    largest = max(place.usable_bytes for place in places_of(inventory))
-    smallest = smallest_stage_bytes(weights, least)
-    no_room = ""
-    if largest < smallest:
-        no_room = (
-            f" (no node has room for one layer: it takes {gigabytes(smallest)}, the largest device "
-            f"has {gigabytes(largest)})"
-        )
-    return (
-        f"the model does not fit{stages}{no_room}: it needs at least {gigabytes(needed)} "
-        f"({gigabytes(weights.weights_bytes)} of {dtype} weights, {gigabytes(kv_bytes)} for the "
-        f"keys and values of {least.max_concurrency} sequences of {least.max_context_tokens} "
-        f"tokens, {gigabytes(overhead)} of workspace); usable ({MARGIN:.0%} stays free): {there}; "
-        f"add memory or nodes, or ask for less; any one of these is enough: {changes}"
-    )

@@ -80,7 +80,9 @@ def test_three_cards_of_40_gb_share_the_layers_evenly() -> None:
 
 
 def test_a_card_beside_a_large_host_is_filled_and_the_host_takes_the_rest() -> None:
-    with pytest.raises(InfeasiblePlanError, match="is enough: --dtype int8"):
+    with pytest.raises(
+        InfeasiblePlanError, match="is enough, the cheapest first:\n    --dtype int8"
+    ):
         planned("one-card-beside-a-large-host")
     found = planned("one-card-beside-a-large-host", dtype="int8")
     by_device = {device: count for _, device, count in shape(found)}
@@ -95,7 +97,9 @@ def test_a_card_beside_a_large_host_is_filled_and_the_host_takes_the_rest() -> N
 
 
 def test_eight_small_cards_are_all_used_for_throughput_and_few_for_one_stream() -> None:
-    with pytest.raises(InfeasiblePlanError, match="is enough: --dtype int8"):
+    with pytest.raises(
+        InfeasiblePlanError, match="is enough, the cheapest first:\n    --dtype int8"
+    ):
         planned("eight-of-16-gb-over-1-gbe")
     together = planned("eight-of-16-gb-over-1-gbe", dtype="int8", objective="throughput")
     assert [count for _, _, count in shape(together)] == [4] * 8
