@@ -55,15 +55,14 @@ class DeviceEntry(Part):
     gemm_by_dtype: dict[ComputeDtype, Rate] = Field(
         default_factory=dict, description="The same for single number formats."
     )
-    layer_overhead_microseconds: Overhead = Field(
-        default=0.0, description="What a layer takes in every step whatever its size."
+    layer_overhead_microseconds: Overhead | None = Field(
+        default=None, description="What a layer takes in every step whatever its size."
     )
-    step_overhead_microseconds: Overhead = Field(
-        default=0.0, description="What a stage takes in every step beside its layers."
+    step_overhead_microseconds: Overhead | None = Field(
+        default=None, description="What a stage takes in every step beside its layers."
     )
-
-    helper_overhead_microseconds: Overhead = Field(
-        default=0.0,
+    helper_overhead_microseconds: Overhead | None = Field(
+        default=None,
         description="What a layer takes longer with experts elsewhere, beside the way there.",
     )
 
@@ -82,12 +81,23 @@ class DeviceEntry(Part):
         """The same for the planner."""
         memory, kind = self.memory_bytes, self.kind
         reads, computes = self.read_gigabytes_per_second, self.gemm_gflops
+        overheads_us = (
+            self.layer_overhead_microseconds,
+            self.step_overhead_microseconds,
+            self.helper_overhead_microseconds,
+        )
+        known_s = (0.0, 0.0, 0.0)
         if memory is None and self.memory_gigabytes is not None:
             memory = int(self.memory_gigabytes * 1e9)
         if self.profile is not None:
             base = profiles()[self.profile].device
             memory, kind = memory or base.memory_bytes, kind or base.kind
             reads, computes = reads or base.read_gbps, computes or base.gemm_gflops
+            known_s = (base.layer_overhead_s, base.step_overhead_s, base.helper_overhead_s)
+        layer_s, step_s, helper_s = (
+            known if given is None else given / 1e6
+            for given, known in zip(overheads_us, known_s, strict=True)
+        )
         assert memory is not None
         assert kind is not None
         return PlanDevice(
@@ -99,9 +109,9 @@ class DeviceEntry(Part):
             dtype_read_gbps=tuple(self.read_by_dtype.items()),
             gemm_gflops=computes,
             dtype_gemm_gflops=tuple(self.gemm_by_dtype.items()),
-            layer_overhead_s=self.layer_overhead_microseconds / 1e6,
-            step_overhead_s=self.step_overhead_microseconds / 1e6,
-            helper_overhead_s=self.helper_overhead_microseconds / 1e6,
+            layer_overhead_s=layer_s,
+            step_overhead_s=step_s,
+            helper_overhead_s=helper_s,
         )
 
 

@@ -4,6 +4,7 @@ import functools
 import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..plan import Device
 
@@ -14,7 +15,7 @@ class Profile:
 
     device: Device
     source: str
-    """Where the figures come from."""
+    """Where the figures come from, those that all devices of a kind share last."""
 
 
 @functools.cache
@@ -23,16 +24,24 @@ def profiles() -> Mapping[str, Profile]:
     import yaml
 
     text = (importlib.resources.files(__package__) / "profiles.yaml").read_text(encoding="utf-8")
+    known = yaml.safe_load(text)
     return {
-        name: Profile(
-            device=Device(
-                kind=row["kind"],
-                memory_bytes=int(row["memoryGigabytes"] * 1e9),
-                name=name,
-                read_gbps=float(row["readGigabytesPerSecond"]),
-                gemm_gflops=float(row["gemmGflops"]) if "gemmGflops" in row else None,
-            ),
-            source=row["source"],
-        )
-        for name, row in yaml.safe_load(text).items()
+        name: _profile(name, row, known["overheads"][row["kind"]])
+        for name, row in known["devices"].items()
     }
+
+
+def _profile(name: str, row: Mapping[str, Any], around: Mapping[str, Any]) -> Profile:
+    return Profile(
+        device=Device(
+            kind=row["kind"],
+            memory_bytes=int(row["memoryGigabytes"] * 1e9),
+            name=name,
+            read_gbps=float(row["readGigabytesPerSecond"]),
+            gemm_gflops=float(row["gemmGflops"]) if "gemmGflops" in row else None,
+            layer_overhead_s=around["layerMicroseconds"] / 1e6,
+            step_overhead_s=around["stepMicroseconds"] / 1e6,
+            helper_overhead_s=around["helperMicroseconds"] / 1e6,
+        ),
+        source=f"{row['source']}; {around['source']}",
+    )

@@ -64,6 +64,19 @@ def test_a_profile_stands_for_a_device_and_count_for_machines(tmp_path: Path) ->
     assert all((link.source, link.target) != ("mac", "gpu-0") for link in found.links)
 
 
+def test_a_profile_has_overheads_until_the_file_says_others(tmp_path: Path) -> None:
+    found = load(
+        tmp_path,
+        "nodes: [{host: a, devices: [{profile: t4}, {profile: t4, layerOverheadMicroseconds: 0}, "
+        "{profile: ddr4-2ch, stepOverheadMicroseconds: 20}, {kind: cpu, memoryGigabytes: 1}]}]\n",
+    )
+    card, lean, host, plain = found.nodes[0].devices
+    assert card.layer_overhead_s == profiles()["t4"].device.layer_overhead_s > 0
+    assert (lean.layer_overhead_s, lean.step_overhead_s) == (0.0, card.step_overhead_s)
+    assert (host.step_overhead_s, host.helper_overhead_s) == (20e-6, card.helper_overhead_s)
+    assert plain.layer_overhead_s == plain.step_overhead_s == plain.helper_overhead_s == 0.0
+
+
 def test_devices_of_a_kind_are_numbered(tmp_path: Path) -> None:
     found = load(tmp_path, "nodes: [{host: a, devices: [{profile: t4}, {profile: l4}]}]\n")
     assert [device.index for device in found.nodes[0].devices] == [0, 1]
