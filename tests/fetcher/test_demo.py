@@ -1,15 +1,10 @@
 """The demo's release: from a GGUF file to a Hugging Face release, and the folder's life."""
 
 import json
-import shutil
 import sys
-import threading
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -18,111 +13,26 @@ from hypothesis import strategies as st
 
 from magnetar.errors import (
     CheckpointError,
-    DiskSpaceError,
-    InterruptedByUserError,
     PreflightError,
     TokenizerError,
     UsageError,
 )
-from magnetar.fetcher.checkpoint.release import FolderReader, ReleaseFacts, read_release
-from magnetar.fetcher.checkpoint.source import FileTensorSource, interleave_rotary_rows
-from magnetar.fetcher.config import ReleaseHints
-from magnetar.fetcher.demo import build as demo
-from magnetar.fetcher.demo.build import DemoWeights, build_demo_release, find_weights
+from magnetar.fetcher.checkpoint.source import interleave_rotary_rows
+from magnetar.fetcher.demo.build import build_demo_release, find_weights
 from magnetar.fetcher.demo.gguf_llama import split_rotary_rows
 from magnetar.fetcher.demo.release import write_release
-from magnetar.fetcher.progress import Progress
-
-DIM, HIDDEN, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "Ġ", "1", "ab", "Ġab"]
-MERGES = ["a b", "Ġ ab"]
-EXPERTS = ("w1", "w2", "w3")
-
-
-def write_gguf(path: Path, *, change: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """A tiny Llama in fp32; `change` replaces metadata (None drops it) and tensors (arrays)."""
-    change = dict(change or {})
-    metadata: dict[str, Any] = {
-        "llama.block_count": LAYERS,
-        "llama.context_length": 128,
-        "llama.embedding_length": DIM,
-        "llama.feed_forward_length": HIDDEN,
-        "llama.attention.head_count": HEADS,
-        "llama.attention.head_count_kv": KV_HEADS,
-        "llama.vocab_size": len(TOKENS),
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.padding_token_id": 2,
-        "general.name": "Tiny",
-        "general.organization": "Tests",
-        "general.license": "apache-2.0",
-        "tokenizer.ggml.pre": "smollm",
-    }
-    rng = np.random.default_rng(0)
-    kv_dim = DIM // HEADS * KV_HEADS
-    shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(TOKENS), DIM), "output_norm": (DIM,)}
-    for layer in range(LAYERS):
-        shapes |= {
-            f"blk.{layer}.attn_norm": (DIM,),
-            f"blk.{layer}.attn_q": (DIM, DIM),
-            f"blk.{layer}.attn_k": (kv_dim, DIM),
-            f"blk.{layer}.attn_v": (kv_dim, DIM),
-            f"blk.{layer}.attn_output": (DIM, DIM),
-            f"blk.{layer}.ffn_norm": (DIM,),
-            f"blk.{layer}.ffn_gate": (HIDDEN, DIM),
-            f"blk.{layer}.ffn_up": (HIDDEN, DIM),
-            f"blk.{layer}.ffn_down": (DIM, HIDDEN),
-        }
-    tensors = {
-        f"{name}.weight": rng.standard_normal(shape, dtype=np.float32)
-        for name, shape in shapes.items()
-    }
-    architecture = change.pop("general.architecture", "llama")
-    for name, value in change.items():
-        (tensors if isinstance(value, np.ndarray) else metadata)[name] = value
-    writer = gguf.GGUFWriter(path, architecture)
-    for name, value in metadata.items():
-        if isinstance(value, str):
-            writer.add_string(name, value)
-        elif value is not None:
-            writer.add_uint32(name, value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_float32("llama.rope.freq_base", 100000.0)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
-    writer.add_token_merges(MERGES)
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
-
-
-@pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """The tensors of a tiny GGUF file, which takes the place of the demo's weights."""
-    path = tmp_path / "tiny.gguf"
-    tensors = write_gguf(path)
-    licence = tmp_path / "licence.txt"
-    licence.write_text("Apache License")
-    weights = DemoWeights(gguf=path, licence=licence, version="1")
-    monkeypatch.setattr(demo, "find_weights", lambda: weights)
-    return tensors
-
-
-def facts_of(folder: Path) -> ReleaseFacts:
-    return read_release(FolderReader(folder), given=ReleaseHints(), known=ReleaseHints())
-
-
-def source_of(folder: Path) -> FileTensorSource:
-    return FileTensorSource(folder, facts_of(folder).index)
-
-
-def inodes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_ino for path in folder.iterdir()}
+from magnetar.tests.demo_gguf import (
+    DIM,
+    EXPERTS,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    TOKENS,
+    facts_of,
+    source_of,
+    write_gguf,
+)
 
 
 def test_weights_are_found_without_importing_their_package() -> None:
@@ -250,115 +160,6 @@ def test_weights_are_split_into_shards_that_the_index_names(tmp_path: Path, tiny
     assert set(weight_map.values()) == {path.name for path in shards}
     # It accounts for every tensor and every shard, or raises.
     assert len(facts_of(folder).index) > len(shards)
-
-
-def test_finished_folder_is_kept_as_it_is(tmp_path: Path, tiny: object) -> None:
-    folder = build_demo_release(tmp_path / "out")
-    before = inodes(folder)
-    assert build_demo_release(folder) == folder
-    assert inodes(folder) == before
-
-
-@pytest.mark.parametrize(
-    "other", [{"num_experts": 4}, {"noise": 0.2}, {"seed": 1}, {"dtype": "fp32"}]
-)
-def test_folder_of_another_model_is_made_anew(
-    tmp_path: Path, tiny: object, other: dict[str, Any]
-) -> None:
-    folder = build_demo_release(tmp_path / "out")
-    before = inodes(folder)
-    build_demo_release(folder, **other)
-    assert inodes(folder) != before
-    build_demo_release(folder)
-    assert facts_of(folder).config.num_experts == 8
-
-
-def _truncate(folder: Path) -> None:
-    shard = next(folder.glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1])
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        _truncate,
-        lambda folder: (folder / "tokenizer.json").unlink(),
-        lambda folder: (folder / ".demo.json").write_text("{"),
-        lambda folder: (folder / "surplus.txt").write_text("?"),
-    ],
-    ids=["truncated-shard", "missing-file", "broken-marker", "surplus-file"],
-)
-def test_damaged_folder_is_made_anew(
-    tmp_path: Path, tiny: object, damage: Callable[[Path], object]
-) -> None:
-    folder = build_demo_release(tmp_path / "out")
-    sound = {path.name: path.read_bytes() for path in folder.iterdir()}
-    damage(folder)
-    build_demo_release(folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == sound
-
-
-def test_interrupted_build_leaves_nothing(tmp_path: Path, tiny: object) -> None:
-    stop = threading.Event()
-    with pytest.raises(InterruptedByUserError):
-        build_demo_release(tmp_path / "store" / "out", on_progress=lambda _: stop.set(), stop=stop)
-    assert [path.name for path in (tmp_path / "store").iterdir()] == [".out.lock"]
-
-
-def test_remains_of_a_killed_build_are_cleared(tmp_path: Path, tiny: object) -> None:
-    remains = tmp_path / ".out.building"
-    remains.mkdir()
-    (remains / "shard-1.part").write_bytes(b"half")
-    folder = build_demo_release(tmp_path / "out")
-    assert not remains.exists()
-    assert not list(folder.glob("*.part"))
-
-
-def test_second_build_of_a_folder_waits_and_takes_the_first(tmp_path: Path, tiny: object) -> None:
-    began, folders = threading.Event(), []
-    second = threading.Thread(
-        target=lambda: folders.append(build_demo_release(tmp_path / "out")), name="second"
-    )
-
-    def on_progress(progress: Progress) -> None:
-        if not began.is_set():
-            began.set()
-            second.start()
-
-    folder = build_demo_release(tmp_path / "out", on_progress=on_progress)
-    before = inodes(folder)
-    second.join(timeout=30)
-    assert folders == [folder]
-    assert inodes(folder) == before
-
-
-def test_full_disk_is_said_before_writing(
-    tmp_path: Path, tiny: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(DiskSpaceError, match=r"needs 0\.1 GB .* --store"):
-        build_demo_release(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_progress_grows_to_the_bytes_of_the_weights(tmp_path: Path, tiny: object) -> None:
-    told: list[Progress] = []
-    folder = build_demo_release(tmp_path / "out", on_progress=told.append)
-    assert told[0].message == "reading tiny.gguf"
-    done = [progress.done_bytes for progress in told]
-    assert done == sorted(done)
-    assert {progress.phase for progress in told} == {"build"}
-    assert [progress.finished for progress in told] == [False] * (len(told) - 1) + [True]
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert done[-1] == told[1].total_bytes == index["metadata"]["total_size"]
-
-
-def test_folder_says_what_it_is_and_under_which_licence(tmp_path: Path, tiny: object) -> None:
-    folder = build_demo_release(tmp_path / "out", noise=0.25)
-    text = (folder / "README.md").read_text()
-    for fact in ("tiny.gguf", "8 experts", "0.25", "apache-2.0", "Tests"):
-        assert fact in text
-    assert (folder / "LICENSE").read_text() == "Apache License"
 
 
 @pytest.mark.parametrize("wrong", [{"num_experts": 1}, {"num_experts": -1}, {"noise": 1.0}])

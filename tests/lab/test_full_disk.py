@@ -11,7 +11,7 @@ import pytest
 
 from magnetar.fetcher.fetch import Fetch
 from magnetar.fetcher.progress import Progress
-from magnetar.tests.fetcher.test_fetch import WEIGHTS, WEIGHTS_BYTES, write_files
+from magnetar.tests.fetching import WEIGHTS, WEIGHTS_BYTES, write_files
 from magnetar.tests.seeder import seeding
 
 pytestmark = pytest.mark.lab
