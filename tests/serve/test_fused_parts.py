@@ -223,20 +223,27 @@ def test_attention_does_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(torch.cat(several), torch.cat(alone))
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_parts_in_one_call_are_the_same_one_after_the_other(num_threads: int) -> None:
-    torch.set_num_threads(num_threads)
+@pytest.mark.parametrize("num_tokens", [1, 2, 33])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_parts_in_one_call_are_the_same_one_after_the_other(
+    num_threads: int, num_tokens: int
+) -> None:
     sequences, others = Sequences([40]), Sequences([40], form="rows-int8")
-    feeding, dense = Feeding(moe("rows")), Feeding(network("rows-int4"))
+    sparse = moe("rows")
+    feeding, dense = Feeding(sparse), Feeding(network("rows-int4"))
     every = [sequences.part, feeding.part, others.part, dense.part]
-    step = sequences.batch((0, 0, 33)), {0: sequences.cache, 1: others.cache}
-    x = sequences.x[0][:33]
+    step = sequences.batch((0, 0, num_tokens)), {0: sequences.cache, 1: others.cache}
+    x = sequences.x[0][:num_tokens]
     one_by_one = x
     for layer_id, part in zip((0, 0, 1, 1), every, strict=True):
         one_by_one = FusedParts([(layer_id, part)]).forward(one_by_one, *step)
-    together = FusedParts(list(zip((0, 0, 1, 1), every, strict=True))).forward(x, *step)
-    torch.set_num_threads(1)
+    torch.set_num_threads(num_threads)
+    try:
+        together = FusedParts(list(zip((0, 0, 1, 1), every, strict=True))).forward(x, *step)
+    finally:
+        torch.set_num_threads(1)
     assert torch.equal(together, one_by_one)
+    assert sum(sparse.traffic.totals()) == 2 * 2 * num_tokens
 
 
 def test_other_weights_and_sizes_are_left_to_the_parts() -> None:

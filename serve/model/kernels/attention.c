@@ -9,8 +9,6 @@
  */
 #include "layers.h"
 
-#include <omp.h>
-
 #define KEYS 64
 #define KEY_BLOCKS (KEYS / OUTPUTS)
 #define QUERY_ROWS 168 /* queries times heads that take a stretch of keys together, or one query */
@@ -229,17 +227,17 @@ static void attend_some(const attention *l, const batch *b, const cache *c, cons
 }
 
 /* y = w times x for all rows, or y = added + that, which may be y. */
-static void multiply(const matrix *w, const uint16_t *x, long m, tile *tiles, float *floats, const uint16_t *added,
-                     uint16_t *y, long *taken, int num_threads) {
+static void multiply(const matrix *w, const uint16_t *x, long m, const preparer *me, tile *tiles, float *floats,
+                     const uint16_t *added, uint16_t *y, long *taken) {
     const long count = num_tiles(w, m), blocks = num_blocks(w);
-#pragma omp for schedule(static)
-    for (long t = 0; t < count; t++) {
+    EACH_OWN(t, me, count) {
         const uint16_t *rows[MOST_ROWS];
         cut(m, count, t, tiles + t);
         for (int i = 0; i < tiles[t].rows; i++) rows[i] = x + (tiles[t].first + i) * w->k;
         fill(tiles + t, w, rows, floats + tiles[t].first * row_floats(w));
     }
-    for (long b, end; take_run(taken, blocks, num_threads, &b, &end);)
+    meet(me);
+    for (long b, end; take_run(taken, blocks, me->num_threads, &b, &end);)
         for (; b < end; b++)
             for (long t = 0; t < count; t++) {
                 const long at = tiles[t].first * w->n + b * OUTPUTS;
@@ -259,58 +257,62 @@ static void multiply(const matrix *w, const uint16_t *x, long m, tile *tiles, fl
 }
 
 typedef struct {
-    uint16_t *normed, *qkv, *attended; /* of tokens */
+    uint16_t *qkv, *attended; /* of tokens: for all threads */
+    long *item_spans; /* items of work: some queries of a span and one KV head each */
+    char *rooms;
+    uint16_t *normed; /* of tokens; this and what follows is prepared */
     tile *tiles;
     float *floats;
-    long *in_taken, *out_taken, *item_spans; /* items of work: some queries of a span and one KV head each */
-    char *rooms;
 } work;
 
-static long lay_out_work(const attention *l, long num_tokens, int num_threads, char *scratch, work *w) {
+static long lay_out_prepared(const attention *l, long num_tokens, char *scratch, work *w) {
     const long floats = row_floats(l->wqkv) > row_floats(l->wo) ? row_floats(l->wqkv) : row_floats(l->wo);
-    room none;
     long taken = 0;
-    w->in_taken = take(scratch, &taken, sizeof(long));
-    w->out_taken = take(scratch, &taken, sizeof(long));
     w->normed = take(scratch, &taken, 2 * num_tokens * l->dim);
-    w->qkv = take(scratch, &taken, 2 * num_tokens * l->wqkv->n);
-    w->attended = take(scratch, &taken, 2 * num_tokens * l->n_heads * l->head_dim);
     w->tiles = take(scratch, &taken, num_tokens * sizeof(tile));
     w->floats = take(scratch, &taken, num_tokens * floats * sizeof(float));
+    return taken;
+}
+
+/* `own`: the room in use of those for what is prepared. */
+static long lay_out_work(const attention *l, long num_tokens, int num_threads, long own, char *scratch, work *w) {
+    room none;
+    long taken = 0;
+    w->qkv = take(scratch, &taken, 2 * num_tokens * l->wqkv->n);
+    w->attended = take(scratch, &taken, 2 * num_tokens * l->n_heads * l->head_dim);
     w->item_spans = take(scratch, &taken, 2 * num_tokens * l->n_kv_heads * sizeof(long));
     w->rooms = take(scratch, &taken, num_threads * lay_out_room(l, NULL, &none));
-    return taken;
+    const long each = lay_out_prepared(l, num_tokens, NULL, w);
+    lay_out_prepared(l, num_tokens, (char *)((uintptr_t)scratch + taken + own * each), w);
+    return taken + num_rooms(num_tokens, num_threads) * each;
 }
 
 long attention_bytes(const attention *l, long num_tokens, int num_threads) {
     work w;
-    return lay_out_work(l, num_tokens, num_threads, NULL, &w);
+    return lay_out_work(l, num_tokens, num_threads, 0, NULL, &w);
 }
 
 void attend(const attention *l, const batch *b, const cache *c, const uint16_t *x, uint16_t *out, char *scratch,
-            int num_threads) {
+            progress *taken, int num_threads) {
     const long num_tokens = b->num_tokens, queries = most_rows(l) / (l->n_heads / l->n_kv_heads);
     work w;
     room own;
-    lay_out_work(l, num_tokens, num_threads, scratch, &w);
-    lay_out_room(l, w.rooms + omp_get_thread_num() * lay_out_room(l, NULL, &own), &own);
+    const preparer me = this_thread(num_tokens);
+    lay_out_work(l, num_tokens, num_threads, own_room(&me), scratch, &w);
+    lay_out_room(l, w.rooms + me.index * lay_out_room(l, NULL, &own), &own);
     long items = 0;
     for (long s = 0; s < b->num_spans; s++)
         items += (b->spans[s].num_tokens + queries - 1) / queries * l->n_kv_heads;
-#pragma omp single nowait
-    {
-        *w.in_taken = *w.out_taken = 0;
+    if (me.index == 0)
         for (long s = 0, i = 0; s < b->num_spans; s++)
             for (long q = 0; q < b->spans[s].num_tokens; q += queries)
                 for (long h = 0; h < l->n_kv_heads; h++, i++) {
                     w.item_spans[2 * i] = s;
                     w.item_spans[2 * i + 1] = q * l->n_kv_heads + h;
                 }
-    }
-#pragma omp for schedule(static)
-    for (long t = 0; t < num_tokens; t++)
-        normalise(x + t * l->dim, l->norm, w.normed + t * l->dim, l->dim, l->eps);
-    multiply(l->wqkv, w.normed, num_tokens, w.tiles, w.floats, NULL, w.qkv, w.in_taken, num_threads);
+    EACH_OWN(t, &me, num_tokens) normalise(x + t * l->dim, l->norm, w.normed + t * l->dim, l->dim, l->eps);
+    meet(&me);
+    multiply(l->wqkv, w.normed, num_tokens, &me, w.tiles, w.floats, NULL, w.qkv, &taken->in);
 #pragma omp for schedule(static)
     for (long t = 0; t < num_tokens; t++) turn_and_store(l, b, c, t, w.qkv + t * l->wqkv->n);
 #pragma omp for schedule(dynamic)
@@ -322,5 +324,5 @@ void attend(const attention *l, const batch *b, const cache *c, const uint16_t *
         attend_some(l, b, c, s, first, left < queries ? left : queries, item[1] % l->n_kv_heads, w.qkv, w.attended,
                     &own);
     }
-    multiply(l->wo, w.attended, num_tokens, w.tiles, w.floats, x, out, w.out_taken, num_threads);
+    multiply(l->wo, w.attended, num_tokens, &me, w.tiles, w.floats, x, out, &taken->out);
 }

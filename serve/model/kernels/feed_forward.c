@@ -9,27 +9,24 @@
 #define RUN 16
 
 typedef struct {
-    uint16_t *normed, *hidden, *outputs; /* of tokens; of assignments, sorted by expert */
+    uint16_t *hidden, *outputs; /* of assignments, sorted by expert: for all threads */
+    uint16_t *normed; /* of tokens; this and what follows is prepared */
     int64_t *chosen; /* [T][K] */
     float *weights; /* [T][K] */
     long *assignments, *places; /* sorted place -> token * K + choice, and back */
     long *starts, *in_starts, *out_starts, *active; /* first place and first tile of every expert */
     tile *in_tiles, *out_tiles;
     float *in_floats, *out_floats;
-    long *num_active, *in_taken, *out_taken;
+    long *num_active;
 } work;
 
-static long lay_out_work(const feed_forward *l, long num_tokens, char *scratch, work *w) {
+static long lay_out_prepared(const feed_forward *l, long num_tokens, char *scratch, work *w) {
     const long places = num_tokens * l->num_chosen, experts = l->num_experts + 1;
     const long tiles = num_tiles(l->w13, places) + num_tiles(l->w2, places) + l->num_experts;
     long taken = 0;
     w->num_active = take(scratch, &taken, sizeof(long));
-    w->in_taken = take(scratch, &taken, sizeof(long));
-    w->out_taken = take(scratch, &taken, sizeof(long));
     w->chosen = take(scratch, &taken, places * sizeof(int64_t));
     w->normed = take(scratch, &taken, 2 * num_tokens * l->dim);
-    w->hidden = take(scratch, &taken, 2 * places * l->hidden_dim);
-    w->outputs = take(scratch, &taken, 2 * places * l->dim);
     w->weights = take(scratch, &taken, places * sizeof(float));
     w->assignments = take(scratch, &taken, places * sizeof(long));
     w->places = take(scratch, &taken, places * sizeof(long));
@@ -42,6 +39,17 @@ static long lay_out_work(const feed_forward *l, long num_tokens, char *scratch, 
     w->in_floats = take(scratch, &taken, places * row_floats(l->w13) * sizeof(float));
     w->out_floats = take(scratch, &taken, places * row_floats(l->w2) * sizeof(float));
     return taken;
+}
+
+/* `own`: the room in use of those for what is prepared. */
+static long lay_out_work(const feed_forward *l, long num_tokens, int num_threads, long own, char *scratch, work *w) {
+    const long places = num_tokens * l->num_chosen;
+    long taken = 0;
+    w->hidden = take(scratch, &taken, 2 * places * l->hidden_dim);
+    w->outputs = take(scratch, &taken, 2 * places * l->dim);
+    const long each = lay_out_prepared(l, num_tokens, NULL, w);
+    lay_out_prepared(l, num_tokens, (char *)((uintptr_t)scratch + taken + own * each), w);
+    return taken + num_rooms(num_tokens, num_threads) * each;
 }
 
 static void route(const feed_forward *l, long token, work *w) {
@@ -71,10 +79,10 @@ static long cut_all(const matrix *w, long start, long count, tile *tiles) {
     return num;
 }
 
-static void sort(const feed_forward *l, long num_tokens, work *w) {
+static void sort(const feed_forward *l, long num_tokens, int is_counting, work *w) {
     const long num = num_tokens * l->num_chosen;
     long place = 0, in = 0, out = 0;
-    *w->num_active = *w->in_taken = *w->out_taken = 0;
+    *w->num_active = 0;
     for (long e = 0; e < l->num_experts; e++) {
         w->starts[e] = place;
         w->in_starts[e] = in;
@@ -87,7 +95,7 @@ static void sort(const feed_forward *l, long num_tokens, work *w) {
         in += cut_all(l->w13, w->starts[e], place - w->starts[e], w->in_tiles + in);
         out += cut_all(l->w2, w->starts[e], place - w->starts[e], w->out_tiles + out);
         if (place > w->starts[e]) w->active[(*w->num_active)++] = e;
-        if (l->counts) l->counts[e] += place - w->starts[e];
+        if (is_counting && l->counts) l->counts[e] += place - w->starts[e];
     }
     w->starts[l->num_experts] = place;
     w->in_starts[l->num_experts] = in;
@@ -157,30 +165,32 @@ static void add(const feed_forward *l, long token, long column, const uint16_t *
     narrow16(out + at, _mm512_add_ps(widen(x + at), widen(rounded)));
 }
 
-long feed_forward_bytes(const feed_forward *l, long num_tokens) {
+long feed_forward_bytes(const feed_forward *l, long num_tokens, int num_threads) {
     work w;
-    return lay_out_work(l, num_tokens, NULL, &w);
+    return lay_out_work(l, num_tokens, num_threads, 0, NULL, &w);
 }
 
-void feed(const feed_forward *l, const uint16_t *x, uint16_t *out, long num_tokens, char *scratch, int num_threads) {
-    work w;
-    lay_out_work(l, num_tokens, scratch, &w);
+void feed(const feed_forward *l, const uint16_t *x, uint16_t *out, long num_tokens, char *scratch, progress *taken,
+          int num_threads) {
     const long in_blocks = l->hidden_dim / OUTPUTS, out_blocks = num_blocks(l->w2);
-#pragma omp for schedule(static)
-    for (long t = 0; t < num_tokens; t++) {
+    const preparer me = this_thread(num_tokens);
+    work w;
+    lay_out_work(l, num_tokens, num_threads, own_room(&me), scratch, &w);
+    EACH_OWN(t, &me, num_tokens) {
         normalise(x + t * l->dim, l->norm, w.normed + t * l->dim, l->dim, l->eps);
         route(l, t, &w);
     }
-#pragma omp single
-    sort(l, num_tokens, &w);
-#pragma omp for schedule(static)
-    for (long t = 0; t < w.in_starts[l->num_experts]; t++) fill_in(l, w.in_tiles + t, &w);
-    for (long i, end; take_run(w.in_taken, *w.num_active * in_blocks, num_threads, &i, &end);)
+    meet(&me);
+    if (me.is_alone || me.index == 0) sort(l, num_tokens, me.index == 0, &w);
+    meet(&me);
+    EACH_OWN(t, &me, w.in_starts[l->num_experts]) fill_in(l, w.in_tiles + t, &w);
+    meet(&me);
+    for (long i, end; take_run(&taken->in, *w.num_active * in_blocks, num_threads, &i, &end);)
         multiply_taken(l, i, end, &w);
 #pragma omp barrier
-#pragma omp for schedule(static)
-    for (long t = 0; t < w.out_starts[l->num_experts]; t++) fill_out(l, w.out_tiles + t, &w);
-    for (long i, end; take_run(w.out_taken, *w.num_active * out_blocks, num_threads, &i, &end);)
+    EACH_OWN(t, &me, w.out_starts[l->num_experts]) fill_out(l, w.out_tiles + t, &w);
+    meet(&me);
+    for (long i, end; take_run(&taken->out, *w.num_active * out_blocks, num_threads, &i, &end);)
         for (; i < end; i++) multiply_w2(l, w.active[i / out_blocks], i % out_blocks, &w);
 #pragma omp barrier
 #pragma omp for schedule(static)

@@ -17,6 +17,7 @@
  * threads compute; nothing here depends on what a step holds besides the row itself.
  */
 #include <immintrin.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -88,6 +89,38 @@ INLINE int take_run(long *taken, long total, int num_threads, long *first, long 
         *end = *first + (run > 1 ? run : 1);
     } while (!__atomic_compare_exchange_n(taken, first, *end, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return 1;
+}
+
+/* Who prepares what the products of a step take: the norm, the routing, the tiles. Of one token every
+ * thread prepares all, in memory of its own: it takes no longer than where one does it and the others
+ * wait, and spares half the barriers of a layer, at each of which a thread that fell asleep costs more
+ * than the work. Of more tokens they share it. */
+typedef struct {
+    int is_alone, index, num_threads;
+} preparer;
+
+INLINE int is_alone(long num_tokens) { return num_tokens == 1; }
+
+INLINE preparer this_thread(long num_tokens) {
+    return (preparer){is_alone(num_tokens), omp_get_thread_num(), omp_get_num_threads()};
+}
+
+/* Memory for what is prepared comes in rooms: how many there are, and which one is this thread's. */
+INLINE long num_rooms(long num_tokens, int num_threads) { return is_alone(num_tokens) ? num_threads : 1; }
+INLINE long own_room(const preparer *p) { return p->is_alone ? p->index : 0; }
+
+/* Where the items of a thread begin, of `count` to be prepared; they end where those of the next one do. */
+INLINE long own_first(const preparer *p, long count, int index) {
+    if (p->is_alone) return index > p->index ? count : 0;
+    return count * index / p->num_threads;
+}
+#define EACH_OWN(i, p, count)                                                                                     \
+    for (long i = own_first(p, count, (p)->index), end_##i = own_first(p, count, (p)->index + 1); i < end_##i; i++)
+
+/* Until all have prepared what they share. */
+INLINE void meet(const preparer *p) {
+    if (p->is_alone) return;
+#pragma omp barrier
 }
 
 /* Two inputs, for every output of a register. */

@@ -14,16 +14,21 @@ long magnetar_layers(const part *parts, long num_parts, const batch *b, const ui
                      char *scratch, int num_threads) {
     long most = 0;
     for (long p = 0; p < num_parts; p++) {
-        const long bytes = parts[p].attention ? attention_bytes(parts[p].attention, b->num_tokens, num_threads)
-                                              : feed_forward_bytes(parts[p].feed_forward, b->num_tokens);
+        const attention *l = parts[p].attention;
+        const long bytes = l ? attention_bytes(l, b->num_tokens, num_threads)
+                             : feed_forward_bytes(parts[p].feed_forward, b->num_tokens, num_threads);
         if (bytes > most) most = bytes;
     }
-    if (!scratch || !b->num_tokens) return most;
+    const long progress_bytes = num_parts * (long)sizeof(progress);
+    if (!scratch || !b->num_tokens) return most + progress_bytes;
+    progress *taken = (progress *)(scratch + most);
+    memset(taken, 0, progress_bytes);
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     for (long p = 0; p < num_parts; p++) {
+        const attention *l = parts[p].attention;
         const uint16_t *from = p ? out : x;
-        if (parts[p].attention) attend(parts[p].attention, b, &parts[p].cache, from, out, scratch, num_threads);
-        else feed(parts[p].feed_forward, from, out, b->num_tokens, scratch, num_threads);
+        if (l) attend(l, b, &parts[p].cache, from, out, scratch, taken + p, num_threads);
+        else feed(parts[p].feed_forward, from, out, b->num_tokens, scratch, taken + p, num_threads);
     }
-    return most;
+    return most + progress_bytes;
 }

@@ -34,13 +34,19 @@ typedef struct {
     uint16_t *keys, *values; /* [slots][n_kv_heads][head_dim] */
 } cache;
 
+/* What the threads have taken of the two products of a part; all 0 before. */
+typedef struct {
+    long in, out;
+} progress;
+
 /* Bytes of scratch space that a step of so many tokens takes. */
 long attention_bytes(const attention *l, long num_tokens, int num_threads);
-long feed_forward_bytes(const feed_forward *l, long num_tokens);
+long feed_forward_bytes(const feed_forward *l, long num_tokens, int num_threads);
 
 /* out[T][dim] = x + the part's output; out may be x. dim and hidden_dim are multiples of 32, head_dim is
  * one of 16 and at most 1024, num_chosen at most 16. The step's keys and values are in the cache
  * afterwards. */
 void attend(const attention *l, const batch *b, const cache *c, const uint16_t *x, uint16_t *out, char *scratch,
-            int num_threads);
-void feed(const feed_forward *l, const uint16_t *x, uint16_t *out, long num_tokens, char *scratch, int num_threads);
+            progress *taken, int num_threads);
+void feed(const feed_forward *l, const uint16_t *x, uint16_t *out, long num_tokens, char *scratch, progress *taken,
+          int num_threads);
