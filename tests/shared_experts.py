@@ -3,19 +3,13 @@
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import (
-    combinations,
-    combinations_with_replacement,
-    pairwise,
-    permutations,
-    product,
-)
+from itertools import combinations, combinations_with_replacement, permutations, product
 
 import numpy as np
 
 from magnetar.cluster.plan import Device, Inventory, Link, Node, Workload
 from magnetar.cluster.search.cost import attention_s
-from magnetar.cluster.search.expert_cost import Seat, hosts_s
+from magnetar.cluster.search.expert_cost import Array, Seat, hosts_s
 from magnetar.cluster.search.place import places_of
 from magnetar.cluster.search.placing import Placing
 from magnetar.cluster.search.problem import Problem
@@ -73,32 +67,50 @@ def every_plan(placing: Placing, tokens: int) -> Iterator[tuple[float, float]]:
     that a way is how many layers have how many experts on which member.
     """
     problem = placing.problem(tokens)
-    stage_s = cache(_stage_of(placing, problem, tokens))
+    stage_s = _stage_of(placing, problem, tokens)
     count, num_layers = len(problem.sites), problem.num_layers
+    seconds_HMUV = np.full((count, 1 << count, num_layers + 1, num_layers + 1), np.inf)
+    for home in range(count):
+        for mask in range(1 << count):
+            if not mask >> home & 1:
+                helpers = tuple(site for site in range(count) if mask >> site & 1)
+                for start, end in combinations(range(num_layers + 1), 2):
+                    seconds = stage_s(home, helpers, start, end)
+                    seconds_HMUV[home, mask, start, end] = np.inf if seconds is None else seconds
+    for homes_PS, helpers_PS, ends_PS in _shapes(count, num_layers):
+        starts_PS = np.concatenate([np.zeros_like(ends_PS[:, :1]), ends_PS[:, :-1]], axis=1)
+        seconds_PS = seconds_HMUV[homes_PS, helpers_PS, starts_PS, ends_PS]
+        links = homes_PS[:, :-1], homes_PS[:, 1:]
+        trip_P = seconds_PS.sum(axis=1) + problem.hop_s[links].sum(axis=1)
+        trip_P += problem.return_s[homes_PS[:, -1], homes_PS[:, 0]]
+        slowest_P = np.concatenate([seconds_PS, problem.transfer_s[links]], axis=1).max(axis=1)
+        fits_P = np.isfinite(trip_P)
+        yield from zip(trip_P[fits_P].tolist(), slowest_P[fits_P].tolist(), strict=True)
+
+
+@cache
+def _shapes(count: int, num_layers: int) -> list[tuple[Array, Array, Array]]:
+    """By number of stages: homes, helpers as a bit mask and end layers, [plans, stages] each."""
+    found = []
     for stages in range(1, min(count, num_layers) + 1):
+        rows = []
+        cuts = list(combinations(range(1, num_layers), stages - 1))
         for homes in permutations(range(count), stages):
             others = [site for site in range(count) if site not in homes]
             for helped in product(range(stages + 1), repeat=len(others)):
-                helpers = [
-                    tuple(o for o, at in zip(others, helped, strict=True) if at == number)
-                    for number in range(stages)
-                ]
-                for inner in combinations(range(1, num_layers), stages - 1):
-                    ends = (*inner, num_layers)
-                    times = [
-                        stage_s(home, there, start, end)
-                        for home, there, start, end in zip(
-                            homes, helpers, (0, *inner), ends, strict=True
-                        )
-                    ]
-                    if None in times:
-                        continue
-                    seconds = [time for time in times if time is not None]
-                    pairs = list(pairwise(homes))
-                    hops = sum(problem.hop_s[pair] for pair in pairs)
-                    back = problem.return_s[homes[-1], homes[0]]
-                    transfers = [problem.transfer_s[pair] for pair in pairs]
-                    yield sum(seconds) + hops + back, max([*seconds, *transfers])
+                helpers = [0] * (stages + 1)
+                for other, at in zip(others, helped, strict=True):
+                    helpers[at] |= 1 << other
+                rows += [(homes, helpers[:stages], (*inner, num_layers)) for inner in cuts]
+        homes_PS, helpers_PS, ends_PS = (np.array(each) for each in zip(*rows, strict=True))
+        found.append((homes_PS, helpers_PS, ends_PS))
+    return found
+
+
+@cache
+def _choices(num_options: int, layers: int) -> Array:
+    """[ways, layers]: an option for every layer, in ascending order."""
+    return np.array(list(combinations_with_replacement(range(num_options), layers)))
 
 
 def _stage_of(
@@ -107,10 +119,9 @@ def _stage_of(
     cost = placing.cost(0)
     expert = cost.expert_bytes[0]
 
-    def stage_s(home: int, helpers: tuple[int, ...], start: int, end: int) -> float | None:
-        site = problem.sites[home]
-        is_first, is_last = start == 0, end == problem.num_layers
-        layers = end - start
+    @cache
+    def spreads_of(home: int, helpers: tuple[int, ...]) -> tuple[Array, Array]:
+        """[O, H] counts of experts by member, for every way to spread a layer; [O] its seconds."""
         seats = [Seat(speed=placing.speed(home))] + [
             Seat(speed=placing.speed(other), link=placing.link(home, other)) for other in helpers
         ]
@@ -126,6 +137,13 @@ def _stage_of(
                 for _ in range(number):
                     held[option, host, next(expert_of)] = 1
         times = hosts_s(cost, 0, seats, held, tokens=tokens)
+        return np.array(options), times
+
+    def stage_s(home: int, helpers: tuple[int, ...], start: int, end: int) -> float | None:
+        site = problem.sites[home]
+        is_first, is_last = start == 0, end == problem.num_layers
+        layers = end - start
+        options, times = spreads_of(home, helpers)
         used = site.needs_L[layers] - layers * cost.num_experts * expert
         used += is_first * site.first_bytes + is_last * site.last_bytes
         rooms = np.array(
@@ -135,15 +153,9 @@ def _stage_of(
                 for other in helpers
             ]
         )
-        needed = np.array(options) * expert
-        best = min(
-            (
-                times[list(chosen)].sum()
-                for chosen in combinations_with_replacement(range(len(options)), layers)
-                if (needed[list(chosen)].sum(axis=0) <= rooms).all()
-            ),
-            default=None,
-        )
+        chosen = _choices(len(options), layers)
+        fits = ((options * expert)[chosen].sum(axis=1) <= rooms).all(axis=1)
+        best = times[chosen[fits]].sum(axis=1).min() if fits.any() else None
         if best is None:
             return None
         if not helpers:
