@@ -27,15 +27,21 @@ def root_digest(cache_salt: str) -> bytes:
 
 def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """What is known of a full block: its tokens, and through `parent` all those before."""
-    return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=32).digest()
+    return _digest(parent, array("I", token_ids).tobytes())
 
 
 def prompt_digests(prompt_ids: Sequence[int], cache_salt: str) -> Iterator[bytes]:
     """Of the full blocks of a prompt but the one with its last token, which is always computed."""
     digest = root_digest(cache_salt)
-    for start in range(0, len(prompt_ids) - KV_BLOCK_TOKENS, KV_BLOCK_TOKENS):
-        digest = block_digest(digest, prompt_ids[start : start + KV_BLOCK_TOKENS])
+    ids = array("I", prompt_ids)
+    tokens, width = ids.tobytes(), KV_BLOCK_TOKENS * ids.itemsize
+    for start in range(0, len(tokens) - width, width):
+        digest = _digest(digest, tokens[start : start + width])
         yield digest
+
+
+def _digest(parent: bytes, tokens: bytes) -> bytes:
+    return hashlib.blake2b(parent + tokens, digest_size=32).digest()
 
 
 class BlockPool:

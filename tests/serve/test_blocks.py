@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magnetar.serve.engine.blocks import BlockPool, block_digest, blocks_for, root_digest
+from magnetar.serve.engine.blocks import (
+    BlockPool,
+    block_digest,
+    blocks_for,
+    prompt_digests,
+    root_digest,
+)
+from magnetar.serve.engine.request import GenerationParams, Request
 from magnetar.settings import KV_BLOCK_TOKENS
 
 
@@ -56,6 +63,13 @@ def test_a_digest_tells_all_tokens_before_and_the_salt() -> None:
     }
     assert len(digests) == 4
     assert first == block_digest(root_digest(""), list(range(KV_BLOCK_TOKENS)))
+
+
+@given(prompt=st.lists(st.integers(0, 2**31), min_size=1, max_size=70), salt=st.text(max_size=3))
+def test_a_prompt_has_the_digests_that_its_request_will_have(prompt: list[int], salt: str) -> None:
+    params = GenerationParams(max_tokens=1, cache_salt=salt)
+    request = Request(request_id=0, prompt_ids=tuple(prompt), params=params)
+    assert list(prompt_digests(prompt, salt)) == list(request.cacheable_digests())
 
 
 def test_the_longest_known_beginning_is_found() -> None:
