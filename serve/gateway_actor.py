@@ -62,13 +62,15 @@ class GatewayActor:
         torch.set_num_threads(1)  # the stages compute
         assert self._assignment is not None
         rings = self._assignment.rings
-        for ring, listener, downstream in zip(rings, self._listeners, downstreams, strict=True):
-            engine = self._engine_of(ring, listener, downstream)
+        joined = zip(rings, self._listeners, downstreams, strict=True)
+        for number, (ring, listener, downstream) in enumerate(joined):
+            name = f"engine of pipeline {number}" if len(rings) > 1 else "engine"
+            engine = self._engine_of(ring, listener, downstream, name)
             self._engines.append(engine)
             engine.start()
 
     def _engine_of(
-        self, ring: RingAssignment, listener: "LinkListener", downstream: str
+        self, ring: RingAssignment, listener: "LinkListener", downstream: str, name: str
     ) -> "Engine":
         from .engine.engine import Engine
 
@@ -87,6 +89,7 @@ class GatewayActor:
             downstream=first_stage,
             upstream=upstream,
             eos_token_ids=self._tokenizer.eos_ids,
+            name=name,
         )
 
     def warm(self) -> tuple[float, ...]:

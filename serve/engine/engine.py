@@ -63,13 +63,14 @@ class Engine:
         downstream: StageLink,
         upstream: StageLink,
         eos_token_ids: Collection[int],
+        name: str = "engine",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Takes both links over: `downstream` to the first stage, `upstream` from the last.
 
         At most `max_running` requests hold KV blocks at once. That they may not all fit at full
         length is meant: most are short, and the scheduler preempts when blocks run out. Besides, at
-        most `max_waiting` wait for theirs.
+        most `max_waiting` wait for theirs. `name` is for logs.
         """
         self._scheduler = Scheduler(
             num_kv_blocks=num_kv_blocks,
@@ -87,7 +88,7 @@ class Engine:
         self._max_waiting = max_waiting
         self._vocab_size = config.vocab_size
         self._num_kv_blocks = num_kv_blocks
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         # What the engine's thread alone touches.
         self._callers = Callers()
         self._probes: list[Probe] = []
@@ -244,10 +245,10 @@ class Engine:
         except _Stopped:
             self._end(_stopping(), was_stopped=True)
         except StageLostError as error:
-            logger.error("the engine ends: %s", error)
+            logger.error("the %s ends: %s", self._thread.name, error)
             self._end(error)
         except Exception as error:  # a defect; the callers must not wait for ever
-            logger.exception("the engine failed")
+            logger.exception("the %s failed", self._thread.name)
             self._end(StageLostError(f"the engine failed: {error!r}"))
         self._pipeline.close()
 
