@@ -68,7 +68,7 @@ class Cluster:
         self.placing = Placing(
             config, index, inventory, workload, places, ["bf16"] * len(places), kv_bytes=kv_bytes
         )
-        self.found = SpeedPlanner(self.placing, workload).found
+        self.found = SpeedPlanner(self.placing).found
 
     def ours(self) -> float:
         """Tokens per second of our plan, with its own number of micro-batches."""

@@ -103,7 +103,9 @@ class Workload:
     dtype: ComputeDtype | None = None
     """None: what the checkpoint holds."""
     num_stages: int | None = None
-    """None: as few as fit."""
+    """Of each pipeline; None: as few as fit."""
+    num_pipelines: int | None = None
+    """None: as many as are best for ``throughput``, else one."""
     min_context_tokens: int | None = None
     """Where memory is short the context may shrink down to this, with a note; None: never."""
     objective: Objective = "latency"
@@ -324,18 +326,24 @@ def check_experts(plan: Plan, num_experts: int) -> None:
         InfeasiblePlanError: a stage without a device for one of its experts, or an expert that
             the model does not have, is named twice or out of order, or with a layer too many.
     """
-    for stage in plan.stages:
+    several = len(plan.pipelines) > 1
+    named = [
+        (f"pipeline {number}, stage {stage.index}" if several else f"stage {stage.index}", stage)
+        for number, pipeline in enumerate(plan.pipelines)
+        for stage in pipeline.stages
+    ]
+    for name, stage in named:
         layers = range(stage.first_layer, stage.end_layer)
         own = ((stage.host, stage.device, stage.experts),) if stage.experts is not None else ()
         shares = (*own, *((h.host, h.device, h.experts) for h in stage.helpers))
         places = [(stage.host, stage.device), *((h.host, h.device) for h in stage.helpers)]
         if len(set(places)) < len(places):
             raise InfeasiblePlanError(
-                f"stage {stage.index} names a device twice among itself and its helpers: "
+                f"{name} names a device twice among itself and its helpers: "
                 f"{', '.join(' '.join(place) for place in places)}; name each once"
             )
         for host, device, experts in shares:
-            where = f"stage {stage.index}, {host} {device}"
+            where = f"{name}, {host} {device}"
             if len(experts) != len(layers):
                 raise InfeasiblePlanError(
                     f"{where}: experts of {len(experts)} layers, the stage has {len(layers)}; "
@@ -352,6 +360,6 @@ def check_experts(plan: Plan, num_experts: int) -> None:
             for expert in range(num_experts):
                 if not stage.holders(layer, expert):
                     raise InfeasiblePlanError(
-                        f"stage {stage.index}: nobody holds expert {expert} of layer {layer}; "
+                        f"{name}: nobody holds expert {expert} of layer {layer}; "
                         "give it to the stage's device or to a helper"
                     )

@@ -48,6 +48,9 @@ class DeploymentSpec:
     batch_invariant: bool = False
     """Reproducible mode: what a request gets depends, to the bit, on nothing but itself; slower."""
     num_stages: int | None = None
+    """Of each pipeline."""
+    num_pipelines: int | None = None
+    """As in `Workload`."""
     objective: Objective = "latency"
     """What placement is best at where the speeds of all nodes are known."""
     node_wishes: tuple[NodeWish, ...] = ()

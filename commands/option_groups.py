@@ -141,6 +141,12 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         "--stages", type=positive, metavar="N", help="parts to split the layers into (fewest)"
     )
     group.add_argument(
+        "--pipelines",
+        type=positive,
+        metavar="N",
+        help="times to hold the whole model (1, or what is best for throughput)",
+    )
+    group.add_argument(
         "--dtype",
         choices=get_args(ComputeDtype),
         help="number format of the weights (as stored); int8 and int4 are rounded while loading",

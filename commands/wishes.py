@@ -67,6 +67,7 @@ def with_options(spec: DeploymentSpec, args: argparse.Namespace) -> DeploymentSp
         "dtype": options.get("dtype"),
         "batch_invariant": options.get("batch_invariant"),
         "num_stages": options.get("stages"),
+        "num_pipelines": options.get("pipelines"),
         "objective": options.get("objective"),
         "max_context_tokens": options.get("max_context"),
         "max_concurrency": options.get("max_concurrency"),

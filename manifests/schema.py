@@ -212,6 +212,13 @@ class Placement(Part):
         le=1024,
         description="Parts that the layers are split into; as few as fit.",
     )
+    pipelines: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Times that the whole model is held, each on devices of its own, for a share "
+        "of the requests; one, or as many as are best for `throughput`.",
+    )
     objective: Objective = Field(
         default="latency",
         description="What to be best at where the speeds of all nodes are known: `latency` for "
@@ -338,6 +345,7 @@ class Deployment(Part):
             dtype=model.dtype,
             batch_invariant=model.batch_invariant,
             num_stages=placement.stages,
+            num_pipelines=placement.pipelines,
             objective=placement.objective,
             wan_mbps=placement.wan_mbps,
             node_wishes=tuple(use.to_wish() for use in placement.nodes),

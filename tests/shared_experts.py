@@ -1,5 +1,6 @@
 """Small clusters whose stages may share experts, and every plan for them: an oracle."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -7,7 +8,8 @@ from itertools import combinations, combinations_with_replacement, permutations,
 
 import numpy as np
 
-from magnetar.cluster.plan import Device, Inventory, Link, Node, Workload
+from magnetar.cluster.footprint import STEP_TOKENS
+from magnetar.cluster.plan import Device, Inventory, Link, Node, Objective, Workload
 from magnetar.cluster.search.cost import attention_s
 from magnetar.cluster.search.expert_cost import Array, Seat, hosts_s
 from magnetar.cluster.search.place import places_of
@@ -19,8 +21,20 @@ Stages = tuple[tuple[int, tuple[int, ...], int], ...]
 """Home, helpers and end layer of each."""
 
 
-def small_cluster(seed: int, *, num_nodes: int, num_layers: int, num_experts: int) -> Placing:
-    """Nodes of very different speed and memory behind links that bind."""
+def small_cluster(
+    seed: int,
+    *,
+    num_nodes: int,
+    num_layers: int,
+    num_experts: int,
+    streams: int = 8,
+    memory: tuple[float, float] = (0.1, 0.9),
+    objective: Objective = "latency",
+) -> Placing:
+    """Nodes of very different speed and memory behind links that bind.
+
+    `memory` is the least and the most share of the model's layers that a node may hold.
+    """
     draw = random.Random(seed)
     config, index = model(n_layers=num_layers, dim=1024, num_experts=num_experts)
     layer_gb = num_experts * 0.022
@@ -33,7 +47,7 @@ def small_cluster(seed: int, *, num_nodes: int, num_layers: int, num_experts: in
                 Device(
                     kind="cpu",
                     # What a stage takes besides its layers, and some of these.
-                    memory_bytes=int(0.75e9 + draw.uniform(0.1, 0.9) * num_layers * layer_gb * 1e9),
+                    memory_bytes=int(0.75e9 + draw.uniform(*memory) * num_layers * layer_gb * 1e9),
                     read_gbps=draw.choice([5, 20, 60, 200]) * draw.uniform(0.8, 1.2),
                     gemm_gflops=draw.uniform(200, 20000),
                 ),
@@ -52,9 +66,14 @@ def small_cluster(seed: int, *, num_nodes: int, num_layers: int, num_experts: in
         for a, b in permutations(nodes, 2)
     )
     inventory = Inventory(nodes=nodes, links=links)
-    workload = Workload(max_context_tokens=64, max_concurrency=8, separate_experts=True)
+    workload = Workload(
+        max_context_tokens=64,
+        max_concurrency=streams,
+        objective=objective,
+        separate_experts=True,
+    )
     places = places_of(inventory)
-    kv_bytes = 8 * 64 * 1024
+    kv_bytes = streams * 64 * 1024
     return Placing(
         config, index, inventory, workload, places, ["bf16"] * num_nodes, kv_bytes=kv_bytes
     )
@@ -113,11 +132,48 @@ def _choices(num_options: int, layers: int) -> Array:
     return np.array(list(combinations_with_replacement(range(num_options), layers)))
 
 
+def most_of_divisions(placing: Placing) -> float:
+    """Tokens per second of the best of all plans with any number of pipelines: every partition of
+    the devices, every way to share the streams out, and every plan for each."""
+    streams = placing.workload.max_concurrency
+
+    @cache
+    def most(sites: tuple[int, ...], count: int) -> float:
+        part = placing.part(sites, count)
+        steps = {-(-count // parts) for parts in range(1, min(len(sites) + 1, count) + 1)}
+        return max(
+            (
+                min(tokens / bottleneck, count / trip)
+                for tokens in steps
+                for trip, bottleneck in every_plan(part, tokens)
+            ),
+            default=-math.inf,
+        )
+
+    found = 0.0
+    for groups in _set_partitions(list(range(len(placing.places)))):
+        for counts in product(range(1, streams + 1), repeat=len(groups)):
+            if sum(counts) == streams:
+                shares = zip(groups, counts, strict=True)
+                found = max(found, sum(most(tuple(group), count) for group, count in shares))
+    return found
+
+
+def _set_partitions(items: list[int]) -> Iterator[list[list[int]]]:
+    if not items:
+        yield []
+        return
+    for others in _set_partitions(items[1:]):
+        yield [[items[0]], *others]
+        for at, group in enumerate(others):
+            yield [*others[:at], [items[0], *group], *others[at + 1 :]]
+
+
 def _stage_of(
     placing: Placing, problem: Problem, tokens: int
 ) -> Callable[[int, tuple[int, ...], int, int], float | None]:
     cost = placing.cost(0)
-    expert = cost.expert_bytes[0]
+    expert, prompts = cost.expert_bytes[0], placing.chunks(tokens)
 
     @cache
     def spreads_of(home: int, helpers: tuple[int, ...]) -> tuple[Array, Array]:
@@ -137,6 +193,7 @@ def _stage_of(
                 for _ in range(number):
                     held[option, host, next(expert_of)] = 1
         times = hosts_s(cost, 0, seats, held, tokens=tokens)
+        times += prompts * hosts_s(cost, 0, seats, held, tokens=STEP_TOKENS)
         return np.array(options), times
 
     def stage_s(home: int, helpers: tuple[int, ...], start: int, end: int) -> float | None:
@@ -163,6 +220,8 @@ def _stage_of(
         else:
             speed = placing.speed(home)
             best += layers * attention_s(cost, 0, speed, tokens=tokens, context_tokens=32)
+            full = attention_s(cost, 0, speed, tokens=STEP_TOKENS, context_tokens=0)
+            best += layers * prompts * full
         return float(best + is_first * site.first_s + is_last * site.last_s)
 
     return stage_s

@@ -12,7 +12,7 @@ from ..plan import ComputeDtype, Inventory, Workload
 from ..search.place import MARGIN, places_of
 from ..units import gigabytes
 
-Knob = Literal["dtype", "context", "concurrency", "memory", "memory everywhere"]
+Knob = Literal["dtype", "context", "concurrency", "pipelines", "memory", "memory everywhere"]
 DTYPE_LADDER: tuple[ComputeDtype, ...] = tuple(
     dtype for dtype in ("fp32", "bf16", "int8", "int4") if dtype in get_args(ComputeDtype)
 )
@@ -68,6 +68,11 @@ def sufficient_changes(
     if sequences:
         text = f"{sequences} sequence{'s' * (sequences > 1)} at once"
         found.append(Change(knob="concurrency", amount=sequences, text=text))
+    if pipelines := most(
+        lambda n: fits_with(replace(workload, num_pipelines=n)), (workload.num_pipelines or 1) - 1
+    ):
+        text = f"--pipelines {pipelines}"
+        found.append(Change(knob="pipelines", amount=pipelines, text=text))
     found += _memory(inventory, lambda grown: fits(weights, grown, workload))
     return tuple(found)
 
@@ -106,11 +111,22 @@ def _memory(inventory: Inventory, is_enough: Callable[[Sequence[int]], bool]) ->
 
 
 def fits(weights: Footprint, memories: Sequence[int], workload: Workload) -> bool:
-    """Whether the layers fill the devices, one stage each, the largest first.
+    """Whether the layers fill the devices, one stage each, the largest first; of several pipelines
+    those of each, with devices dealt out as where memory alone counts.
 
     True is certain. With a number of stages that is asked for, stages share devices as evenly as
     their workspaces ask for.
     """
+    if (times := workload.num_pipelines or 1) > 1:
+        groups: list[list[int]] = [[] for _ in range(times)]
+        for memory in sorted(memories, reverse=True):
+            min(groups, key=sum).append(memory)
+        fewer = replace(workload, num_pipelines=1)
+        streams = [-(-(workload.max_concurrency - n) // times) for n in range(times)]
+        return all(
+            count > 0 and fits(weights, group, replace(fewer, max_concurrency=count))
+            for group, count in zip(groups, streams, strict=True)
+        )
     tokens = -(-workload.max_context_tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
     kv_bytes = workload.max_concurrency * tokens * weights.kv_bytes_per_token
     overhead = weights.workspace_bytes(workload.max_context_tokens)

@@ -42,7 +42,8 @@ def pin_experts(
 ) -> Plan:
     """The plan with these experts on these nodes, as helpers of the stages with their layers.
 
-    What was predicted of the plan does not hold any more, and is left out.
+    Of several pipelines a node helps the one that it has a part in, else the first. What was
+    predicted of the plan does not hold any more, and is left out.
 
     Raises:
         UsageError: there is no such node, layer or expert.
@@ -54,10 +55,19 @@ def pin_experts(
     for pin in pins:
         ids = None if pin.experts is None else frozenset(pin.experts)
         Only(layers=frozenset(pin.layers), experts=ids).tensors(index)  # refuses what is not there
-    pinned = _each_stage(
-        plan,
-        lambda stage: _with_helpers(stage, _pinned(stage, pins, places, config), config, index),
-    )
+    helped = {
+        pin.host: next((n for n, each in enumerate(plan.pipelines) if pin.host in each.hosts), 0)
+        for pin in pins
+    }
+    changed = []
+    for number, pipeline in enumerate(plan.pipelines):
+        own = [pin for pin in pins if helped[pin.host] == number]
+        stages = (
+            _with_helpers(stage, _pinned(stage, own, places, config), config, index)
+            for stage in pipeline.stages
+        )
+        changed.append(replace(pipeline, stages=tuple(stages)))
+    pinned = replace(plan, pipelines=tuple(changed))
     pinned = replace(
         pinned,
         pipelines=tuple(replace(each, prediction=None) for each in pinned.pipelines),

@@ -1,11 +1,16 @@
-"""Place a model by memory alone: whole layers, balanced by bytes, on as few devices as fit."""
+"""Place a model by memory alone: whole layers, balanced by bytes, on as few devices as fit.
 
-from collections.abc import Iterator
+There is one pipeline, or as many as are asked for: then devices are dealt out, the largest first,
+each to whoever has least memory so far.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ...settings import KV_BLOCK_TOKENS
 from ..footprint import Footprint
-from ..plan import ComputeDtype, Inventory, StagePlan, UnusedNode, Workload
+from ..plan import ComputeDtype, Inventory, Pipeline, StagePlan, UnusedNode, Workload
 from ..search.place import Place, Seating
 from ..units import gigabytes
 from .partition import Seat, partition
@@ -28,7 +33,62 @@ def _layer_costs(weights: Footprint) -> list[int]:
     return costs
 
 
-def place_by_memory(
+_Placed = tuple[Seating, tuple[int, ...], Workload]
+"""Who has stages, the end layer of each, and what the pipeline must be able to do."""
+
+
+def pipelines_by_memory(
+    weights: Footprint, inventory: Inventory, workload: Workload, dtype: ComputeDtype
+) -> tuple[Pipeline, ...] | None:
+    """The pipelines that the workload asks for, one if it does not say; None: they do not fit."""
+    found = _placed(weights, inventory, workload)
+    if found is None:
+        return None
+    seats = {(p.node.host, p.device_name) for seating, _, _ in found for p, _ in seating}
+    on_host = Counter(host for host, _ in seats)
+    return tuple(
+        Pipeline(
+            stages=_stages(weights, seating, ends, wishes, dtype, on_host),
+            num_kv_blocks=num_kv_blocks(wishes),
+            max_concurrency=wishes.max_concurrency,
+        )
+        for seating, ends, wishes in found
+    )
+
+
+def _placed(weights: Footprint, inventory: Inventory, workload: Workload) -> list[_Placed] | None:
+    count = workload.num_pipelines or 1
+    if count == 1:
+        alone = _place(weights, inventory, workload)
+        return None if alone is None else [(*alone, workload)]
+    least, more = divmod(workload.max_concurrency, count)
+    wishes = [replace(workload, max_concurrency=least + (n < more)) for n in range(count)]
+    for pool in _place_pools(inventory) if least else ():
+        groups: list[list[Place]] = [[] for _ in range(count)]
+        for place in _orders(pool)[-1]:
+            min(groups, key=lambda group: sum(each.usable_bytes for each in group)).append(place)
+        placed: list[_Placed] = []
+        for group, wish in zip(groups, wishes, strict=True):
+            found = _place(weights, _with_places(inventory, group), wish)
+            if found is None:
+                break
+            placed.append((*found, wish))
+        if len(placed) == count:
+            return placed
+    return None
+
+
+def _with_places(inventory: Inventory, places: Sequence[Place]) -> Inventory:
+    """With these devices alone."""
+    nodes = {place.node.host: place.node for place in places}
+    kept = (
+        replace(node, devices=tuple(p.device for p in places if p.node is node))
+        for node in nodes.values()
+    )
+    return replace(inventory, nodes=tuple(kept))
+
+
+def _place(
     weights: Footprint, inventory: Inventory, workload: Workload
 ) -> tuple[Seating, tuple[int, ...]] | None:
     """The first seating in order of preference that fits, with the end layer of every stage."""
@@ -56,7 +116,7 @@ def shorten(
     while low <= high:
         middle = (low + high) // 2
         shorter = replace(workload, max_context_tokens=middle * KV_BLOCK_TOKENS)
-        if place_by_memory(weights, inventory, shorter) is None:
+        if _placed(weights, inventory, shorter) is None:
             high = middle - 1
         else:
             longest, low = shorter, middle + 1
@@ -107,25 +167,25 @@ def _spread(places: tuple[Place, ...], num_stages: int) -> Seating:
     return tuple(zip(places, counts, strict=True))
 
 
-def stages_by_memory(
+def _stages(
     weights: Footprint,
     seating: Seating,
     ends: tuple[int, ...],
     workload: Workload,
     dtype: ComputeDtype,
+    on_host: Mapping[str, int],
 ) -> tuple[StagePlan, ...]:
+    """`on_host` says how many devices of a host have stages, which share its processors."""
     costs = _layer_costs(weights)
     kv_bytes = kv_bytes_of(weights, workload)
     overhead = weights.workspace_bytes(workload.max_context_tokens)
     seats = [place for place, count in seating for _ in range(count)]
     starts = (0, *ends[:-1])
     taken: dict[tuple[str, str], int] = {}
-    devices_of_host: dict[str, set[str]] = {}
     for place, start, end in zip(seats, starts, ends, strict=True):
         device = (place.node.host, place.device_name)
         used = sum(costs[start:end]) + (end - start) * kv_bytes + overhead
         taken[device] = taken.get(device, 0) + used
-        devices_of_host.setdefault(place.node.host, set()).add(place.device_name)
     return tuple(
         StagePlan(
             index=number,
@@ -137,7 +197,7 @@ def stages_by_memory(
             has_output=number == len(ends) - 1,
             dtype=dtype,
             # Stages of one device take turns, see `Pipeline.steps_at_once`.
-            num_threads=max(1, place.node.num_cpus // len(devices_of_host[place.node.host])),
+            num_threads=max(1, place.node.num_cpus // on_host[place.node.host]),
             weights_bytes=sum(costs[start:end]),
             kv_bytes=(end - start) * kv_bytes,
             free_bytes=place.device.memory_bytes - taken[place.node.host, place.device_name],
@@ -156,9 +216,10 @@ def smallest_stage_bytes(weights: Footprint, workload: Workload) -> int:
 
 
 def unused_by_memory(
-    weights: Footprint, inventory: Inventory, workload: Workload, seating: Seating
+    weights: Footprint, inventory: Inventory, workload: Workload, hosts: Sequence[str]
 ) -> tuple[UnusedNode, ...]:
-    used = {place.node.host for place, _ in seating}
+    """Why nodes that are not among `hosts` have no part."""
+    used = set(hosts)
     smallest = smallest_stage_bytes(weights, workload)
     reasons = []
     for node in inventory.nodes:
@@ -169,6 +230,7 @@ def unused_by_memory(
             reason = f"too small: {gigabytes(usable)} usable, one layer takes {gigabytes(smallest)}"
         else:
             others = ", ".join(sorted(used))
-            reason = f"not needed: {others} hold{'s' * (len(used) == 1)} the whole model"
+            whole = "all pipelines" if (workload.num_pipelines or 1) > 1 else "the whole model"
+            reason = f"not needed: {others} hold{'s' * (len(used) == 1)} {whole}"
         reasons.append(UnusedNode(host=node.host, reason=reason))
     return tuple(reasons)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
-from ..plan import Plan, StagePlan
+from ..plan import Pipeline, Plan, StagePlan
 from ..units import gigabytes, milliseconds, wrapped
-from .plan_view import bound_text
+from .plan_view import bound_text, pipeline_text
 
 _STAGE_WIDTH = 220
 _LETTER = 0.53
@@ -38,14 +38,18 @@ class _Box:
 
 def plan_svg(plan: Plan, *, num_experts: int, title: str = "") -> str:
     """The picture as an SVG document; `num_experts` of a layer, 0 of a dense model."""
-    boxes = _boxes(plan)
-    width = 2 * _MARGIN + min(len(boxes), _STAGES_PER_ROW) * (_STAGE_WIDTH + _GAP) - _GAP
+    placed = _boxes(plan)
+    boxes = [box for each in placed for box in each]
+    longest = max(len(each) for each in placed)
+    width = 2 * _MARGIN + min(longest, _STAGES_PER_ROW) * (_STAGE_WIDTH + _GAP) - _GAP
     width = max(width, 640)
     said = [*_totals(plan), *(f"unused: {node.host}: {node.reason}" for node in plan.unused)]
     bottom = max(box.y + box.height for box in boxes) + 46
     lines = [line for text in said for line in wrapped(text, int((width - 2 * _MARGIN) / 6.4))]
     height = bottom + len(lines) * _LINE + _MARGIN
     head = title or f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}"
+    if len(placed) > 1:
+        head += f" in {len(placed)} pipelines" if not title else f": {len(placed)} pipelines"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}"'
         f' font-family="Helvetica, Arial, sans-serif" font-size="12" role="img"'
@@ -55,8 +59,12 @@ def plan_svg(plan: Plan, *, num_experts: int, title: str = "") -> str:
         f'<path d="M0 0 8 4 0 8z" fill="{_LINES}"/></marker></defs>',
         f'<rect width="{width:.0f}" height="{height:.0f}" fill="#fbfcfe"/>',
         _text(_MARGIN, _MARGIN + 6, head, size=16, bold=True),
-        *_links(plan, boxes),
     ]
+    for number, (pipeline, own) in enumerate(zip(plan.pipelines, placed, strict=True)):
+        parts += _links(pipeline, own)
+        if len(placed) > 1:
+            said_of = f"pipeline {number}: {pipeline_text(pipeline)}"
+            parts.append(_text(own[0].x, own[0].y - 8, said_of, bold=True))
     slowest = [
         stage.index == pipeline.bottleneck and len(pipeline.stages) > 1
         for pipeline in plan.pipelines
@@ -71,19 +79,23 @@ def plan_svg(plan: Plan, *, num_experts: int, title: str = "") -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _boxes(plan: Plan) -> list[_Box]:
-    """In rows from left to right, each as high as its highest stage."""
-    boxes: list[_Box] = []
+def _boxes(plan: Plan) -> list[list[_Box]]:
+    """Of each pipeline, in rows from left to right, each as high as its highest stage."""
+    placed: list[list[_Box]] = []
     y = float(_MARGIN + 28)
-    for start in range(0, len(plan.stages), _STAGES_PER_ROW):
-        row = plan.stages[start : start + _STAGES_PER_ROW]
-        heights = [_stage_height(stage) for stage in row]
-        boxes += [
-            _Box(_MARGIN + number * (_STAGE_WIDTH + _GAP), y, height)
-            for number, height in enumerate(heights)
-        ]
-        y += max(heights) + 44
-    return boxes
+    for pipeline in plan.pipelines:
+        y += 20 * (len(plan.pipelines) > 1)  # for the line that names it
+        boxes: list[_Box] = []
+        for start in range(0, len(pipeline.stages), _STAGES_PER_ROW):
+            row = pipeline.stages[start : start + _STAGES_PER_ROW]
+            heights = [_stage_height(stage) for stage in row]
+            boxes += [
+                _Box(_MARGIN + number * (_STAGE_WIDTH + _GAP), y, height)
+                for number, height in enumerate(heights)
+            ]
+            y += max(heights) + 44
+        placed.append(boxes)
+    return placed
 
 
 def _stage_height(stage: StagePlan) -> float:
@@ -156,9 +168,9 @@ def _memory(stage: StagePlan, x: float, y: float, width: float) -> Iterator[str]
     yield _text(x, y + 21, amounts, size=10.5, fill=_FAINT)
 
 
-def _links(plan: Plan, boxes: Sequence[_Box]) -> Iterator[str]:
+def _links(pipeline: Pipeline, boxes: Sequence[_Box]) -> Iterator[str]:
     """Hidden states from stage to stage, token ids from the last one back to the first."""
-    for stage, box, after in zip(plan.stages, boxes, boxes[1:], strict=False):
+    for stage, box, after in zip(pipeline.stages, boxes, boxes[1:], strict=False):
         label = "" if stage.hop_s is None else milliseconds(stage.hop_s)
         if after.y == box.y:
             y = box.y + 34
@@ -179,7 +191,7 @@ def _links(plan: Plan, boxes: Sequence[_Box]) -> Iterator[str]:
             f"M{start} {last.y + last.height}V{low}H{end}V{first.y + first.height + 3}",
             dashed=True,
         )
-        back = plan.stages[-1].hop_s
+        back = pipeline.stages[-1].hop_s
         label = "tokens" if back is None else f"tokens, {milliseconds(back)}"
         yield _text((start + end) / 2, low + 13, label, anchor="middle", fill=_FAINT)
 

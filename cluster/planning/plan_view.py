@@ -44,7 +44,31 @@ def plan_table(
             left_out.remove(name)
             lines = wider
     said = [*_said(plan, left_out), *_explained(explanation or Explanation())]
-    return "\n".join([*lines, *(line for each in said for line in wrapped(each, width))])
+    text = [line for each in said for line in wrapped(each, width)]
+    return "\n".join([*_grouped(plan, lines), *text])
+
+
+def _grouped(plan: Plan, lines: Sequence[str]) -> Iterator[str]:
+    """Of several pipelines each with a line above its stages."""
+    head, *rest = lines
+    yield head
+    for number, pipeline in enumerate(plan.pipelines):
+        if len(plan.pipelines) > 1:
+            yield f"pipeline {number}: {pipeline_text(pipeline)}"
+        count = sum(1 + len(stage.helpers) for stage in pipeline.stages)
+        yield from rest[:count]
+        rest = rest[count:]
+
+
+def pipeline_text(pipeline: Pipeline) -> str:
+    """What one of several pipelines does, for people."""
+    count = pipeline.max_concurrency
+    said = f"{count} sequence{'s' * (count != 1)} at once ({pipeline.num_kv_blocks} KV blocks)"
+    if pipeline.prediction is not None:
+        said += f", {pipeline.prediction.tokens_per_s:.1f} tokens/s"
+    if (num_steps := pipeline.num_micro_batches or 1) > 1:
+        said += f", in {num_steps} steps by turns"
+    return said
 
 
 def _table(plan: Plan, *, with_ends: bool) -> list[tuple[str, ...]]:
@@ -122,9 +146,10 @@ def _columns(rows: Sequence[tuple[str, ...]], left_out: Iterable[str]) -> list[s
 def _said(plan: Plan, left_out: Sequence[str]) -> Iterator[str]:
     if left_out:
         yield f"not shown for want of room: {', '.join(left_out)} (-o json has all)"
+    several = f" on {len(plan.pipelines)} pipelines" * (len(plan.pipelines) > 1)
     yield (
-        f"context {plan.max_context_tokens} tokens, {plan.max_concurrency} sequences at once "
-        f"({plan.num_kv_blocks} KV blocks)"
+        f"context {plan.max_context_tokens} tokens, {plan.max_concurrency} sequences at once"
+        f"{several} ({plan.num_kv_blocks} KV blocks)"
     )
     if plan.prediction is not None:
         yield from _predicted(plan.prediction, plan)
@@ -143,10 +168,9 @@ def _predicted(prediction: Prediction, plan: Plan) -> Iterator[str]:
     cut = ""
     if len(plan.pipelines) == 1 and (num_steps := plan.pipelines[0].num_micro_batches or 1) > 1:
         cut = f"; {plan.max_concurrency} sequences decode in {num_steps} steps by turns"
-    yield (
-        f"a step of {prediction.step_tokens} goes around in "
-        f"{milliseconds(prediction.round_trip_s)}{cut}"
-    )
+    several = " on the slowest pipeline" * (len(plan.pipelines) > 1)
+    step = max(each.prediction.step_tokens for each in plan.pipelines if each.prediction)
+    yield (f"a step of {step} goes around in {milliseconds(prediction.round_trip_s)}{several}{cut}")
     if bound := bound_text(plan):
         yield f"bound: {bound}"
     yield from (f"assumed: {said}" for said in prediction.assumed)

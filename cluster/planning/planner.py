@@ -16,7 +16,6 @@ from ..plan import (
     ComputeDtype,
     Concession,
     Inventory,
-    Pipeline,
     Plan,
     StagePlan,
     UnusedNode,
@@ -30,17 +29,16 @@ from ..units import gigabytes, id_ranges
 from .dtype_ladder import dtype_choices, lower_dtypes
 from .memory_plan import (
     kv_bytes_of,
-    num_kv_blocks,
-    place_by_memory,
+    pipelines_by_memory,
     shorten,
     smallest_stage_bytes,
-    stages_by_memory,
     unused_by_memory,
 )
 from .node_wishes import allowed_nodes
+from .pipelines_plan import PipelinesPlanner
 from .refusal import pins_refused, refused
 from .soundness import check_inventory
-from .speed_plan import SpeedPlanner, speeds_known
+from .speed_plan import speeds_known
 
 __all__ = ["MARGIN", "gigabytes", "plan", "predicted"]
 
@@ -52,9 +50,10 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
     """Place every layer of the model.
 
     Where all speeds are known, the placement that decodes fastest under the cost model, for the
-    objective of the workload. Otherwise, or for the objective ``fit``: as few devices as fit
-    (accelerators first), or the number of stages asked for, spread over as many devices as there
-    are; nodes that hold bytes of the release already come first, then those with more memory.
+    objective of the workload; for ``throughput`` in as many pipelines as are best. Otherwise, or
+    for the objective ``fit``: as few devices as fit (accelerators first), or the number of stages
+    asked for, spread over as many devices as there are; nodes that hold bytes of the release
+    already come first, then those with more memory.
 
     Where the keys and values of the wished context do not fit on all devices together, the context
     shrinks down to ``workload.min_context_tokens``. Where the weights do not fit as they are stored
@@ -132,47 +131,36 @@ def _best(
     if workload.objective != "fit" and speeds_known(inventory, model.dtype):
         for dtypes in _dtypes(model, ladder, inventory, workload):
             fast = _speed_planner(model, inventory, workload, dtypes)
-            if fast.found is not None:
+            if fast.found:
                 return _by_speed(model, fast, inventory, workload)
         if workload.nodes and any(wish.layers for wish in workload.nodes):
             return None
     weights = model.weights
-    found = place_by_memory(weights, inventory, workload)
-    if found is None:
+    pipelines = pipelines_by_memory(weights, inventory, workload, model.dtype)
+    if pipelines is None:
         return None
-    seating, ends = found
-    stages = stages_by_memory(weights, seating, ends, workload, model.dtype)
     placed = Plan(
-        pipelines=(_pipeline(stages, workload),),
+        pipelines=pipelines,
         max_context_tokens=workload.max_context_tokens,
-        unused=unused_by_memory(weights, inventory, workload, seating),
     )
+    placed = replace(placed, unused=unused_by_memory(weights, inventory, workload, placed.hosts))
     if workload.objective == "fit" or not speeds_known(inventory, model.dtype):
         return placed
     return _speed_planner(model, inventory, workload, None).predicted(placed)
 
 
-def _by_speed(model: _Model, fast: SpeedPlanner, inventory: Inventory, workload: Workload) -> Plan:
-    stages = fast.stages({node.host: node.num_cpus for node in inventory.nodes})
-    placed = fast.predicted(
-        Plan(
-            pipelines=(_pipeline(stages, workload),),
-            max_context_tokens=workload.max_context_tokens,
-        )
+def _by_speed(
+    model: _Model, fast: PipelinesPlanner, inventory: Inventory, workload: Workload
+) -> Plan:
+    placed = Plan(
+        pipelines=fast.pipelines({node.host: node.num_cpus for node in inventory.nodes}),
+        max_context_tokens=workload.max_context_tokens,
     )
     check_experts(placed, model.config.num_experts)
     if placed.prediction is not None:
         placed = replace(placed, best_possible=fast.best_possible())
     smallest = smallest_stage_bytes(model.weights, workload)
     return replace(placed, unused=fast.unused(smallest))
-
-
-def _pipeline(stages: tuple[StagePlan, ...], workload: Workload) -> Pipeline:
-    return Pipeline(
-        stages=stages,
-        num_kv_blocks=num_kv_blocks(workload),
-        max_concurrency=workload.max_concurrency,
-    )
 
 
 def _without_times(plan: Plan) -> Plan:
@@ -236,7 +224,7 @@ def _speed_planner(
     inventory: Inventory,
     workload: Workload,
     dtypes: tuple[ComputeDtype, ...] | None,
-) -> SpeedPlanner:
+) -> PipelinesPlanner:
     every = places_of(inventory)
     given = dtypes or (model.dtype,) * len(every)
     seats = [
@@ -253,7 +241,7 @@ def _speed_planner(
         [dtype for _, dtype in seats],
         kv_bytes=kv_bytes_of(model.weights, workload),
     )
-    return SpeedPlanner(placing, workload)
+    return PipelinesPlanner(placing)
 
 
 def _told(
@@ -290,8 +278,7 @@ def _told(
             for stage in lowered
             for layer in range(stage.first_layer, stage.end_layer)
         )
-        numbers = id_ranges([stage.index for stage in lowered])
-        who = f"stage {numbers} holds" if len(lowered) == 1 else f"stages {numbers} hold"
+        who = f"{_stages_with(plan, dtype)} hold{'s' * (len(lowered) == 1)}"
         concessions.append(
             Concession(
                 knob="dtype",
@@ -309,11 +296,29 @@ def _told(
     return replace(plan, concessions=tuple(concessions), unused=unused)
 
 
+def _stages_with(plan: Plan, dtype: ComputeDtype) -> str:
+    said = []
+    for number, pipeline in enumerate(plan.pipelines):
+        lowered = [stage.index for stage in pipeline.stages if stage.dtype == dtype]
+        of = f" of pipeline {number}" if len(plan.pipelines) > 1 else ""
+        if lowered:
+            said.append(f"stage{'s' * (len(lowered) > 1)} {id_ranges(lowered)}{of}")
+    return " and ".join(said)
+
+
 def _check(config: ModelConfig, inventory: Inventory, workload: Workload) -> None:
     if workload.num_stages is not None and not 1 <= workload.num_stages <= config.n_layers:
         raise UsageError(
             f"{workload.num_stages} stages for a model of {config.n_layers} layers; "
             f"ask for 1 to {config.n_layers}"
+        )
+    num_devices = sum(len(node.devices) for node in inventory.nodes)
+    most = min(num_devices, workload.max_concurrency)
+    if workload.num_pipelines is not None and not 1 <= workload.num_pipelines <= max(1, most):
+        raise UsageError(
+            f"{workload.num_pipelines} pipelines on {num_devices} device"
+            f"{'s' * (num_devices != 1)} for {workload.max_concurrency} sequences at once; each "
+            f"needs a device and a sequence of its own: ask for 1 to {max(1, most)}"
         )
     if workload.max_context_tokens < 1 or workload.max_concurrency < 1:
         raise UsageError(

@@ -34,16 +34,19 @@ def refused(
     weights, stored = footprint(config, index, dtype), stored_dtype(index)
     context = workload.min_context_tokens or workload.max_context_tokens
     least = replace(workload, max_context_tokens=min(context, workload.max_context_tokens))
+    times = workload.num_pipelines or 1
     kv_bytes = kv_bytes_of(weights, least) * len(weights.layer_bytes)
-    workspace = weights.workspace_bytes(least.max_context_tokens) * (workload.num_stages or 1)
+    num_stages = times * (workload.num_stages or 1)
+    workspace = weights.workspace_bytes(least.max_context_tokens) * num_stages
+    held = times * weights.weights_bytes
     changes = sufficient_changes(config, index, inventory, least, dtype)
     as_stored = ""
     if dtype != stored:
         whole = footprint(config, index, stored).weights_bytes
-        as_stored = f" ({gigabytes(whole)} as they are stored, in {stored})"
+        as_stored = f" ({gigabytes(times * whole)} as they are stored, in {stored})"
     lines = [
-        *_headline(weights, weights.weights_bytes + kv_bytes + workspace, inventory, least),
-        f"  needed: {gigabytes(weights.weights_bytes)} of {dtype} weights{as_stored}",
+        *_headline(weights, held + kv_bytes + workspace, inventory, least),
+        f"  needed: {gigabytes(held)} of {dtype} weights{as_stored}",
         f"    {gigabytes(kv_bytes)} for the keys and values of "
         f"{least.max_concurrency} sequences of {least.max_context_tokens} tokens",
         f"    {gigabytes(workspace)} of workspace",
@@ -62,6 +65,8 @@ def _headline(
 ) -> list[str]:
     usable = [place.usable_bytes for place in places_of(inventory)]
     stages = f" in {workload.num_stages} stages" if workload.num_stages else ""
+    if (workload.num_pipelines or 1) > 1:
+        stages += f" {workload.num_pipelines} times"
     smallest = smallest_stage_bytes(weights, workload)
     if max(usable) < smallest:
         return [

@@ -1,6 +1,6 @@
-"""Place a model where speeds are known: the search over the cost model, and what it predicts."""
+"""One pipeline where speeds are known: the search over the cost model, and what it predicts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -10,21 +10,20 @@ from ..plan import (
     ExpertIds,
     Inventory,
     Pipeline,
-    Plan,
     Prediction,
     StagePlan,
-    UnusedNode,
-    Workload,
 )
 from ..search.bound import least_round_trip_s, most_tokens_per_s
 from ..search.cost import assumed_link, device_speed, hop_s
 from ..search.lumps import tokens_per_s_in_lumps
 from ..search.moves import improved
+from ..search.place import Place
 from ..search.placing import PROMPT_TOKENS, Placing, helpers_of
 from ..search.problem import Problem, Route, evaluate
-from ..search.search import Search, Stage, contenders, fastest
+from ..search.search import Search, Stage, busiest, contenders, fastest
 from ..units import gigabytes, milliseconds
 from .expert_hosts import add_copies, choose_experts
+from .memory_plan import num_kv_blocks
 from .popular_times import popular_stage_s
 
 PREFILL_TOKENS = 1024
@@ -45,29 +44,67 @@ def speeds_known(inventory: Inventory, dtype: ComputeDtype) -> bool:
 
 
 class SpeedPlanner:
-    """The best placement of one `Placing`, and what it should achieve."""
+    """The best pipeline on the places of a `Placing` for all of its streams, and what it should
+    achieve; one of no more tokens per second than `floor` is not looked for."""
 
-    def __init__(self, placing: Placing, workload: Workload) -> None:
+    def __init__(self, placing: Placing, *, floor: float = 0.0) -> None:
+        self.places = placing.places
         self._placing = placing
-        self._workload = workload
+        self._workload = placing.workload
+        self.floor = floor
+        self.streams = placing.workload.max_concurrency
         self._score = 0.0
-        self._places = placing.places
 
     @cached_property
     def found(self) -> tuple[Problem, Route] | None:
         """The best route, with the problem it was found for; None: nothing fits."""
         asked = self._workload.num_stages
-        if not self._places:
+        if not self.places:
             return None
         if self._workload.objective == "throughput":
             problems = [self._placing.problem(tokens) for tokens in self._batches()]
-            near = contenders(problems, num_stages=asked, within=_NEAR)
-            best = improved(problems, near[0] if near else None, throughput=True, num_stages=asked)
+            near = contenders(problems, num_stages=asked, within=_NEAR, floor=self.floor)
+            best = improved(
+                problems,
+                near[0] if near else None,
+                throughput=True,
+                num_stages=asked,
+                floor=self.floor,
+            )
             return None if best is None else self._in_lumps([best, *near])
         problem = self._placing.problem(1)
         route = fastest(problem, num_stages=asked)
         start = None if route is None else (problem, route)
         return improved([problem], start, throughput=False, num_stages=asked)
+
+    @cached_property
+    def score(self) -> float:
+        """Tokens per second of the best route, of the streams or of one alone; 0: nothing fits."""
+        is_busy = self._workload.objective == "throughput"
+        if is_busy and "found" not in self.__dict__ and Search(self._placing.problem(1)).is_exact:
+            problems = [self._placing.problem(tokens) for tokens in self._batches()]
+            best = busiest(problems, num_stages=self._workload.num_stages, floor=self.floor)
+            return 0.0 if best is None else best[1].tokens_per_s(best[0])
+        if self.found is None:
+            return 0.0
+        return self._score if is_busy else 1 / self.found[1].round_trip_s
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the best route was found among all, or that there is none."""
+        # The search takes all experts to be alike.
+        if self._workload.popularity is not None or not self._placing.splits_are_exact:
+            return False
+        return Search(self._placing.problem(1)).is_exact
+
+    def in_lumps(self) -> float:
+        """Tokens per second of the best route where prompts come in whole chunks."""
+        return 0.0 if self.found is None else self._lumpy(*self.found)
+
+    def _lumpy(self, problem: Problem, route: Route) -> float:
+        tokens = problem.step_tokens
+        calm, chunks = self._placing.calm.problem(tokens), self._placing.chunks(tokens)
+        return tokens_per_s_in_lumps(problem, route, calm, chunks)
 
     def _in_lumps(self, found: list[tuple[Problem, Route]]) -> tuple[Problem, Route]:
         """Of the first route and those nearly as good the one that prompts hold up least."""
@@ -78,51 +115,61 @@ class SpeedPlanner:
             for problem, route in found
             if route.tokens_per_s(problem) >= self._score * (1 - _NEAR)
         ]
-        if len(near) == 1:
-            return near[0]
-
-        def rate(each: tuple[Problem, Route]) -> float:
-            tokens = each[0].step_tokens
-            calm, chunks = self._placing.calm.problem(tokens), self._placing.chunks(tokens)
-            return tokens_per_s_in_lumps(*each, calm, chunks)
-
-        return max(near, key=rate)
+        return near[0] if len(near) == 1 else max(near, key=lambda each: self._lumpy(*each))
 
     def best_possible(self) -> float | None:
-        """What no plan can beat (`Plan.best_possible`); None where nobody can say."""
+        """What no pipeline can beat (as `Plan.best_possible`); None where nobody can say."""
         assert self.found is not None
         problem, route = self.found
-        asked, is_busy = self._workload.num_stages, self._workload.objective == "throughput"
+        is_busy = self._workload.objective == "throughput"
         score = self._score if is_busy else route.round_trip_s
-        if self._workload.popularity is not None:  # the search takes all experts to be alike
+        if self._workload.popularity is not None:
             return None
-        if Search(problem).is_exact and self._placing.splits_are_exact:
+        if self.is_exact:
             return score
         if is_busy:
-            problems = [self._placing.problem(tokens) for tokens in self._batches()]
-            return most_tokens_per_s(problems, score, num_stages=asked)
-        return least_round_trip_s(problem, score, num_stages=asked)
+            return self.bound(score)
+        return least_round_trip_s(problem, score, num_stages=self._workload.num_stages)
+
+    def bound(self, tokens_per_s: float) -> float:
+        """What no pipeline goes beyond, or `tokens_per_s`, which some plan has, if that is more."""
+        problems = [self._placing.problem(tokens) for tokens in self._batches()]
+        return most_tokens_per_s(problems, tokens_per_s, num_stages=self._workload.num_stages)
 
     def _batches(self) -> list[int]:
         """Sequences per step for every number of micro-batches that may pay, most first."""
         streams = self._workload.max_concurrency
-        most = min(len(self._places) + 1, streams)
+        most = min(len(self.places) + 1, streams)
         counts = [count for count in _MICRO_BATCHES if count <= most]
         return sorted({-(-streams // count) for count in counts}, reverse=True)
 
-    def stages(self, num_cpus_of: dict[str, int]) -> tuple[StagePlan, ...]:
-        """The stages of the best route, with their helpers; times are those of `predicted`."""
+    def used(self) -> list[Place]:
+        """The devices of the best route."""
+        assert self.found is not None
+        route = self.found[1]
+        spans = zip(route.sites, route.members, strict=True)
+        return [self.places[site] for span in spans for site in _sites(*span)]
+
+    def pipeline(self, threads: Mapping[str, int]) -> Pipeline:
+        """The best route, with `threads` of each host for every device on it; times and blocks of
+        keys and values are for the streams of the workload."""
         assert self.found is not None
         problem, route = self.found
         spans = list(zip(route.sites, route.members, route.starts, route.ends, strict=True))
         shares = [self._shares(problem, *span) for span in spans]
-        used = [place for span in spans for place in _sites(span[0], span[1])]
-        on_host = [self._places[place].node.host for place in used]
-        threads = {host: max(1, num_cpus_of[host] // on_host.count(host)) for host in on_host}
-        return tuple(
+        stages = tuple(
             self._stage(number, *span, share, problem.num_layers, threads)
             for number, (span, share) in enumerate(zip(spans, shares, strict=True))
         )
+        streams = self.streams
+        is_busy = self._workload.objective == "throughput"
+        placed = Pipeline(
+            stages=stages,
+            num_kv_blocks=num_kv_blocks(self._workload),
+            max_concurrency=streams,
+            num_micro_batches=-(-streams // problem.step_tokens) if is_busy else None,
+        )
+        return self.predicted(placed)
 
     def _stage(
         self,
@@ -133,9 +180,9 @@ class SpeedPlanner:
         end: int,
         shares: list[ExpertIds],
         num_layers: int,
-        threads: dict[str, int],
+        threads: Mapping[str, int],
     ) -> StagePlan:
-        placing, place = self._placing, self._places[home]
+        placing, place = self._placing, self.places[home]
         cost, weights = placing.cost(home), placing.weights[placing.dtypes[home]]
         layers = range(start, end)
 
@@ -154,7 +201,7 @@ class SpeedPlanner:
         kv_bytes = len(layers) * placing.kv_bytes
         helpers = []
         for other, experts in zip(helpers_of(home, members), others, strict=True):
-            there, taken = self._places[other], weight(experts)
+            there, taken = self.places[other], weight(experts)
             free = there.device.memory_bytes - taken - placing.helper_overhead_bytes(home)
             if any(experts):
                 helpers.append(
@@ -206,14 +253,10 @@ class SpeedPlanner:
             rows.append(held if popularity is None else add_copies(held, rooms, seats, popularity))
         return [tuple(tuple(held[host]) for held in rows) for host in range(len(seats))]
 
-    def predicted(self, plan: Plan) -> Plan:
-        """`plan` with its times, of stages without helpers or those of the best route. Stages that
-        share a device take turns there."""
-        pipelines = tuple(map(self._predicted, plan.pipelines))
-        return replace(plan, pipelines=pipelines, best_possible=None)
-
-    def _predicted(self, pipeline: Pipeline) -> Pipeline:
-        number_of = {(p.node.host, p.device_name): n for n, p in enumerate(self._places)}
+    def predicted(self, pipeline: Pipeline) -> Pipeline:
+        """`pipeline` with its times, of stages without helpers or those of the best route. Stages
+        that share a device take turns there."""
+        number_of = {(p.node.host, p.device_name): n for n, p in enumerate(self.places)}
         seats = [
             [(s.host, s.device), *((h.host, h.device) for h in s.helpers)] for s in pipeline.stages
         ]
@@ -224,10 +267,10 @@ class SpeedPlanner:
         ends = [stage.end_layer for stage in pipeline.stages]
         objective = self._workload.objective
         # Only the goal of throughput searches for the size of a step.
-        if objective == "throughput" and self.found is not None:
-            crowd = self.found[0]
-        else:
-            crowd = self._placing.problem(self._batch(len(set(sites))))
+        num_steps = len(set(sites))
+        if objective == "throughput" and pipeline.num_micro_batches is not None:
+            num_steps = pipeline.num_micro_batches
+        crowd = self._placing.problem(-(-self._workload.max_concurrency // num_steps))
         alone = self._placing.problem(1)
         places = [[number_of[seat] for seat in stage] for stage in seats]
         together, single = (
@@ -295,20 +338,16 @@ class SpeedPlanner:
         way_s = hop_s(rows, there) + hop_s(outputs, back) + placing.speed(home).helper_overhead_s
         return replace(helper, step_s=read, hop_s=way_s)
 
-    def _batch(self, num_stages: int) -> int:
-        return -(-self._workload.max_concurrency // num_stages)
-
-    def unused(self, smallest_bytes: int) -> tuple[UnusedNode, ...]:
-        """Why each node without a part has none: what the best plan with it would do."""
+    def unused(self, smallest_bytes: int) -> dict[str, str]:
+        """Why each host without a part has none: what the best route with it would do."""
         assert self.found is not None
         problem, now = self.found
         stages = [Stage(*each) for each in zip(now.sites, now.members, strict=True)]
-        used = {site for stage in stages for site in _sites(stage.home, stage.members)}
-        hosts = {self._places[site].node.host for site in used}
+        hosts = {place.node.host for place in self.used()}
         search = Search(problem)
         told: dict[object, str] = {}
         reasons: dict[str, str] = {}
-        for number, place in enumerate(self._places):
+        for number, place in enumerate(self.places):
             host = place.node.host
             if host in hosts or host in reasons:
                 continue
@@ -330,7 +369,7 @@ class SpeedPlanner:
                     else self._slower(number, now.sites, problem)
                 )
             reasons[host] = told[kind]
-        return tuple(UnusedNode(host=host, reason=reasons[host]) for host in sorted(reasons))
+        return reasons
 
     def _with(self, number: int, stages: list[Stage], search: Search, now: Route) -> str:
         alone, is_busy = Stage.alone(number), self._workload.objective == "throughput"

@@ -26,6 +26,8 @@ def workload_of(spec: DeploymentSpec, config: ModelConfig) -> Workload:
         max_concurrency=spec.max_concurrency,
         dtype=spec.dtype,
         num_stages=spec.num_stages,
+        # Experts that a user places are those of one pipeline.
+        num_pipelines=spec.num_pipelines or (1 if spec.expert_pins else None),
         objective=spec.objective,
         separate_experts=True,
         nodes=spec.node_wishes,

@@ -30,16 +30,18 @@ def improved(
     *,
     throughput: bool,
     num_stages: int | None = None,
+    floor: float = 0.0,
 ) -> tuple[Problem, Route] | None:
     """The best route that small steps reach from `start`; `start` itself where the search over
-    these problems was exact. `start` belongs to one of `problems`; None: nothing was found yet.
+    these problems was exact. `start` belongs to one of `problems`; None: nothing was found yet,
+    or nothing better than `floor`, from where to go on is not worth much.
     """
     first = problems[0]
     if Search(first).is_exact:
         return start
     best = start
     climbs = [_Climb(problem, throughput=throughput, num_stages=num_stages) for problem in problems]
-    for climb in climbs if start is None else climbs[:1]:
+    for climb in climbs if start is None and not floor else climbs[:1]:
         for order in climb.seeds() if num_stages in (None, 1) else ():
             best = _better(best, climb, climb.climb(order))
     if start is not None:

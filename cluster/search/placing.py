@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cache, cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -54,32 +56,52 @@ class Placing:
         kv_bytes: int,
     ) -> None:
         """`kv_bytes`: keys and values of one layer for the whole workload."""
-        self.places, self.dtypes = tuple(places), tuple(dtypes)
         self.costs = {dtype: model_cost(config, index, dtype) for dtype in set(dtypes)}
         self.weights = {dtype: footprint(config, index, dtype) for dtype in set(dtypes)}
         self._links = known_links(inventory)
-        self._workload = workload
-        self._calm: Callable[[], Placing] = lambda: Placing(
-            config,
-            index,
-            inventory,
-            replace(workload, objective="latency"),
-            places,
-            dtypes,
-            kv_bytes=kv_bytes,
-        )
-        self.kv_bytes = kv_bytes
         self._spans = {wish.host: wish.layers for wish in workload.nodes}
+        self._known: dict[object, Any] = {}
+        """What all parts share: seconds of layers, and of ways to spread experts."""
+        self._sit(places, dtypes, workload, kv_bytes)
+
+    def _sit(
+        self,
+        places: Sequence[Place],
+        dtypes: Sequence[ComputeDtype],
+        workload: Workload,
+        kv_bytes: int,
+    ) -> None:
+        self.places, self.dtypes = tuple(places), tuple(dtypes)
+        self.workload, self.kv_bytes = workload, kv_bytes
         self.problem = cache(self._problem)
         self.split = cache(self._split)
         self.attention_L = cache(self._attention_L)
         self.splits_are_exact = True
         """Of all that were asked for so far."""
 
+    def part(self, numbers: Sequence[int], streams: int) -> Placing:
+        """The same on some of the places alone, and for so many streams."""
+        return self._other(numbers, replace(self.workload, max_concurrency=streams))
+
     @cached_property
     def calm(self) -> Placing:
         """The same without prompts beside what is decoded."""
-        return self._calm()
+        return self._other(range(len(self.places)), replace(self.workload, objective="latency"))
+
+    def _other(self, numbers: Sequence[int], workload: Workload) -> Placing:
+        other = copy(self)
+        other.__dict__.pop("calm", None)
+        other._sit(
+            [self.places[number] for number in numbers],
+            [self.dtypes[number] for number in numbers],
+            workload,
+            self.kv_bytes_for(workload.max_concurrency),
+        )
+        return other
+
+    def kv_bytes_for(self, streams: int) -> int:
+        """Keys and values of one layer."""
+        return self.kv_bytes // self.workload.max_concurrency * streams
 
     def cost(self, number: int) -> ModelCost:
         """The model at the dtype of a place."""
@@ -98,7 +120,7 @@ class Placing:
 
     def overhead_bytes(self, number: int) -> int:
         """What a stage on a place takes besides layers."""
-        return self._weights(number).workspace_bytes(self._workload.max_context_tokens)
+        return self._weights(number).workspace_bytes(self.workload.max_context_tokens)
 
     def helper_overhead_bytes(self, home: int) -> int:
         """What helping a stage takes besides experts: no keys and values are gathered."""
@@ -133,30 +155,23 @@ class Placing:
 
         # A step leaves a stage when what surrounds its layers is done too.
         around = np.array([[place.device.step_overhead_s] for place in self.places])
-        has_experts = bool(next(iter(self.costs.values())).num_experts)
-        may_share = has_experts and self._workload.separate_experts
+        may_share = self._may_share
         return Problem(
             sites=tuple(self._site(number, tokens) for number in count),
             hop_s=around + np.array([[hop_s(hidden, link) for link in row] for row in links]),
             return_s=around + np.array([[hop_s(ids, link) for link in row] for row in links]),
             transfer_s=np.array([[transfer_s(hidden, link) for link in row] for row in links]),
             step_tokens=tokens,
-            streams=self._workload.max_concurrency,
+            streams=self.workload.max_concurrency,
             shared=shared if may_share else None,
             least_shared=least if may_share else None,
         )
 
     def _site(self, number: int, tokens: int) -> Site:
         cost, weights, speed = self.cost(number), self._weights(number), self.speed(number)
-        prompts = self.chunks(tokens)
-        seconds = [
-            layer_s(cost, layer, speed, tokens=tokens, context_tokens=self._context_tokens)
-            + prompts * prefill_layer_s(cost, layer, speed, tokens=STEP_TOKENS)
-            for layer in range(len(weights.layer_bytes))
-        ]
         needs = [each + self.kv_bytes for each in weights.layer_bytes]
         return Site(
-            seconds_L=_prefix(seconds),
+            seconds_L=self._seconds_L(number, tokens),
             needs_L=_prefix(needs),
             capacity=self.places[number].usable_bytes - self.overhead_bytes(number),
             first_s=embeddings_s(cost, speed, tokens=tokens),
@@ -166,16 +181,34 @@ class Placing:
             span=self._spans.get(self.places[number].node.host),
         )
 
+    def _seconds_L(self, number: int, tokens: int) -> Matrix:
+        """Of the layers before each on a place."""
+        key = (self._seat(number), tokens, self.workload.objective)
+        if key not in self._known:
+            cost, speed, prompts = self.cost(number), self.speed(number), self.chunks(tokens)
+            seconds = [
+                layer_s(cost, layer, speed, tokens=tokens, context_tokens=self._context_tokens)
+                + prompts * prefill_layer_s(cost, layer, speed, tokens=STEP_TOKENS)
+                for layer in range(len(cost.expert_bytes))
+            ]
+            self._known[key] = _prefix(seconds)
+        found: Matrix = self._known[key]
+        return found
+
+    def _seat(self, number: int) -> tuple[str, str, ComputeDtype]:
+        place = self.places[number]
+        return place.node.host, place.device_name, self.dtypes[number]
+
     def chunks(self, tokens: int) -> float:
         """Full chunks of prompts that come with a decode step of so many tokens, on average; one
         stream alone has none."""
-        if self._workload.objective != "throughput":
+        if self.workload.objective != "throughput":
             return 0.0
         return PROMPT_TOKENS * tokens / STEP_TOKENS
 
     @property
     def _context_tokens(self) -> int:
-        return max(1, self._workload.max_context_tokens // 2)
+        return max(1, self.workload.max_context_tokens // 2)
 
     def shared_LL(self, home: int, members: int, tokens: int) -> Matrix:
         """[u, v]: seconds of a stage whose members share the experts of layers [u, v)."""
@@ -203,20 +236,12 @@ class Placing:
         """What layers cost at least when their experts may be anywhere."""
         count = range(len(self.places))
         prompts = self.chunks(tokens)
-        own, own_bytes, help_s, expert, one_expert = [], [], [], [], []
+        own, own_bytes, layer, expert, one_expert = [], [], [], [], []
         for home in count:
             cost = self.cost(home)
-            others = [n for n in count if n != home and self._spans.get(self._host(n)) is None]
-            seats = self.seats(home, 1 << home | sum(1 << other for other in others))
             own.append(self.attention_L(home, tokens))
             own_bytes.append(np.array(cost.attention_bytes) + self.kv_bytes)
-            by_size = {
-                size: least_hosts_s(cost, cost.expert_bytes.index(size), seats, tokens=tokens)
-                + prompts
-                * least_hosts_s(cost, cost.expert_bytes.index(size), seats, tokens=STEP_TOKENS)
-                for size in set(cost.expert_bytes)
-            }
-            help_s.append([by_size[size] for size in cost.expert_bytes])
+            layer.append(self.least_layer_L(home, (1 << len(count)) - 1, tokens))
             step, full = (
                 np.min([self._one_expert_L(home, dtype, n) for dtype in self.costs], axis=0)
                 for n in (tokens, STEP_TOKENS)
@@ -227,7 +252,7 @@ class Placing:
             )
         overhead = min(each.workspace_bytes(0) for each in self.weights.values())
         return Least(
-            layer_NL=np.array(own) + np.array(help_s),
+            layer_NL=np.array(layer),
             own_NL=np.array(own),
             expert_NL=np.array(expert),
             one_expert_NL=np.array(one_expert),
@@ -236,6 +261,29 @@ class Placing:
             helper_capacity_N=np.array([place.usable_bytes - overhead for place in self.places]),
             num_experts=self.cost(0).num_experts,
         )
+
+    def least_layer_L(self, home: int, members: int, tokens: int) -> Matrix:
+        """Seconds of each layer at least, with the best help that any of `members` can give."""
+        cost = self.cost(home)
+        if not self._may_share:
+            return np.diff(self._seconds_L(home, tokens))
+        helpers = [n for n in helpers_of(home, members) if self._spans.get(self._host(n)) is None]
+        seats = self.seats(home, 1 << home | sum(1 << helper for helper in helpers))
+        by_size = {}
+        for size in set(cost.expert_bytes):
+            layer = cost.expert_bytes.index(size)
+            step, full = (
+                least_hosts_s(cost, layer, seats, tokens=n) for n in (tokens, STEP_TOKENS)
+            )
+            by_size[size] = step + self.chunks(tokens) * full
+        return np.array(self.attention_L(home, tokens)) + [
+            by_size[size] for size in cost.expert_bytes
+        ]
+
+    @property
+    def _may_share(self) -> bool:
+        has_experts = bool(next(iter(self.costs.values())).num_experts)
+        return has_experts and self.workload.separate_experts
 
     def _one_expert_L(self, number: int, dtype: ComputeDtype, tokens: int) -> Matrix:
         cost, speed = self.costs[dtype], self.speed(number, dtype)
@@ -253,12 +301,7 @@ class Placing:
         stage begins (1) and ends (2) the model."""
         cost, site = self.cost(home), self.problem(tokens).sites[home]
         expert = max(cost.expert_bytes)
-        layer, seats = cost.expert_bytes.index(expert), self.seats(home, members)
-        counts_OH = spreads(cost.num_experts, self._solo_HN(cost, layer, seats, tokens))
-        held_OHE = in_turn(counts_OH, cost.num_experts)
-        seconds_O = hosts_s(cost, layer, seats, held_OHE, tokens=tokens)
-        if prompts := self.chunks(tokens):
-            seconds_O += prompts * hosts_s(cost, layer, seats, held_OHE, tokens=STEP_TOKENS)
+        seconds_O, counts_OH = self._spreads(home, members, tokens)
         layers = np.arange(len(cost.expert_bytes) + 1)
         used = layers * (max(cost.attention_bytes) + self.kv_bytes)
         ends = [0.0, site.first_bytes, site.last_bytes, site.first_bytes + site.last_bytes]
@@ -270,6 +313,22 @@ class Placing:
         ]
         found = Split(seconds_O, counts_OH, home_VK=home_VK, helper_rooms=rooms)
         self.splits_are_exact &= found.is_exact
+        return found
+
+    def _spreads(self, home: int, members: int, tokens: int) -> tuple[Array, Array]:
+        """Seconds of a layer's experts by the way they are spread, and the ways."""
+        sharing = tuple(self._seat(other) for other in (home, *helpers_of(home, members)))
+        key = (sharing, tokens, self.workload.objective)
+        if key not in self._known:
+            cost, seats = self.cost(home), self.seats(home, members)
+            layer = cost.expert_bytes.index(max(cost.expert_bytes))
+            counts_OH = spreads(cost.num_experts, self._solo_HN(cost, layer, seats, tokens))
+            held_OHE = in_turn(counts_OH, cost.num_experts)
+            seconds_O = hosts_s(cost, layer, seats, held_OHE, tokens=tokens)
+            if prompts := self.chunks(tokens):
+                seconds_O += prompts * hosts_s(cost, layer, seats, held_OHE, tokens=STEP_TOKENS)
+            self._known[key] = seconds_O, counts_OH
+        found: tuple[Array, Array] = self._known[key]
         return found
 
     def _solo_HN(self, cost: ModelCost, layer: int, seats: Sequence[Seat], tokens: int) -> Array:

@@ -53,27 +53,32 @@ def fastest(problem: Problem, *, num_stages: int | None = None) -> Route | None:
 
 
 def busiest(
-    problems: Iterable[Problem], *, num_stages: int | None = None
+    problems: Iterable[Problem], *, num_stages: int | None = None, floor: float = 0.0
 ) -> tuple[Problem, Route] | None:
-    """The most tokens per second, with the problem it was found for. None: nothing fits.
+    """The most tokens per second, with the problem it was found for. None: nothing fits, or has
+    more than `floor`.
 
     `problems` are one placement at several numbers of sequences per step. Each is a search of its
     own, cut short by what the others found.
     """
-    found = contenders(problems, num_stages=num_stages)
+    found = contenders(problems, num_stages=num_stages, floor=floor)
     return found[0] if found else None
 
 
 def contenders(
-    problems: Iterable[Problem], *, num_stages: int | None = None, within: float = 0.0
+    problems: Iterable[Problem],
+    *,
+    num_stages: int | None = None,
+    within: float = 0.0,
+    floor: float = 0.0,
 ) -> list[tuple[Problem, Route]]:
     """The best route of every problem that has one `within` a share of the best of all, which is
-    the first of them."""
+    the first of them. Where the best has no more than `floor`, there may be none."""
     searches = [Search(problem) for problem in problems]
     best: dict[int, tuple[float, Route]] = {}
 
-    def floor(number: int) -> float:
-        most = max((score for score, _ in best.values()), default=0.0) * (1 - within)
+    def least(number: int) -> float:
+        most = max((floor, *(score for score, _ in best.values()))) * (1 - within)
         return max(most, best[number][0] if number in best else 0.0)
 
     def offer(number: int, routes: Iterable[Route]) -> None:
@@ -87,10 +92,10 @@ def contenders(
         return lambda limit, below: search.over_subsets(limit, below, num_stages)
 
     for number, search in enumerate(searches):
-        offer(number, search.improvements(floor(number), along(search)))
+        offer(number, search.improvements(least(number), along(search)))
     for number, search in enumerate(searches):
         if search.exact_stages is not None:
-            offer(number, search.improvements(floor(number), over(search)))
+            offer(number, search.improvements(least(number), over(search)))
     order = sorted(best, key=lambda number: -best[number][0])
     return [
         (searches[number].problem, best[number][1])

@@ -130,9 +130,10 @@ def test_a_plan_that_was_found_among_all_is_its_own_bound() -> None:
 
 
 def test_pins_and_a_number_of_stages_bind_the_bound_too() -> None:
-    free = plan(*MIXTRAL, cluster(10), workload())
+    wishes = replace(workload(), num_pipelines=1)
+    free = plan(*MIXTRAL, cluster(10), wishes)
     pinned = plan(
-        *MIXTRAL, cluster(10), replace(workload(), nodes=(NodeWish(host="n00", layers=(0, 6)),))
+        *MIXTRAL, cluster(10), replace(wishes, nodes=(NodeWish(host="n00", layers=(0, 6)),))
     )
     assert free.best_possible is not None
     assert pinned.best_possible is not None

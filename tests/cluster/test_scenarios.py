@@ -108,6 +108,14 @@ def test_eight_small_cards_are_all_used_for_throughput_and_few_for_one_stream() 
     assert {idle.host for idle in alone.unused} == {"t4-6", "t4-7"}
 
 
+def test_nodes_that_hold_the_whole_model_are_a_pipeline_each_over_1_gbe() -> None:
+    together = planned("four-of-80-gb-over-1-gbe", dtype="int8", objective="throughput")
+    assert [len(each.stages) for each in together.pipelines] == [1, 1, 1, 1]
+    assert [each.max_concurrency for each in together.pipelines] == [2, 2, 2, 2]
+    alone = planned("four-of-80-gb-over-1-gbe", dtype="int8")
+    assert [len(each.stages) for each in alone.pipelines] == [1]
+
+
 def test_the_slow_host_gets_what_the_macs_cannot_hold() -> None:
     found = planned("macs-and-linux-over-wi-fi")
     by_host = {host: count for host, _, count in shape(found)}

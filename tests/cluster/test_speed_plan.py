@@ -63,7 +63,9 @@ def test_throughput_spreads_over_nodes_in_proportion_to_speed() -> None:
     # Bound by operations: what is read is read for all, and half of the streams read as much.
     strong, weak = node("a", 200, 300, gemm_gflops=1500), node("b", 200, 200, gemm_gflops=1000)
     nodes = linked(strong, weak, gbps=1.25)
-    found = plan(*MIXTRAL, nodes, asked(objective="throughput", max_concurrency=64))
+    found = plan(
+        *MIXTRAL, nodes, asked(objective="throughput", max_concurrency=64, num_pipelines=1)
+    )
     assert set(layers(found)) == {"a", "b"}
     assert 18 <= layers(found)["a"] <= 20
 
@@ -72,7 +74,8 @@ def test_a_slow_link_moves_the_work_to_one_node() -> None:
     def stages_behind(rtt_s: float, gbps: float) -> int:
         a, b = (node(name, 140, 300, gemm_gflops=1500) for name in "ab")
         nodes = linked(a, b, rtt_s=rtt_s, gbps=gbps)
-        found = plan(*MIXTRAL, nodes, asked(objective="throughput", max_concurrency=32))
+        wishes = asked(objective="throughput", max_concurrency=32, num_pipelines=1)
+        found = plan(*MIXTRAL, nodes, wishes)
         return len(found.stages)
 
     assert stages_behind(0.1e-3, 1.25) == 2
