@@ -1,15 +1,13 @@
 """Engines as processes: how each is started, told what to measure, and ended."""
 
-import atexit
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,9 +120,11 @@ def model_folder(name: str) -> Path:
 def _package_link() -> Path:
     """A folder where ``magnetar`` is this repository, for interpreters that do not have it.
 
-    Of this process alone: another checkout may be measured beside it.
+    Of this checkout alone: another one may be measured beside it.
     """
-    links = Path(tempfile.mkdtemp(prefix="magnetar-link-"))
-    atexit.register(shutil.rmtree, links, ignore_errors=True)
-    (links / "magnetar").symlink_to(HERE.parent, target_is_directory=True)
+    checkout = HERE.parent
+    links = CACHE / "links" / hashlib.sha256(bytes(checkout)).hexdigest()[:16]
+    links.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (links / "magnetar").symlink_to(checkout, target_is_directory=True)
     return links

@@ -23,13 +23,18 @@ if importlib.util.find_spec("magnetar") is None:
     os.environ["PYTHONPATH"] = os.pathsep.join([_alias, *([_inherited] if _inherited else [])])
     atexit.register(shutil.rmtree, _alias, ignore_errors=True)
 
-# No test may read or write the data of whoever runs it, not even through a subprocess.
-_home = tempfile.mkdtemp(prefix="magnetar-home-")
-os.environ["MAGNETAR_HOME"] = _home
-atexit.register(shutil.rmtree, _home, ignore_errors=True)
-
-from hypothesis import settings  # noqa: E402 - after the environment is in order
+import pytest  # noqa: E402 - after the package has its name
+from hypothesis import settings  # noqa: E402
 
 # The same examples on every run, and no deadline: the machine that runs them may be busy.
 settings.register_profile("magnetar", derandomize=True, deadline=None, database=None)
 settings.load_profile("magnetar")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _data_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test may read or write the data of whoever runs it, not even through a subprocess.
+
+    Among the folders that pytest clears away, for a run that is killed cannot.
+    """
+    os.environ["MAGNETAR_HOME"] = str(tmp_path_factory.mktemp("home"))

@@ -11,6 +11,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from magnetar.settings import data_dir
 
 
 @contextlib.contextmanager
@@ -40,6 +45,25 @@ def ray_cluster(**megabytes: int) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def cluster_of_commands(home: Path, **megabytes: int) -> Iterator[str]:
+    """A cluster that all commands of this process may join: they share its token and `home`.
+
+    Kernels that were compiled before for the tests need not be compiled again.
+    """
+    from magnetar.cluster.runtime.ray_runtime import token_file
+
+    kernels = data_dir() / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    (home / "kernels").symlink_to(kernels)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MAGNETAR_HOME", str(home))
+        environment.setenv("RAY_AUTH_MODE", "token")
+        environment.setenv("RAY_AUTH_TOKEN_PATH", str(token_file(home)))
+        with ray_cluster(**megabytes) as address:
+            yield address
 
 
 def main(hosts: list[str]) -> None:

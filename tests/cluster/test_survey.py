@@ -8,21 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from magnetar.cluster.runtime.ray_runtime import token_file
 from magnetar.manifests.inventory import load_inventory
-from magnetar.tests.ray_cluster import ray_cluster
+from magnetar.tests.ray_cluster import cluster_of_commands
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_nodes_measures_every_node_and_the_links_between_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("MAGNETAR_HOME", str(tmp_path))
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token_file(tmp_path)))
     command = [sys.executable, "-m", "magnetar.cli", "nodes", "-o", "yaml"]
-    with ray_cluster(h1=400, h2=500) as address:
+    with cluster_of_commands(tmp_path, h1=400, h2=500) as address:
         done = subprocess.run(
             [*command, f"--ray-address={address}"], capture_output=True, text=True, timeout=180
         )

@@ -12,9 +12,8 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from magnetar.cluster.runtime.ray_runtime import token_file
 from magnetar.tests.command import END_S, magnetar
-from magnetar.tests.ray_cluster import ray_cluster
+from magnetar.tests.ray_cluster import cluster_of_commands
 from magnetar.tests.releases import write_release
 from magnetar.tests.seeder import seeding
 
@@ -41,13 +40,8 @@ spec:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A cluster that all commands of this file join; they share its token."""
-    with pytest.MonkeyPatch.context() as environment:
-        home = tmp_path_factory.mktemp("home")
-        environment.setenv("MAGNETAR_HOME", str(home))
-        environment.setenv("RAY_AUTH_MODE", "token")
-        environment.setenv("RAY_AUTH_TOKEN_PATH", str(token_file(home)))
-        with ray_cluster(**MEMORIES) as address:
-            yield address
+    with cluster_of_commands(tmp_path_factory.mktemp("home"), **MEMORIES) as address:
+        yield address
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

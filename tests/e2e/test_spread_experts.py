@@ -12,9 +12,8 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from magnetar.cluster.runtime.ray_runtime import token_file
 from magnetar.tests.command import END_S, magnetar
-from magnetar.tests.ray_cluster import ray_cluster
+from magnetar.tests.ray_cluster import cluster_of_commands
 from magnetar.tests.releases import write_release
 from magnetar.tests.seeder import seeding
 
@@ -51,13 +50,9 @@ PROMPT: dict[str, Any] = {"model": "tiny-moe", "prompt": [1, 2, 3], "max_tokens"
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as environment:
-        home = tmp_path_factory.mktemp("home")
-        environment.setenv("MAGNETAR_HOME", str(home))
-        environment.setenv("RAY_AUTH_MODE", "token")
-        environment.setenv("RAY_AUTH_TOKEN_PATH", str(token_file(home)))
-        with ray_cluster(h1=900, h2=700, h3=700) as address:
-            yield address
+    home = tmp_path_factory.mktemp("home")
+    with cluster_of_commands(home, h1=900, h2=700, h3=700) as address:
+        yield address
 
 
 def answer(url: str) -> tuple[str, list[float]]:

@@ -11,10 +11,17 @@ import pytest
 
 from magnetar.fetcher.fetch import Fetch
 from magnetar.fetcher.progress import Progress
+from magnetar.fetcher.torrent import disk_room
 from magnetar.tests.fetching import WEIGHTS, WEIGHTS_BYTES, write_files
 from magnetar.tests.seeder import seeding
 
 pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that ran full is tried again soon."""
+    monkeypatch.setattr(disk_room, "RETRY_S", 0.5)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from magnetar.cluster.spec import SourceSpec
+from magnetar.fetcher import division
 from magnetar.fetcher.piece_map import ByteRange, PieceMap
 from magnetar.fetcher.torrent.metainfo import parse_metainfo
 from magnetar.fetcher.torrent.seed import SeedInfo
@@ -124,8 +125,14 @@ def test_what_a_killed_owner_owed_is_divided_among_the_others(
 
 
 def test_an_owner_whose_link_freezes_takes_from_the_others_what_it_owed(
-    lab: Network, seed: SeedInfo, cluster: LabCluster, release: Path, tmp_path: Path
+    lab: Network,
+    seed: SeedInfo,
+    cluster: LabCluster,
+    release: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(division, "STALL_S", 3.0)
     with link(lab.host("far", is_outside=True), seed.address) as frozen:
         # This one does not know the seeder itself, only the link to it.
         theirs = {"n2": source(seed, frozen.address)}
