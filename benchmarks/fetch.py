@@ -43,7 +43,15 @@ def cases(*, quick: bool) -> Mapping[str, Case]:
         "cluster-untold": lambda scratch: cluster_rows(scratch, num_bytes, UNEVEN, are_known=False),
         "clients": lambda scratch: client_rows(scratch, 512 * MB, rounds),
         "verify": lambda scratch: verify_rows(scratch, 1000 * MB, rounds + 1),
-        "garbage": lambda scratch: garbage_rows(scratch, 128 * MB),
+        "garbage": lambda scratch: garbage_rows(
+            scratch, 128 * MB, num_peers=64, num_bad=16, most_sent=1.5
+        ),
+        "garbage-most": lambda scratch: garbage_rows(
+            scratch, 64 * MB, num_peers=24, num_bad=20, most_sent=1.6
+        ),
+        "garbage-all-but-one": lambda scratch: garbage_rows(
+            scratch, 24 * MB, num_peers=24, num_bad=23, most_sent=3.0
+        ),
         "memory": lambda scratch: memory_rows(
             scratch, 512 * MB if quick else 2_000 * MB, 5.0 if quick else 12.0
         ),

@@ -32,6 +32,9 @@ class FakeTorrentSession:
     flushes: list[float] = field(default_factory=list)
     answers_flush: bool = True
     rechecks_s: list[float] = field(default_factory=list)
+    begun_afresh_s: list[float] = field(default_factory=list)
+    barred: frozenset[str] = frozenset()
+    most_blocks: int | None = None
     is_held: bool = False
     is_closed: bool = False
 
@@ -64,6 +67,12 @@ class FakeTorrentSession:
 
     def only(self, hosts: Iterable[str] | None) -> None: ...
 
+    def bar(self, hosts: Iterable[str]) -> None:
+        self.barred = frozenset(hosts)
+
+    def ask_at_most(self, num_blocks: int | None) -> None:
+        self.most_blocks = num_blocks
+
     def reach_out(self, wanted: bool) -> None: ...
 
     def prioritize(self, priorities: Sequence[int]) -> None:
@@ -88,6 +97,10 @@ class FakeTorrentSession:
 
     def recheck(self) -> None:
         self.rechecks_s.append(self.now_s)
+        self.events.append(Checked())
+
+    def begin_afresh(self) -> None:
+        self.begun_afresh_s.append(self.now_s)
         self.events.append(Checked())
 
     def remove(self) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from ...errors import DiskFullError, DownloadError
+from .caution import Caution
 from .contacts import Contacts, shown
 from .meter import Meter
 from .room_watch import RoomWatch
@@ -42,6 +43,7 @@ class Answers:
         contacts: Contacts,
         meter: Meter,
         room: RoomWatch,
+        caution: Caution,
         write_out: WriteOut,
         on_resume_data: Callable[[bytes], None],
         clock: Callable[[], float],
@@ -50,6 +52,7 @@ class Answers:
         self._contacts = contacts
         self._meter = meter
         self._room = room
+        self._caution = caution
         self._write_out = write_out
         self._on_resume_data = on_resume_data
         self._clock = clock
@@ -118,6 +121,7 @@ class Answers:
     def _take(self, event: Event) -> None:
         self._seen.add(type(event))
         self._contacts.note(event)
+        self._caution.note(event)
         if isinstance(event, MetadataArrived):
             self.metadata = event.info
         elif isinstance(event, PeerBanned):

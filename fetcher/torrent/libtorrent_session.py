@@ -36,7 +36,7 @@ from .session import (
     TrackerFailed,
     WebSeedFailed,
 )
-from .session_pack import packed
+from .session_pack import MAX_REQUESTS, packed
 
 STATUS_INTERVAL_S = 0.2
 _WRITING = 2
@@ -60,6 +60,10 @@ class LibtorrentSession:
         self._handle: Any = None
         self._job: TorrentJob | None = None
         self._reaches_out = True
+        self._allowed: tuple[str, ...] | None = None
+        self._barred: frozenset[str] = frozenset()
+        self._wanted: tuple[int, ...] = ()
+        self._set_aside: set[int] = set()
         self._status: TorrentStatus | None = None
         self._asked_s = 0.0
         self._earlier = (0, 0)
@@ -87,6 +91,8 @@ class LibtorrentSession:
             handle.set_upload_limit(job.upload_bytes_per_s)
         self._handle = handle
         self._job = job
+        self._wanted = tuple(job.piece_priorities)
+        self._set_aside.clear()
         self._status = None
         self._asked_s = 0.0
 
@@ -118,6 +124,7 @@ class LibtorrentSession:
         return [
             PeerView(
                 has_needed=bool(peer.flags & flags.interesting),
+                is_suspected=bool(peer.flags & flags.on_parole),
                 chokes_us=bool(peer.flags & flags.remote_choked),
                 address=(str(peer.ip[0]), int(peer.ip[1])),
                 client=_text(peer.client),
@@ -154,14 +161,36 @@ class LibtorrentSession:
             self._handle.connect_peer(peer)
 
     def only(self, hosts: Iterable[str] | None) -> None:
+        self._allowed = None if hosts is None else tuple(hosts)
+        self._filter()
+
+    def bar(self, hosts: Iterable[str]) -> None:
+        self._barred = frozenset(hosts)
+        self._filter()
+        if self._handle is None or not self._barred:
+            return
+        self._set_aside.update(
+            piece["piece_index"]
+            for piece in self._handle.get_download_queue()
+            if any(block["peer"][0] in self._barred for block in piece["blocks"])
+        )
+        self._prioritize()
+
+    def _filter(self) -> None:
         # A filter that blocks a connected peer disconnects it, so that this takes effect at once.
         lists = self._lt.ip_filter()
-        if hosts is not None:
+        if self._allowed is not None:
             lists.add_rule("0.0.0.0", "255.255.255.255", 1)
             lists.add_rule("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 1)
-            for host in hosts:
+            for host in self._allowed:
                 lists.add_rule(host, host, 0)
+        for host in self._barred:
+            lists.add_rule(host, host, 1)
         self._session.set_ip_filter(lists)
+
+    def ask_at_most(self, num_blocks: int | None) -> None:
+        most = MAX_REQUESTS if num_blocks is None else min(num_blocks, MAX_REQUESTS)
+        self._session.apply_settings({"max_out_request_queue": most})
 
     def reach_out(self, wanted: bool) -> None:
         if wanted == self._reaches_out:
@@ -187,7 +216,14 @@ class LibtorrentSession:
             self._handle.set_flags(no_dht)
 
     def prioritize(self, priorities: Sequence[int]) -> None:
-        self._handle.prioritize_pieces(list(priorities))
+        self._wanted = tuple(priorities)
+        self._prioritize()
+
+    def _prioritize(self) -> None:
+        priorities = list(self._wanted)
+        for piece in self._set_aside:
+            priorities[piece] = 0
+        self._handle.prioritize_pieces(priorities)
 
     def urge(self, pieces: Iterable[int]) -> None:
         for piece in pieces:
@@ -211,10 +247,16 @@ class LibtorrentSession:
     def recheck(self) -> None:
         # A new torrent, and not force_recheck: blocks that a full disk did not take are read back
         # as others, and then whoever had sent them is banned for good as if he had lied.
+        self._begin_again(None)
+
+    def begin_afresh(self) -> None:
+        have = self._handle.status(self._lt.status_flags_t.query_pieces).pieces
+        self._begin_again([piece for piece, is_there in enumerate(have) if is_there])
+
+    def _begin_again(self, known: Sequence[int] | None) -> None:
         old, job, status = self._handle, self._job, self._status or TorrentStatus()
         assert job is not None
-        wanted = old.get_piece_priorities()
-        job = replace(job, known=None, found={}, begun=(), piece_priorities=wanted)
+        job = replace(job, known=known, found={}, begun=(), piece_priorities=self._wanted)
         # libtorrent counts from zero after it.
         self._earlier = (status.downloaded_bytes, status.uploaded_bytes)
         self._session.remove_torrent(old)
@@ -237,10 +279,8 @@ class LibtorrentSession:
                 bytes(alert.handle.torrent_file().info_section())
             ),
             lt.peer_connect_alert: lambda alert: PeerConnected(alert.endpoint),
-            lt.peer_disconnected_alert: lambda alert: PeerLost(
-                alert.endpoint, alert.error.message()
-            ),
-            lt.peer_error_alert: lambda alert: PeerLost(alert.endpoint, alert.error.message()),
+            lt.peer_disconnected_alert: _read_lost,
+            lt.peer_error_alert: _read_lost,
             lt.tracker_reply_alert: lambda alert: PeersFound(alert.url, alert.num_peers),
             lt.dht_reply_alert: lambda alert: PeersFound("DHT", alert.num_peers),
             lt.tracker_error_alert: lambda alert: TrackerFailed(
@@ -309,6 +349,14 @@ class LibtorrentSession:
                 wasted_bytes=status.total_redundant_bytes + status.total_failed_bytes,
                 rate_bytes_per_s=status.download_payload_rate,
             )
+
+
+def _read_lost(alert: Any) -> Event:
+    reason = alert.error.message()
+    # Whose blocks turn out to have been the wrong ones is shut out without an alert of its own.
+    return (
+        PeerBanned(alert.endpoint) if reason == "peer banned" else PeerLost(alert.endpoint, reason)
+    )
 
 
 def _text(client: bytes | str) -> str:

@@ -102,6 +102,8 @@ class PeerView:
     has_needed: bool
     """It has pieces that we want."""
     chokes_us: bool
+    is_suspected: bool = False
+    """It had a part in a bad piece and has brought no good one since."""
     address: Address = ("", 0)
     client: str = ""
     """By its own account."""
@@ -259,6 +261,17 @@ class TorrentSession(Protocol):
         """Keeps to peers with these IP addresses, and drops all others. None lets everybody in."""
         ...
 
+    def bar(self, hosts: Iterable[str]) -> None:
+        """Keeps these IP addresses out, whatever `only` says, and lets others barred before in.
+
+        Pieces that they had begun are left alone until `begin_afresh`.
+        """
+        ...
+
+    def ask_at_most(self, num_blocks: int | None) -> None:
+        """Asks each peer for so many blocks of 16 KiB at a time; None: for as many as usual."""
+        ...
+
     def reach_out(self, wanted: bool) -> None:
         """Whether trackers, the DHT and web seeds are asked, from now on or from the next `add` on.
 
@@ -292,6 +305,13 @@ class TorrentSession(Protocol):
 
     def recheck(self) -> None:
         """Hashes everything on disk again; Checked follows."""
+        ...
+
+    def begin_afresh(self) -> None:
+        """Forgets unfinished pieces, and what peers are blamed for; Checked follows.
+
+        Pieces that are there stay. Peers are connected anew.
+        """
         ...
 
     def remove(self) -> None:

@@ -1,9 +1,13 @@
 """The settings of a session in libtorrent's names."""
 
 import os
-from typing import Any
+from typing import Any, Final
 
 from .session import SessionSettings
+
+MAX_REQUESTS: Final = 500
+"""Blocks asked of one peer at a time. Long queues blur the order of pieces: 3000 requests of 16 KiB
+are 48 MB a peer."""
 
 
 def packed(settings: SessionSettings, lt: Any) -> dict[str, object]:
@@ -44,8 +48,7 @@ def packed(settings: SessionSettings, lt: Any) -> dict[str, object]:
         "allow_multiple_connections_per_ip": True,
         "close_redundant_connections": False,
         "auto_sequential": False,
-        # Long queues blur the order of pieces: 3000 requests of 16 KiB are 48 MB a peer.
-        "max_out_request_queue": 500,
+        "max_out_request_queue": MAX_REQUESTS,
         "request_queue_time": 1,
         # Else a fast peer is asked for what lies beside a wanted piece, whatever its priority: half
         # of the last layers came before the first were whole. And the first pieces are any ones.

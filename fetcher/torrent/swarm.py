@@ -10,6 +10,7 @@ from ...errors import DiskFullError, InterruptedByUserError
 from ..progress import Phase, ProgressSink
 from ..waves import Waves
 from .answers import Answers
+from .caution import Caution
 from .contacts import Contacts
 from .mending import CalledAwayError
 from .meter import Meter
@@ -65,7 +66,8 @@ class Swarm:
         self._stop = stop
         self._clock = clock
         self._room = RoomWatch(session, now_s=clock(), free_bytes=free_bytes)
-        self._save_path: Path | None = None
+        self._caution = Caution(session, clock())
+        self._job: TorrentJob | None = None
         self._reconnected_s = clock()
         self._resumed_s = clock()
         self._is_checking = False
@@ -77,6 +79,7 @@ class Swarm:
             contacts=contacts,
             meter=self.meter,
             room=self._room,
+            caution=self._caution,
             write_out=self._write_out,
             on_resume_data=on_resume_data,
             clock=clock,
@@ -152,10 +155,11 @@ class Swarm:
 
     def add(self, job: TorrentJob) -> TorrentStatus:
         """Adds a torrent and waits until what is on disk is known."""
-        self._save_path = job.save_path
+        self._job = job
         self._reporting.restart(job.metainfo)
         self._answers.forget(Checked)
         self._write_out.restart()
+        self._caution.restart()
         self._session.add(job)
         found = {piece for piece, blocks in job.found.items() if all(blocks)}
         return self._checked(found, 0 if job.metainfo is None else job.metainfo.piece_length)
@@ -293,6 +297,7 @@ class Swarm:
             if self._waits_for_room(phase, now_s):
                 moved_s = now_s
                 continue
+            self._sort_out_liars(now_s)
             if is_done():
                 return
             status = self._session.status()
@@ -311,14 +316,28 @@ class Swarm:
     def _waits_for_room(self, phase: Phase, now_s: float) -> bool:
         """Holds the download while the disk is short of room, and lets it go on by itself."""
         status = self._session.status()
-        if status is None or self._save_path is None or self._is_checking or not self._has_files:
+        if status is None or self._job is None or self._is_checking or not self._has_files:
             return False
-        look = self._room.look(self._save_path, status, now_s)
+        look = self._room.look(self._job.save_path, status, now_s)
         if look.message:
             self._reporting.tell(phase, look.message, is_paused=True)
         if look.must_recheck:
             self.recheck()
         return look.is_short
+
+    def _sort_out_liars(self, now_s: float) -> None:
+        """Begins the torrent anew where honest peers would be blamed for the garbage of others."""
+        status = self._session.status()
+        if status is None or self._is_checking or not self._has_files:
+            return
+        if self._caution.look(status, now_s):
+            self.flush()
+            self.meter.look()
+            self._answers.forget(Checked)
+            self._session.begin_afresh()
+            self._caution.began_afresh()
+            self._checked(set(), 0)
+            self._session.connect(self._named_peers)
 
     def _keep_up(self, now_s: float) -> None:
         if self._is_checking:

@@ -18,6 +18,7 @@ from magnetar.fetcher.torrent.session import (
     Event,
     Flushed,
     MetadataArrived,
+    PeerConnected,
     Removed,
     ResumeData,
     SessionSettings,
@@ -254,6 +255,49 @@ def test_resume_data_of_another_torrent_are_not_taken(
     wait_for(session, Checked)
     status = wait_until(session, lambda status: status.state == "active")
     assert list(status.have) == [False] * second.num_pieces
+
+
+def test_begins_afresh_with_what_is_there_and_lets_nobody_in_who_is_barred(
+    tmp_path: Path, folder: Path, session: LibtorrentSession
+) -> None:
+    metainfo = torrent_of(folder, "v1")
+    seeder = LibtorrentSession(dataclasses.replace(LOOPBACK, listen="127.0.0.2:0"))
+    address = listening_address(seeder)
+    seeder.add(
+        TorrentJob(
+            info_hash=metainfo.info_hash, save_path=folder.parent, metainfo=metainfo, is_seed=True
+        )
+    )
+    wait_for(seeder, Checked)
+    first = [4] * 3 + [0] * (metainfo.num_pieces - 3)
+    session.add(
+        TorrentJob(
+            info_hash=metainfo.info_hash,
+            save_path=tmp_path / "data",
+            metainfo=metainfo,
+            piece_priorities=first,
+            peers=(address,),
+        )
+    )
+    wait_for(session, Checked)
+    before = wait_until(session, lambda status: sum(status.have) == 3)
+    session.bar([address[0]])
+    session.begin_afresh()
+    wait_for(session, Checked)
+    after = wait_until(session, lambda status: status.state == "active")
+    assert after.have == before.have
+    assert after.downloaded_bytes == before.downloaded_bytes == 3 * PIECE
+    session.prioritize([4] * metainfo.num_pieces)
+    session.connect([address])
+    events = [event for _ in range(8) for event in session.poll(0.1)]
+    assert not any(isinstance(event, PeerConnected) for event in events)
+    assert session.peers() == []
+    session.bar(())
+    session.ask_at_most(2)
+    session.connect([address])
+    wait_until(session, lambda status: all(status.have))
+    assert (tmp_path / "data/release/b.bin").read_bytes() == (folder / "b.bin").read_bytes()
+    seeder.close()
 
 
 def test_recheck_finds_the_damaged_piece(
