@@ -1,0 +1,156 @@
+"""Two pipelines of a cluster behind one address, one of which dies while streams run."""
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from magnetar.cluster.runtime.ray_runtime import token_file
+from magnetar.fetcher.checkpoint.release import FolderReader, read_release
+from magnetar.fetcher.checkpoint.source import FileTensorSource
+from magnetar.fetcher.config import ReleaseHints
+from magnetar.serve.engine.step import SamplingParams
+from magnetar.tests.command import magnetar
+from magnetar.tests.ray_cluster import ray_cluster
+from magnetar.tests.releases import write_release
+from magnetar.tests.stages import Pipeline
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NUM_TOKENS = 160
+NUM_STREAMS = 8
+NUM_COMPUTED = 2
+"""Of the streams, those whose answers are computed here too."""
+WAIT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as environment:
+        home = tmp_path_factory.mktemp("home")
+        environment.setenv("MAGNETAR_HOME", str(home))
+        environment.setenv("RAY_AUTH_MODE", "token")
+        environment.setenv("RAY_AUTH_TOKEN_PATH", str(token_file(home)))
+        with ray_cluster(h1=700, h2=700) as address:
+            yield address
+
+
+def prompt(number: int) -> list[int]:
+    return [1, *range(10 * number + 5, 10 * number + 25)]
+
+
+@dataclass
+class Reader:
+    """One client's streamed answer while it comes."""
+
+    number: int
+    token_ids: list[int] = field(default_factory=list)
+    well_begun: threading.Event = field(default_factory=threading.Event)
+    goes_on: threading.Event = field(default_factory=threading.Event)
+
+    def read(self, client: httpx.Client) -> list[int]:
+        body = {
+            "model": "tiny",
+            "prompt": prompt(self.number),
+            "max_tokens": NUM_TOKENS,
+            "seed": self.number,
+            "temperature": 1.0,
+            "stream": True,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    assert "error" not in event, event
+                    for choice in event["choices"]:
+                        self.token_ids += choice["token_ids"] or []
+                if len(self.token_ids) >= 8:
+                    self.well_begun.set()
+                    assert self.goes_on.wait(WAIT_S)
+        return self.token_ids
+
+
+def expected(release: Path) -> list[list[int]]:
+    """What one stage says in this process, one request after the other."""
+    facts = read_release(FolderReader(release), given=ReleaseHints(), known=ReleaseHints())
+    source = FileTensorSource(release, facts.index)
+    pipeline = Pipeline(facts.config, source, num_kv_blocks=256, batch_invariant=True)
+    return [
+        pipeline.generate(number, prompt(number), NUM_TOKENS, SamplingParams(seed=number))
+        for number in range(NUM_COMPUTED)
+    ]
+
+
+def metrics(client: httpx.Client) -> dict[str, float]:
+    """The readings that tell of pipelines."""
+    found = {}
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith(("magnetar:pipeline", "magnetar:requests_moved")):
+            name, _, value = line.replace('model_name="tiny",', "").rpartition(" ")
+            found[name.removeprefix("magnetar:").partition('{model_name="tiny"}')[0]] = float(value)
+    return found
+
+
+def read_all(client: httpx.Client, pool: ThreadPoolExecutor) -> list[tuple[Reader, Future[Any]]]:
+    readers = [Reader(number) for number in range(NUM_STREAMS)]
+    return [(reader, pool.submit(reader.read, client)) for reader in readers]
+
+
+def stage_processes() -> list[psutil.Process]:
+    ours = psutil.Process().children(recursive=True)
+    return [each for each in ours if "ray::StageActor" in "".join(each.cmdline())]
+
+
+def test_streams_go_on_in_the_other_pipeline_when_one_dies(address: str, tmp_path: Path) -> None:
+    release = tmp_path / "tiny"
+    write_release(release, layout="huggingface")
+    right = expected(release)
+    with (
+        magnetar(
+            *("up", str(release), f"--ray-address={address}", f"--store={tmp_path}/{{host}}"),
+            *("--pipelines=2", "--batch-invariant", "--name=tiny", "--port=0"),
+            "--max-concurrency=16",
+        ) as up,
+        ThreadPoolExecutor(NUM_STREAMS) as pool,
+    ):
+        url = up.until("ready")["url"]
+        with httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client:
+            stages = stage_processes()
+            assert len(stages) == 2
+            reading = read_all(client, pool)
+            for reader, _ in reading:
+                assert reader.well_begun.wait(WAIT_S)
+            told = metrics(client)
+            assert [told[f'pipeline_up{{pipeline="{n}"}}'] for n in (0, 1)] == [1, 1]
+            running = [told[f'pipeline_requests_running{{pipeline="{n}"}}'] for n in (0, 1)]
+            assert sum(running) == NUM_STREAMS
+            assert min(running) >= NUM_STREAMS / 2 - 1
+
+            stages[0].kill()
+            for reader, _ in reading:
+                reader.goes_on.set()
+            answers = [answer.result(WAIT_S) for _, answer in reading]
+            assert answers[:NUM_COMPUTED] == right
+
+            warned = up.until("warning")["message"]
+            assert warned.startswith("1 of 2 pipelines lost, requests go to the others: pipeline ")
+            assert "stage 0 of pipeline" in warned
+            assert client.get("/readyz").status_code == 200
+            told = metrics(client)
+            assert sorted(told[f'pipeline_up{{pipeline="{n}"}}'] for n in (0, 1)) == [0, 1]
+            assert told["requests_moved_total"] >= NUM_STREAMS / 2 - 1
+            assert len(stage_processes()) == 1
+
+            reading = read_all(client, pool)
+            for reader, _ in reading:
+                reader.goes_on.set()
+            assert [answer.result(WAIT_S) for _, answer in reading] == answers
