@@ -20,7 +20,8 @@ _SLACK = 1e-6
 def least_round_trip_s(problem: Problem, found_s: float, *, num_stages: int | None = None) -> float:
     """No plan has a shorter round trip; `found_s` is that of one, and the most that comes back."""
     built = programme(problem, score=found_s, throughput=False, num_stages=num_stages)
-    return found_s * _least(built)
+    divided = _solved(built, whole=False)
+    return found_s * min(1.0, max(divided, _solved(built, whole=True)))
 
 
 def most_tokens_per_s(
@@ -28,21 +29,17 @@ def most_tokens_per_s(
 ) -> float:
     """No plan has more tokens per second at any of these numbers of sequences per step; `found` is
     what one has, and the least that comes back."""
-    most = found
-    for problem in problems:
-        built = programme(problem, score=found, throughput=True, num_stages=num_stages)
+    built = [
+        programme(problem, score=found, throughput=True, num_stages=num_stages)
+        for problem in problems
+    ]
+    divided = [_solved(each, whole=False) for each in built]
+    least = 1.0
+    for share, each in sorted(zip(divided, built, strict=True), key=lambda pair: pair[0]):
         # A better bound than the worst of the others is of no use.
-        share = _least(built, enough=found / most)
-        most = max(most, found / max(share, _SLACK))
-    return most
-
-
-def _least(built: Programme, *, enough: float = 1.0) -> float:
-    """The least goal, between 0 and 1; `enough` is as much as anybody wants to know."""
-    divided = _solved(built, whole=False)
-    if divided >= enough:
-        return min(divided, 1.0)
-    return min(max(divided, _solved(built, whole=True)), 1.0)
+        if share < least:
+            least = min(least, max(share, _solved(each, whole=True)))
+    return found / max(least, _SLACK)
 
 
 def _solved(built: Programme, *, whole: bool) -> float:

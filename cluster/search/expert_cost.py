@@ -144,6 +144,18 @@ def one_expert_s(model: ModelCost, layer: int, speed: Speed, *, tokens: int) -> 
     return roofline_s(model.expert_bytes[layer], share * expert_flops(model, layer), speed)
 
 
+def asked_host_s(home: Speed, link: Link) -> float:
+    """What a host takes longer in a step that needs any of its experts, however few rows come."""
+    return 2 * link.overhead_s + link.rtt_s + home.helper_overhead_s
+
+
+def expert_rows_s(model: ModelCost, link: Link, *, tokens: int) -> float:
+    """Rows and outputs on a link for every expert of a host, on average and at least: of all
+    experts a host gets each row once, of some no less than their share of that."""
+    rows = tokens * (1 + model.experts_per_token) / model.num_experts
+    return transfer_s(rows * model.hidden_bytes, link)
+
+
 def _least_away_s(model: ModelCost, link: Link | None, *, tokens: int) -> float:
     if link is None:
         return 0.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cache, cached_property
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,16 @@ from .cost import (
     prefill_layer_s,
     transfer_s,
 )
-from .expert_cost import Array, Seat, hit_chance, hosts_s, least_hosts_s, one_expert_s
+from .expert_cost import (
+    Array,
+    Seat,
+    asked_host_s,
+    expert_rows_s,
+    hit_chance,
+    hosts_s,
+    least_hosts_s,
+    one_expert_s,
+)
 from .expert_split import Split, spreads
 from .place import Place
 from .problem import Least, Matrix, Problem, Site
@@ -251,6 +260,13 @@ class Placing:
                 hit_chance(cost, tokens) * step + prompts * hit_chance(cost, STEP_TOKENS) * full
             )
         overhead = min(each.workspace_bytes(0) for each in self.weights.values())
+        asked_NN, rows_NN = np.zeros((len(count), len(count))), np.zeros((len(count), len(count)))
+        for home, host in permutations(count, 2):
+            cost, link = self.cost(home), self.link(home, host)
+            asked_s = asked_host_s(self.speed(home), link)
+            asked_NN[home, host] = (1 + prompts) * asked_s
+            rows_NN[home, host] = expert_rows_s(cost, link, tokens=tokens)
+            rows_NN[home, host] += prompts * expert_rows_s(cost, link, tokens=STEP_TOKENS)
         return Least(
             layer_NL=np.array(layer),
             own_NL=np.array(own),
@@ -259,6 +275,8 @@ class Placing:
             own_bytes_NL=np.array(own_bytes),
             expert_bytes_L=np.min([cost.expert_bytes for cost in self.costs.values()], axis=0),
             helper_capacity_N=np.array([place.usable_bytes - overhead for place in self.places]),
+            asked_NN=asked_NN,
+            rows_NN=rows_NN,
             num_experts=self.cost(0).num_experts,
         )
 

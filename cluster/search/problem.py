@@ -56,6 +56,10 @@ class Least:
     expert_bytes_L: Matrix
     helper_capacity_N: Matrix
     """Bytes for experts on a site without a stage of its own."""
+    asked_NN: Matrix
+    """[home, host]: seconds that a host takes longer in a step that needs it, with no row yet."""
+    rows_NN: Matrix
+    """[home, host]: seconds of the rows of one expert there and back, on average."""
     num_experts: int = 0
     """Of a layer, that may be elsewhere; 0: nobody may help."""
 
@@ -93,6 +97,8 @@ class Problem:
             own_bytes_NL=np.array([np.diff(site.needs_L) for site in self.sites]),
             expert_bytes_L=np.zeros(self.num_layers),
             helper_capacity_N=np.array([site.capacity for site in self.sites]),
+            asked_NN=np.zeros_like(self.hop_s),
+            rows_NN=np.zeros_like(self.hop_s),
         )
 
     @property

@@ -1,10 +1,11 @@
 """The placement problem without what makes it hard: a small mixed integer programme.
 
-Layers of a home are a number, not a range; experts lie anywhere; a stage is reached from whoever is
-nearest, on one link; a helper may help everybody. Every plan is a solution, with times no longer
-than the plan's, so that what is best here is a bound on all plans.
+Layers of a home are a number, not a range; a stage is reached from whoever is nearest, on one link;
+who helps whom may be a share. On many sites a helper may help everybody. Every plan is a solution,
+with times no longer than the plan's, so that what is best here is a bound on all plans.
 
     N  sites      C  classes of layers that cost the same everywhere
+    G  groups of homes whose experts are counted together: one each, or one for all of them
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from .problem import Least, Matrix, Problem
 
 _MOST_CLASSES = 6
 """Of layers; where there are more, those of one owner are taken to be the cheapest of them."""
+MOST_PAIRED = 16
+"""Sites up to which every home has its own helpers; the programme grows with their square."""
+MOST_PAIRED_BUSY = 6
+"""The same for throughput, of which a programme is solved for every number of micro-batches."""
+FEW_EXPERTS = 64
+"""Of all layers, up to which it matters that a site holds whole ones."""
 _DIGITS = 9
 """Of costs that are compared, relative to the largest."""
 
@@ -62,6 +69,8 @@ def layer_classes(problem: Problem) -> LayerClasses:
             own_bytes_NL=of(least.own_bytes_NL),
             expert_bytes_L=of(least.expert_bytes_L),
             helper_capacity_N=least.helper_capacity_N,
+            asked_NN=least.asked_NN,
+            rows_NN=least.rows_NN,
             num_experts=least.num_experts,
         ),
         size_C=np.array([float(len(layers)) for layers in members]),
@@ -106,9 +115,10 @@ Term: TypeAlias = "tuple[Any, Any]"
 
 
 class _Builder:
-    """Variables: layers [N, C], experts [N, C], is a home [N], is the first stage, is the last
-    one, links [N, N], seconds of all experts, and the goal. Seconds are told as shares of what the
-    score allows for a round trip or a bottleneck."""
+    """Variables: layers [N, C], experts of a group's layers on each site [G, N, C], whom a group's
+    helpers are [G, N], is a home [N], is the first stage, is the last one, links [N, N], seconds of
+    a group's experts [G], and the goal. Seconds are told as shares of what the score allows for a
+    round trip or a bottleneck."""
 
     def __init__(self, problem: Problem, *, score: float, throughput: bool) -> None:
         self.problem, self.classes = problem, layer_classes(problem)
@@ -116,12 +126,21 @@ class _Builder:
         self.trip_s = problem.streams / score if throughput else score
         self.step_s = problem.step_tokens / score if throughput else math.inf
         count, num_classes = len(problem.sites), len(self.classes.size_C)
-        ends = np.cumsum([count * num_classes] * 2 + [count] * 3 + [count * count, 1, 1])
-        self.layers = np.arange(ends[0]).reshape(count, num_classes)
-        self.experts = np.arange(ends[0], ends[1]).reshape(count, num_classes)
-        self.home, self.first, self.last = (np.arange(ends[n], ends[n + 1]) for n in (1, 2, 3))
-        self.links = np.arange(ends[4], ends[5]).reshape(count, count)
-        self.shared, self.goal = int(ends[5]), int(ends[6])
+        most = MOST_PAIRED_BUSY if throughput else MOST_PAIRED
+        is_paired = self.least.num_experts > 0 and count <= most
+        self.groups = [[home] for home in range(count)] if is_paired else [[*range(count)]]
+        shapes = (
+            *((count, num_classes), (len(self.groups), count, num_classes)),
+            *((len(self.groups), count), (count,), (count,), (count,), (count, count)),
+            *((len(self.groups),), (1,)),
+        )
+        ends = np.cumsum([0, *map(math.prod, shapes)])
+        numbered = [
+            np.arange(start, start + math.prod(shape)).reshape(shape)
+            for start, shape in zip(ends[:-1], shapes, strict=True)
+        ]
+        self.layers, self.experts, self.helps, self.home, self.first, self.last = numbered[:6]
+        self.links, self.shared, self.goal = *numbered[6:8], int(numbered[8][0])
         self.most = np.ones(self.goal + 1)
         self.rows: list[Matrix] = []
         self.limits: list[tuple[float, float]] = []
@@ -134,6 +153,7 @@ class _Builder:
             self._order(number)
             if self.throughput:
                 self._keep_up(number)
+        self._help()
         self._go_round()
         self._add((self.first, 1.0), lower=1, upper=1)
         self._add((self.last, 1.0), lower=1, upper=1)
@@ -143,6 +163,8 @@ class _Builder:
         cost[self.goal] = 1.0
         for whole in (self.layers, self.home, self.first, self.last):
             is_whole[whole] = 1
+        is_whole[self.helps] = float(self._is_paired)
+        is_whole[self.experts] = float(self._num_experts <= FEW_EXPERTS)
         lower, upper = np.array(self.limits).T
         return Programme(
             cost=cost,
@@ -171,20 +193,22 @@ class _Builder:
             for site in range(len(sites)) if owner < 0 else [owner]:
                 if owner >= 0 or sites[site].span is None:
                     self.most[self.layers[site, number]] = size
-            self.most[self.experts[:, number]] = num_experts * size
+            self.most[self.experts[:, :, number]] = num_experts * size
             self._add((self.layers[:, number], 1.0), lower=size)
-            self._add((self.experts[:, number], 1.0), lower=num_experts * size)
+            for homes, experts in zip(self.groups, self.experts[:, :, number], strict=True):
+                held = (self.layers[homes, number], -float(num_experts))
+                self._add((experts, 1.0), held, lower=0.0)
 
     def _hold(self, number: int) -> None:
         """A site holds no more than it has memory for, and a home has some layers."""
         site, least = self.problem.sites[number], self.least
-        layers, experts, home = self.layers[number], self.experts[number], self.home[number]
+        layers, experts, home = self.layers[number], self.experts[:, number], self.home[number]
         longest = _longest(self.problem, least, number, self.step_s)
         self._add((layers, 1.0), (home, -float(longest)), upper=0.0)
         self._add((layers, 1.0), (home, -1.0), lower=0.0)
         if not self.problem.may_help(number):
-            for layer, expert in zip(layers, experts, strict=True):
-                self._add((expert, 1.0), (layer, -float(least.num_experts)), upper=0.0)
+            for layer, held in zip(layers, experts.T, strict=True):
+                self._add((held, 1.0), (layer, -float(least.num_experts)), upper=0.0)
         helping = float(least.helper_capacity_N[number]) if least.num_experts else site.capacity
         helping = max(helping, 0.0)
         scale = 1 / max(site.capacity, helping, 1.0)
@@ -208,33 +232,67 @@ class _Builder:
     def _keep_up(self, number: int) -> None:
         """A stage, all that a site computes, and a link take no longer than a bottleneck."""
         site, least = self.problem.sites[number], self.least
-        layers, experts = self.layers[number], self.experts[number]
+        layers, experts = self.layers[number], self.experts[:, number]
         ends = ((self.first[number], site.first_s), (self.last[number], site.last_s))
         goal, scale = (self.goal, -self.step_s), 1 / self.step_s
         self._add((layers, least.layer_NL[number]), *ends, goal, scale=scale, upper=0.0)
         if least.num_experts:
             busy = (layers, least.own_NL[number]), (experts, least.expert_NL[number])
             self._add(*busy, *ends, goal, scale=scale, upper=0.0)
+        if self._is_paired:
+            stage = (layers, least.own_NL[number]), (self.shared[number], self.trip_s)
+            self._add(*stage, *ends, goal, scale=scale, upper=0.0)
         carried = (self.links[:, number], self.problem.transfer_s[:, number])
         self._add(carried, goal, scale=scale, upper=0.0)
+
+    @property
+    def _is_paired(self) -> bool:
+        return len(self.groups) > 1
+
+    @property
+    def _num_experts(self) -> float:
+        """Of all layers."""
+        return self.least.num_experts * float(self.classes.size_C.sum())
+
+    def _help(self) -> None:
+        """Nobody helps two homes, nor has a stage meanwhile; only helpers hold a home's experts."""
+        count = len(self.problem.sites)
+        self.most[self.helps] = float(self._is_paired)
+        self.most[self.helps.diagonal()] = 0.0
+        if not self._is_paired:
+            return
+        for site in range(count):
+            self._add((self.helps[:, site], 1.0), (self.home[site], 1.0), upper=1.0)
+        for home in range(count):
+            for site in range(count):
+                may = self.home[home] if home == site else self.helps[home, site]
+                self._add((self.experts[home, site], 1.0), (may, -self._num_experts), upper=0.0)
 
     def _go_round(self) -> None:
         """The round trip: own work, experts, the ends of the model, and links.
 
-        All experts together take as long as with the best help for each layer; as the mean expert
-        on the host that has it; and as every host for those that it holds.
+        The experts of a group take as long as with the best help for each layer; as the mean
+        expert on the host that has it; and as every host for those that it holds.
         """
         problem, least, scale = self.problem, self.least, 1 / self.trip_s
         self.most[self.links] = problem.transfer_s <= self.step_s
         self.most[self.links.diagonal()] = 0.0
         self.most[self.shared] = math.inf
-        shared = (self.shared, -self.trip_s)
-        help_s = (self.layers, least.layer_NL - least.own_NL)
-        self._add(help_s, shared, scale=scale, upper=0.0)
-        if least.num_experts:
-            mean_s = (self.experts, least.one_expert_NL / least.num_experts)
-            self._add(mean_s, shared, scale=scale, upper=0.0)
-            for held, seconds in zip(self.experts, least.expert_NL, strict=True):
+        help_s = least.layer_NL - least.own_NL
+        for number, homes in enumerate(self.groups):
+            shared = (self.shared[number], -self.trip_s)
+            self._add((self.layers[homes], help_s[homes]), shared, scale=scale, upper=0.0)
+            if not least.num_experts:
+                continue
+            # A step needs a host at least as often as the share of the experts that it has.
+            asked, rows = (
+                each[homes].min(axis=0)[:, None] for each in (least.asked_NN, least.rows_NN)
+            )
+            mean_s = (least.one_expert_NL + asked + rows) / least.num_experts
+            each_s = least.expert_NL + asked / least.num_experts + rows
+            experts = self.experts[number]
+            self._add((experts, mean_s), shared, scale=scale, upper=0.0)
+            for held, seconds in zip(experts, each_s, strict=True):
                 self._add((held, seconds), shared, scale=scale, upper=0.0)
         back_s = problem.return_s.min(axis=0)
         self._add(

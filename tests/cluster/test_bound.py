@@ -56,7 +56,7 @@ def test_no_plan_with_experts_anywhere_is_better_than_the_bounds(
         least = min((trip for trip, _ in every_plan(placing, 1)), default=None)
         if least is not None:
             found = least_round_trip_s(placing.problem(1), WORSE * least)
-            assert 0.3 * least <= found <= least * (1 + 1e-9)
+            assert 0.55 * least <= found <= least * (1 + 1e-9)
         return
     rates = [
         min(tokens / bottleneck, 8 / trip)
@@ -66,7 +66,7 @@ def test_no_plan_with_experts_anywhere_is_better_than_the_bounds(
     if rates:
         most = max(rates)
         problems = [placing.problem(tokens) for tokens in BATCHES]
-        assert most * (1 - 1e-9) <= most_tokens_per_s(problems, most / WORSE) <= 3 * most
+        assert most * (1 - 1e-9) <= most_tokens_per_s(problems, most / WORSE) <= 1.8 * most
 
 
 def test_where_links_cost_nothing_and_layers_are_alike_the_bound_is_the_best_route() -> None:
