@@ -94,18 +94,6 @@ def fake_stages(num_stages: int, *, num_kv_blocks: int) -> list[FakeStage]:
     ]
 
 
-def run_step(stages: Sequence[FakeStage], plan: StepPlan) -> StepResult:
-    """One plan through all stages, without links."""
-    hidden: torch.Tensor | None = None
-    for stage in stages[:-1]:
-        output = stage.step(plan, hidden)
-        assert isinstance(output, torch.Tensor)
-        hidden = output
-    result = stages[-1].step(plan, hidden)
-    assert isinstance(result, StepResult)
-    return result
-
-
 def linked_pair() -> tuple[TcpLink, TcpLink]:
     """Both ends of a real link on loopback: the one that dialled and the one that accepted."""
     listener = LinkListener(host="127.0.0.1", secret=SECRET, deployment="test", epoch=0)

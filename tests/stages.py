@@ -11,6 +11,7 @@ import torch
 from magnetar.fetcher.config import ModelConfig
 from magnetar.fetcher.tensors import StoredDtype, TensorEntry, TensorIndex, TensorSource
 from magnetar.serve.engine.stage import Stage
+from magnetar.serve.engine.stage_worker import Executor
 from magnetar.serve.engine.step import Sample, SamplingParams, StepPlan, StepResult, StepRow
 from magnetar.settings import KV_BLOCK_TOKENS
 from magnetar.tests.releases import mistral_tensors
@@ -112,6 +113,16 @@ def source_of(model: PreTrainedModel) -> MemorySource:
     return MemorySource(mistral_tensors(model))
 
 
+def run_step(stages: Sequence[Executor], plan: StepPlan) -> StepResult:
+    """One plan through all stages, without links."""
+    passed: torch.Tensor | StepResult | None = None
+    for stage in stages:
+        assert not isinstance(passed, StepResult)
+        passed = stage.step(plan, passed)
+    assert isinstance(passed, StepResult)
+    return passed
+
+
 class Pipeline:
     """Stages in one process, and blocks handed out in a scattered order."""
 
@@ -184,13 +195,7 @@ class Pipeline:
 
     def step(self, *rows: StepRow) -> tuple[Sample, ...]:
         """The samples of a step."""
-        plan = self.plan(*rows)
-        passed: torch.Tensor | StepResult | None = None
-        for stage in self.stages:
-            assert not isinstance(passed, StepResult)
-            passed = stage.step(plan, passed)
-        assert isinstance(passed, StepResult)
-        return passed.samples
+        return run_step(self.stages, self.plan(*rows)).samples
 
     def generate(
         self,

@@ -76,6 +76,12 @@ def test_the_readme_lists_the_exit_codes_of_the_errors() -> None:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
+def test_lines_fit_an_editor(name: str) -> None:
+    prose = [line for line in text(name).splitlines() if not line.startswith("|")]
+    assert [line for line in prose if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name: str) -> None:
     base = (ROOT / name).parent
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text(name)):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from magnetar.errors import MagnetarError, ReleaseError, UsageError
 from magnetar.fetcher.checkpoint.params import read_config, read_params
 from magnetar.fetcher.config import ModelConfig, ReleaseHints
+from magnetar.tests.published import MIXTRAL_8X7B
 
 NOTHING = ReleaseHints()
 MIXTRAL_PARAMS: dict[str, Any] = {
@@ -24,21 +25,6 @@ MIXTRAL_PARAMS: dict[str, Any] = {
     "moe": {"num_experts_per_tok": 2, "num_experts": 8},
 }
 MIXTRAL_FACTS = ReleaseHints(rope_theta=1e6, sliding_window="none", max_context_tokens=32768)
-MIXTRAL = ModelConfig(
-    dim=4096,
-    n_layers=32,
-    head_dim=128,
-    hidden_dim=14336,
-    n_heads=32,
-    n_kv_heads=8,
-    norm_eps=1e-5,
-    vocab_size=32000,
-    rope_theta=1e6,
-    max_context_tokens=32768,
-    sliding_window=None,
-    num_experts=8,
-    num_experts_per_tok=2,
-)
 MIXTRAL_CONFIG: dict[str, Any] = {
     "model_type": "mixtral",
     "hidden_act": "silu",
@@ -85,7 +71,7 @@ def config(
 
 
 def test_reads_the_params_of_the_seed_release_with_what_the_catalogue_knows() -> None:
-    assert params(NOTHING, MIXTRAL_FACTS) == MIXTRAL
+    assert params(NOTHING, MIXTRAL_FACTS) == MIXTRAL_8X7B
 
 
 def test_given_wins_over_the_file_and_the_file_over_the_catalogue() -> None:
@@ -166,16 +152,16 @@ def test_accepts_fields_that_change_nothing() -> None:
         max_batch_size=4,
     )
 
-    assert found == MIXTRAL
+    assert found == MIXTRAL_8X7B
 
 
 def test_reads_a_config_of_either_generation_of_transformers() -> None:
-    assert config() == MIXTRAL
+    assert config() == MIXTRAL_8X7B
     later: dict[str, Any] = {
         "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
         "head_dim": None,
     }
-    assert config(without="rope_theta", **later) == MIXTRAL
+    assert config(without="rope_theta", **later) == MIXTRAL_8X7B
 
 
 def test_knows_what_transformers_takes_where_a_config_is_silent() -> None:

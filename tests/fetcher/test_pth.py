@@ -15,25 +15,11 @@ from magnetar.errors import CheckpointError, UnsafePickleError
 from magnetar.fetcher.checkpoint.canonical import canonical_index, expected_tensors
 from magnetar.fetcher.checkpoint.pth import data_offset, read_pth, read_zip_directory
 from magnetar.fetcher.checkpoint.release import FolderReader
-from magnetar.fetcher.config import ModelConfig
 from magnetar.fetcher.tensors import DTYPE_BYTES, MissingRangeError
+from magnetar.tests.published import MIXTRAL_8X7B
 from magnetar.tests.readers import ArrivingReader, MemoryReader
 
 FILE = "consolidated.00.pth"
-MIXTRAL_8X7B = ModelConfig(
-    dim=4096,
-    n_layers=32,
-    head_dim=128,
-    hidden_dim=14336,
-    n_heads=32,
-    n_kv_heads=8,
-    norm_eps=1e-5,
-    vocab_size=32000,
-    rope_theta=1e6,
-    max_context_tokens=32768,
-    num_experts=8,
-    num_experts_per_tok=2,
-)
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

@@ -10,8 +10,8 @@ import torch
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.request import GenerationParams, Request
 from magnetar.serve.engine.scheduler import Scheduler
-from magnetar.serve.engine.step import StepPlan, StepResult
-from magnetar.tests.stages import GREEDY, MemorySource, Pipeline, random_tensors
+from magnetar.serve.engine.step import StepPlan
+from magnetar.tests.stages import GREEDY, MemorySource, Pipeline, random_tensors, run_step
 
 CONFIG = ModelConfig(
     dim=32,
@@ -61,12 +61,7 @@ def answers(*, num_stages: int, reads_cache: bool) -> tuple[dict[int, list[int]]
         while (plan := scheduler.schedule()) is not None:
             belt.append(plan)
         plan = belt.popleft()
-        passed: torch.Tensor | StepResult | None = None
-        for stage in stages:
-            assert not isinstance(passed, StepResult)
-            passed = stage.step(plan, passed)
-        assert isinstance(passed, StepResult)
-        for request_id, event in scheduler.complete(passed):
+        for request_id, event in scheduler.complete(run_step(stages, plan)):
             tokens.setdefault(request_id, []).append(event.token_id)
         scheduler.check_integrity()
     return tokens, scheduler

@@ -12,9 +12,9 @@ import torch
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.request import GenerationParams, Request, TokenEvent
 from magnetar.serve.engine.scheduler import Scheduler
-from magnetar.serve.engine.step import SamplingParams, StepPlan, StepResult
+from magnetar.serve.engine.step import SamplingParams, StepPlan
 from magnetar.serve.model import linear
-from magnetar.tests.stages import MemorySource, Pipeline, random_tensors
+from magnetar.tests.stages import MemorySource, Pipeline, random_tensors, run_step
 
 CONFIG = ModelConfig(
     dim=64,
@@ -125,12 +125,7 @@ def serve(
         while (plan := scheduler.schedule()) is not None:
             belt.append(plan)
         plan = belt.popleft()
-        passed: torch.Tensor | StepResult | None = None
-        for stage in stages:
-            assert not isinstance(passed, StepResult)
-            passed = stage.step(plan, passed)
-        assert isinstance(passed, StepResult)
-        for index, event in scheduler.complete(passed):
+        for index, event in scheduler.complete(run_step(stages, plan)):
             event.num_cached_tokens = 0
             events[index].append(event)
     return events, scheduler

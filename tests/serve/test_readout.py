@@ -12,9 +12,9 @@ import torch
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.request import GenerationParams, Request, TokenEvent
 from magnetar.serve.engine.scheduler import Scheduler
-from magnetar.serve.engine.step import SamplingParams, ScoredToken, StepPlan, StepResult
+from magnetar.serve.engine.step import SamplingParams, ScoredToken, StepPlan
 from magnetar.serve.engine.step_codec import decode_plan, decode_result, encode_plan, encode_result
-from magnetar.tests.stages import GREEDY, MemorySource, Pipeline, random_tensors
+from magnetar.tests.stages import GREEDY, MemorySource, Pipeline, random_tensors, run_step
 
 CONFIG = ModelConfig(
     dim=32,
@@ -77,13 +77,8 @@ def serve(
         while (plan := scheduler.schedule()) is not None:
             belt.append(decode_plan(plan.step_id, encode_plan(plan)))
         plan = belt.popleft()
-        passed: torch.Tensor | StepResult | None = None
-        for stage in pipeline.stages:
-            assert not isinstance(passed, StepResult)
-            passed = stage.step(plan, passed)
-        assert isinstance(passed, StepResult)
         for request_id, event in scheduler.complete(
-            decode_result(plan.step_id, encode_result(passed))
+            decode_result(plan.step_id, encode_result(run_step(pipeline.stages, plan)))
         ):
             events[request_id].append(event)
     return events, scheduler.num_preemptions

@@ -5,8 +5,9 @@ import pytest
 from magnetar.errors import UsageError
 from magnetar.serve.engine.request import GenerationParams, Request, TokenEvent
 from magnetar.serve.engine.step import Sample, StepPlan, StepResult
-from magnetar.tests.fake_stage import expected_tokens, fake_stages, run_step
+from magnetar.tests.fake_stage import expected_tokens, fake_stages
 from magnetar.tests.scheduling import ROOMY, add, answer, make_scheduler, next_plan, rows_of
+from magnetar.tests.stages import run_step
 
 
 def test_a_long_prompt_is_computed_in_chunks_and_sampled_once() -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from magnetar.serve.engine.request import GenerationParams, Request, TokenEvent
 from magnetar.serve.engine.scheduler import Scheduler
 from magnetar.serve.engine.step import StepPlan, StepResult
-from magnetar.tests.fake_stage import expected_tokens, fake_stages, run_step
+from magnetar.tests.fake_stage import expected_tokens, fake_stages
 from magnetar.tests.scheduling import add, make_scheduler, next_plan
+from magnetar.tests.stages import run_step
 
 EOS = frozenset(range(0, 1000, 250))
 
