@@ -6,7 +6,9 @@ Every term is bytes at the compute dtype, from the true shapes of the tensor ind
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ..fetcher.config import ModelConfig
 from ..fetcher.tensors import DTYPE_BYTES, TensorIndex
@@ -15,8 +17,11 @@ from .plan import ComputeDtype
 PROCESS_BYTES = 256 << 20
 """A stage before its first weight: interpreter, torch, Ray worker (174 MB measured), and slack."""
 QUANT_GROUP = 32
-"""Neighbouring inputs of a matrix in 8 or 4 bits that share a scale, and in 4 bits a zero too: a
+"""Neighbouring inputs of a rounded matrix that share a scale, and but for 8 bits a zero too: a
 byte each, besides four bytes for every output."""
+HeldForm = ComputeDtype | Literal["int5"]
+"""How a tensor is held."""
+_ROUNDED_BITS: Mapping[str, int] = {"int8": 8, "int5": 5, "int4": 4}
 STEP_TOKENS = 512
 """Tokens of one step that activations are sized for; at least the engine's token budget."""
 
@@ -53,12 +58,11 @@ class Footprint:
         )
 
 
-def matrix_format(name: str, shape: tuple[int, ...], dtype: ComputeDtype) -> ComputeDtype:
+def matrix_format(name: str, shape: tuple[int, ...], dtype: ComputeDtype) -> HeldForm:
     """How a tensor of the checkpoint is held in a model of this dtype.
 
-    In 8 or 4 bits are attention, experts and the output head. The head has 8 always: it is few of
-    the weights, and with 4 the perplexity of the demo's model rose by 7 % and not by 2 %, as
-    reckoned in torch before there was a kernel.
+    In 8 or 4 bits are attention, experts and the output head. Beside 4 bits the head has 5: with 4
+    too, the perplexity of the demo's model rose by 7 % and not by 3.
     Matrices whose inputs do not come in whole groups stay bf16.
     """
     if dtype not in ("int8", "int4"):
@@ -66,7 +70,7 @@ def matrix_format(name: str, shape: tuple[int, ...], dtype: ComputeDtype) -> Com
     part = name.removesuffix(".weight").rpartition(".")[2]
     if len(shape) != 2 or part in ("tok_embeddings", "gate") or shape[1] % QUANT_GROUP:
         return "bf16"
-    return "int8" if part == "output" else dtype
+    return "int5" if (part, dtype) == ("output", "int4") else dtype
 
 
 def held_bytes(name: str, shape: tuple[int, ...], dtype: ComputeDtype) -> int:
@@ -74,12 +78,12 @@ def held_bytes(name: str, shape: tuple[int, ...], dtype: ComputeDtype) -> int:
     return form_bytes(matrix_format(name, shape, dtype), shape)
 
 
-def form_bytes(form: ComputeDtype, shape: tuple[int, ...]) -> int:
-    """Memory of a tensor held so; in 8 and 4 bits of a matrix [N, K], K in whole groups."""
+def form_bytes(form: HeldForm, shape: tuple[int, ...]) -> int:
+    """Memory of a tensor held so; in 8, 5 and 4 bits of a matrix [N, K], K in whole groups."""
     num_values = math.prod(shape)
-    if form not in ("int8", "int4"):
+    if form not in _ROUNDED_BITS:
         return num_values * DTYPE_BYTES[form]
-    group_bytes = QUANT_GROUP + 1 if form == "int8" else QUANT_GROUP // 2 + 2
+    group_bytes = QUANT_GROUP * _ROUNDED_BITS[form] // 8 + (1 if form == "int8" else 2)
     return num_values // QUANT_GROUP * group_bytes + 4 * shape[0]
 
 

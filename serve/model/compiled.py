@@ -23,7 +23,7 @@ from ...settings import data_dir
 logger = logging.getLogger(__name__)
 
 
-BF16, INT8, INT4 = 0, 1, 2
+BF16, INT8, INT4, INT5 = 0, 1, 2, 3
 """Forms of the matrix."""
 MOST_CHOSEN = 16
 """Experts of a token, at most."""

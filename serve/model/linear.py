@@ -13,10 +13,17 @@ import torch.nn.functional as F
 
 from ...cluster.footprint import QUANT_GROUP
 from .compiled import NoCompiledKernelsError, Rows, compiled_rows
-from .quantise import Int4Matrix, Int8Matrix, quantise_int4, quantise_int8
-from .rows import rows_int4_linear, rows_int8_linear, rows_linear
+from .quantise import (
+    Int4Matrix,
+    Int5Matrix,
+    Int8Matrix,
+    quantise_int4,
+    quantise_int5,
+    quantise_int8,
+)
+from .rows import rows_int4_linear, rows_int5_linear, rows_int8_linear, rows_linear
 
-WeightFormat = Literal["float", "int8", "int4"]
+WeightFormat = Literal["float", "int8", "int5", "int4"]
 """How a matrix is held; ``float`` is the compute dtype."""
 
 logger = logging.getLogger(__name__)
@@ -72,12 +79,17 @@ def plain_int8_linear(weight_NK: torch.Tensor) -> Linear:
     return _dequantising(quantise_int8(weight_NK))
 
 
+def plain_int5_linear(weight_NK: torch.Tensor) -> Linear:
+    """As `plain_int8_linear`, in 5 bits, but held in 8 here."""
+    return _dequantising(quantise_int5(weight_NK))
+
+
 def plain_int4_linear(weight_NK: torch.Tensor) -> Linear:
     """As `plain_int8_linear`, in 4 bits."""
     return _dequantising(quantise_int4(weight_NK))
 
 
-def _dequantising(matrix: Int8Matrix | Int4Matrix) -> Linear:
+def _dequantising(matrix: Int8Matrix | Int5Matrix | Int4Matrix) -> Linear:
     def linear(x_TK: torch.Tensor) -> torch.Tensor:
         return F.linear(x_TK, matrix.dequantise())
 
@@ -95,6 +107,8 @@ LINEAR_KERNELS: Mapping[str, LinearKernel] = {
     "rows": paired_rows_linear,
     "plain-int8": plain_int8_linear,
     "rows-int8": rows_int8_linear,
+    "plain-int5": plain_int5_linear,
+    "rows-int5": rows_int5_linear,
     "plain-int4": plain_int4_linear,
     "packed-int4": packed_int4_linear,
     "rows-int4": rows_int4_linear,
@@ -103,12 +117,14 @@ _BEST_FIRST: Mapping[tuple[WeightFormat, torch.dtype], tuple[str, ...]] = {
     ("float", torch.float32): ("packed",),
     ("float", torch.bfloat16): ("rows", "packed"),
     ("int8", torch.bfloat16): ("rows-int8",),
+    ("int5", torch.bfloat16): ("rows-int5",),
     ("int4", torch.bfloat16): ("rows-int4", "packed-int4"),
 }
 """Kernels for a CPU; after them comes the plain one, which works everywhere."""
 _PLAIN: Mapping[WeightFormat, str] = {
     "float": "plain",
     "int8": "plain-int8",
+    "int5": "plain-int5",
     "int4": "plain-int4",
 }
 

@@ -152,7 +152,7 @@ class _Loader:
     def _kernel_name(self, name: str, shape: tuple[int, int]) -> str:
         """Which kernel multiplies with a matrix of the checkpoint."""
         form = matrix_format(name, shape, self.held_dtype)
-        weights: WeightFormat = form if form == "int8" or form == "int4" else "float"
+        weights: WeightFormat = form if form in ("int8", "int5", "int4") else "float"
         return default_linear_kernel(dtype=self.dtype, device=self.device, weights=weights)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,13 +1,14 @@
-"""Weights in 8 and 4 bits: how they are rounded, and what they stand for.
+"""Weights in 8, 5 and 4 bits: how they are rounded, and what they stand for.
 
 Every output has a unit in fp32, and every group of its inputs a scale that is a whole number of
-units; in 4 bits also a zero, in steps of `ZERO_STEP` units. A byte each is enough, for the groups
-of one output are of similar size; in bf16 they were half a bit more a weight, and no better.
+units; in 5 and 4 bits also a zero, in steps of `ZERO_STEP` units. A byte each is enough, for the
+groups of one output are of similar size; in bf16 they were half a bit more a weight, and no better.
 
 Shapes: N outputs, K inputs, G groups of `QUANT_GROUP` inputs, I the inputs of a group,
 H = K / 2 bytes of two inputs each.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,11 +43,9 @@ class Int8Matrix:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Int4Matrix:
-    """``w = (q - 8) * scale * unit + zero * ZERO_STEP * unit``."""
+class _MatrixWithZeros:
+    """``w = (q - middle) * scale * unit + zero * ZERO_STEP * unit``."""
 
-    q_NH: torch.Tensor
-    """uint8: the even input in the low four bits, the odd one after it in the high ones."""
     scales_NG: torch.Tensor
     """uint8."""
     zeros_NG: torch.Tensor
@@ -54,23 +53,46 @@ class Int4Matrix:
     units_N: torch.Tensor
     """fp32."""
 
-    def levels(self) -> torch.Tensor:
-        """The numbers 0 to 15 themselves, [N, K] in uint8."""
-        return torch.stack([self.q_NH & 15, self.q_NH >> 4], dim=-1).flatten(1)
-
     def group_scales(self) -> torch.Tensor:
         """[N, G] in fp32: scale times unit."""
         return self.scales_NG * self.units_N.unsqueeze(1)
 
     def group_zeros(self) -> torch.Tensor:
-        """[N, G] in fp32: what level 8 stands for."""
+        """[N, G] in fp32: what the middle level stands for."""
         return self.zeros_NG * (ZERO_STEP * self.units_N.unsqueeze(1))
+
+    def _dequantised(self, levels_NK: torch.Tensor, middle: int) -> torch.Tensor:
+        q_NGI = levels_NK.view(*self.scales_NG.shape, QUANT_GROUP).to(torch.bfloat16).sub_(middle)
+        scales_NG1, zeros_NG1 = self.group_scales().unsqueeze(2), self.group_zeros().unsqueeze(2)
+        return torch.addcmul(zeros_NG1.bfloat16(), q_NGI, scales_NG1.bfloat16()).flatten(1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int5Matrix(_MatrixWithZeros):
+    """The middle level is 16."""
+
+    q_NK: torch.Tensor
+    """uint8: the numbers 0 to 31. Only the compiled kernels have them in 5 bits."""
 
     def dequantise(self) -> torch.Tensor:
         """What the matrix stands for, [N, K] in bf16."""
-        q_NGI = self.levels().view(*self.scales_NG.shape, QUANT_GROUP).to(torch.bfloat16).sub_(8)
-        scales_NG1, zeros_NG1 = self.group_scales().unsqueeze(2), self.group_zeros().unsqueeze(2)
-        return torch.addcmul(zeros_NG1.bfloat16(), q_NGI, scales_NG1.bfloat16()).flatten(1)
+        return self._dequantised(self.q_NK, 16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int4Matrix(_MatrixWithZeros):
+    """The middle level is 8."""
+
+    q_NH: torch.Tensor
+    """uint8: the even input in the low four bits, the odd one after it in the high ones."""
+
+    def levels(self) -> torch.Tensor:
+        """The numbers 0 to 15 themselves, [N, K] in uint8."""
+        return torch.stack([self.q_NH & 15, self.q_NH >> 4], dim=-1).flatten(1)
+
+    def dequantise(self) -> torch.Tensor:
+        """What the matrix stands for, [N, K] in bf16."""
+        return self._dequantised(self.levels(), 8)
 
 
 def quantise_int8(weight_NK: torch.Tensor) -> Int8Matrix:
@@ -81,6 +103,14 @@ def quantise_int8(weight_NK: torch.Tensor) -> Int8Matrix:
     """
     q_NK, scales_NG, units_N = _by_rows(weight_NK, _round_int8)
     return Int8Matrix(q_NK=q_NK, scales_NG=scales_NG, units_N=units_N)
+
+
+def quantise_int5(weight_NK: torch.Tensor) -> Int5Matrix:
+    """As `quantise_int4`, of 32 levels."""
+    q_NK, scales_NG, zeros_NG, units_N = _by_rows(
+        weight_NK, functools.partial(_round_levels, num_bits=5)
+    )
+    return Int5Matrix(q_NK=q_NK, scales_NG=scales_NG, zeros_NG=zeros_NG, units_N=units_N)
 
 
 def quantise_int4(weight_NK: torch.Tensor) -> Int4Matrix:
@@ -115,10 +145,17 @@ def _round_int8(w_NK: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _round_int4(w_NK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    q_NK, *others = _round_levels(w_NK, num_bits=4)
+    even_NH, odd_NH = q_NK.view(len(w_NK), -1, 2).unbind(dim=2)
+    return (even_NH | odd_NH << 4, *others)
+
+
+def _round_levels(w_NK: torch.Tensor, *, num_bits: int) -> tuple[torch.Tensor, ...]:
+    middle, most = 1 << num_bits - 1, (1 << num_bits) - 1
     w_NGI = w_NK.view(len(w_NK), -1, QUANT_GROUP)
     least_NG1, largest_NG1 = w_NGI.aminmax(dim=2, keepdim=True)
-    exact_NG1 = (largest_NG1 - least_NG1) / 15
-    middles_NG1 = torch.add(least_NG1, exact_NG1, alpha=8)
+    exact_NG1 = (largest_NG1 - least_NG1) / most
+    middles_NG1 = torch.add(least_NG1, exact_NG1, alpha=middle)
     units_N11 = _or_one(
         torch.maximum(
             exact_NG1.amax(dim=1, keepdim=True) / 255,
@@ -128,10 +165,9 @@ def _round_int4(w_NK: torch.Tensor) -> tuple[torch.Tensor, ...]:
     scales_NG1 = (exact_NG1 / units_N11).round_()
     zeros_NG1 = (middles_NG1 / (ZERO_STEP * units_N11)).round_()
     steps_NGI = w_NGI - zeros_NG1 * (ZERO_STEP * units_N11)
-    q_NGI = (steps_NGI / _or_one(scales_NG1 * units_N11)).round_().add_(8).clamp_(0, 15)
-    even_NH, odd_NH = q_NGI.to(torch.uint8).view(len(w_NK), -1, 2).unbind(dim=2)
+    q_NGI = (steps_NGI / _or_one(scales_NG1 * units_N11)).round_().add_(middle).clamp_(0, most)
     return (
-        even_NH | odd_NH << 4,
+        q_NGI.to(torch.uint8).flatten(1),
         scales_NG1.to(torch.uint8).squeeze(2),
         zeros_NG1.to(torch.int8).squeeze(2),
         units_N11.flatten(),

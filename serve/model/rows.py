@@ -8,7 +8,7 @@ import ctypes
 import torch
 
 from ...cluster.footprint import QUANT_GROUP
-from .compiled import BF16, INT4, INT8, Matrix, compiled_rows
+from .compiled import BF16, INT4, INT5, INT8, Matrix, compiled_rows
 from .weight_memory import weight_memory
 
 _OUTPUTS = 32
@@ -69,6 +69,11 @@ def rows_int8_linear(weight_NK: torch.Tensor) -> RowsLinear:
 def rows_int4_linear(weight_NK: torch.Tensor) -> RowsLinear:
     """As `rows_int8_linear`, rounded as by `quantise_int4`."""
     return _laid_out(INT4, weight_NK, _rounded_bytes(weight_NK, QUANT_GROUP // 2 + 2))
+
+
+def rows_int5_linear(weight_NK: torch.Tensor) -> RowsLinear:
+    """As `rows_int8_linear`, rounded as by `quantise_int5`."""
+    return _laid_out(INT5, weight_NK, _rounded_bytes(weight_NK, QUANT_GROUP * 5 // 8 + 2))
 
 
 def _rounded_bytes(weight_NK: torch.Tensor, group_bytes: int) -> int:

@@ -36,7 +36,7 @@ def test_norms_router_and_embeddings_stay_bf16() -> None:
 def test_four_bits_are_for_all_large_matrices_but_the_head() -> None:
     assert matrix_format(EXPERT, (96, 64), "int4") == "int4"
     assert matrix_format("layers.0.attention.wq.weight", (64, 64), "int4") == "int4"
-    assert matrix_format("output.weight", (32, 64), "int4") == "int8"
+    assert matrix_format("output.weight", (32, 64), "int4") == "int5"
     assert matrix_format("output.weight", (32, 64), "int8") == "int8"
 
 
@@ -47,6 +47,7 @@ def test_inputs_that_fill_no_whole_groups_stay_bf16() -> None:
 
 def test_scales_and_zeros_are_counted() -> None:
     assert held_bytes(EXPERT, (96, 64), "int8") == 96 * (64 + 2 + 4)
+    assert held_bytes("output.weight", (96, 64), "int4") == 96 * (40 + 2 * 2 + 4)
     assert held_bytes(EXPERT, (96, 64), "int4") == 96 * (32 + 2 * 2 + 4)
 
 

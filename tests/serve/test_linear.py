@@ -20,7 +20,14 @@ from magnetar.serve.model.linear import (
     packed_linear,
     plain_linear,
 )
-from magnetar.serve.model.quantise import Int4Matrix, Int8Matrix, quantise_int4, quantise_int8
+from magnetar.serve.model.quantise import (
+    Int4Matrix,
+    Int5Matrix,
+    Int8Matrix,
+    quantise_int4,
+    quantise_int5,
+    quantise_int8,
+)
 
 CPU = torch.device("cpu")
 
@@ -56,8 +63,9 @@ def test_the_default_is_a_known_kernel() -> None:
         assert default_linear_kernel(dtype=dtype, device=CPU) in LINEAR_KERNELS
 
 
-ROUNDED: Mapping[str, Callable[[torch.Tensor], Int8Matrix | Int4Matrix]] = {
+ROUNDED: Mapping[str, Callable[[torch.Tensor], Int8Matrix | Int5Matrix | Int4Matrix]] = {
     "int8": quantise_int8,
+    "int5": quantise_int5,
     "int4": quantise_int4,
 }
 
@@ -84,6 +92,10 @@ def exact_weight(weight: torch.Tensor, form: str) -> torch.Tensor:
     if form == "int8":
         eight = quantise_int8(weight)
         return eight.q_NK.double() * spread_out(eight.group_scales())
+    if form == "int5":
+        five = quantise_int5(weight)
+        levels = five.q_NK.double() - 16
+        return levels * spread_out(five.group_scales()) + spread_out(five.group_zeros())
     four = quantise_int4(weight)
     levels = four.levels().double() - 8
     return levels * spread_out(four.group_scales()) + spread_out(four.group_zeros())
@@ -114,7 +126,7 @@ def test_compiled_agrees_with_exact_arithmetic(num_outputs: int) -> None:
 
 @needs_rows
 @settings(deadline=None)
-@given(data=st.data(), form=st.sampled_from(["int8", "int4"]), seed=st.integers(0, 999))
+@given(data=st.data(), form=st.sampled_from(["int8", "int5", "int4"]), seed=st.integers(0, 999))
 def test_rounded_products_are_those_of_the_rounded_numbers(
     data: st.DataObject, form: str, seed: int
 ) -> None:
@@ -139,7 +151,7 @@ def test_rounded_products_are_those_of_the_rounded_numbers(
 
 
 @needs_rows
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["int8", "int5", "int4"])
 def test_what_is_not_a_number_stays_in_its_own_rounded_row(form: str) -> None:
     weight, x = random_product(5, 40)
     x[1, 7], x[3, 64] = math.nan, math.inf
@@ -149,7 +161,7 @@ def test_what_is_not_a_number_stays_in_its_own_rounded_row(form: str) -> None:
 
 
 @needs_rows
-@pytest.mark.parametrize("form", ["", "-int8", "-int4"])
+@pytest.mark.parametrize("form", ["", "-int8", "-int5", "-int4"])
 def test_compiled_rows_come_out_the_same_whatever_is_beside_them(form: str) -> None:
     weight, x = random_product(21, 40)
     multiply = LINEAR_KERNELS[f"rows{form}"](weight)
@@ -171,10 +183,10 @@ def test_compiled_results_do_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int5", "int4"])
 @pytest.mark.parametrize("name", ["plain", "packed"])
 def test_rounded_kernels_of_torch_agree_with_the_rounded_matrix(
-    name: str, weights: Literal["int8", "int4"]
+    name: str, weights: Literal["int8", "int5", "int4"]
 ) -> None:
     if f"{name}-{weights}" not in LINEAR_KERNELS:
         return
@@ -218,8 +230,8 @@ def test_another_processor_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_rows
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_compiled_rounds_as_torch_does(weights: Literal["int8", "int4"]) -> None:
+@pytest.mark.parametrize("weights", ["int8", "int5", "int4"])
+def test_compiled_rounds_as_torch_does(weights: Literal["int8", "int5", "int4"]) -> None:
     weight, _ = random_product(1, 40)
     weight[3, :32] = 0.25  # a group of one value
     weight[4] = 0

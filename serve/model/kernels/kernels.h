@@ -4,11 +4,11 @@
  * each of its 32 outputs: what two registers of AVX512-BF16 dot products take. It is read once from
  * front to back, so that with few rows a product runs at the speed of memory.
  *
- * In 8 and 4 bits it is four inputs instead of pairs, for dot products of whole numbers (VNNI). A
+ * In 8, 5 and 4 bits it is four inputs instead of pairs, for dot products of whole numbers (VNNI). A
  * block begins with a float for each of its outputs; 32 inputs are followed by the outputs' scales,
- * a byte each, and in 4 bits by their zeros: both count in units of that float (quantise.py). Levels
- * are not negative: 8 bits are kept with 128 added. In 4 bits the low halves of the bytes are of the
- * first 16 outputs.
+ * a byte each, and in 5 and 4 bits by their zeros: both count in units of that float (quantise.py).
+ * Levels are not negative: 8 bits are kept with 128 added. In 4 bits the low halves of the bytes are of
+ * the first 16 outputs; in 5 these come first, then the fifth bits in the order of the bytes they go to.
  *
  * Inputs come in tiles of rows, again pair by pair or four by four: what the registers of one block are multiplied
  * with lies side by side, whatever the distance of the rows in memory was.
@@ -27,6 +27,7 @@
 #define GROUP 32
 #define INT8_GROUP_BYTES (GROUP * OUTPUTS + OUTPUTS)
 #define INT4_GROUP_BYTES (GROUP * OUTPUTS / 2 + 2 * OUTPUTS)
+#define INT5_GROUP_BYTES (INT4_GROUP_BYTES + GROUP * OUTPUTS / 8)
 #define ZERO_STEP 4
 #define MOST_ROWS 14
 #define MOST_ROUNDED_ROWS 6
@@ -34,22 +35,25 @@
 #define AHEAD 2048
 #define INLINE static inline __attribute__((always_inline))
 
-enum { BF16 = 0, INT8 = 1, INT4 = 2 };
+enum { BF16 = 0, INT8 = 1, INT4 = 2, INT5 = 3 };
 
-/* w[N][K]; K even, in 8 and 4 bits a multiple of 32. */
+/* w[N][K]; K even, where it is rounded a multiple of 32. */
 typedef struct {
     const uint8_t *blocks;
     long n, k;
     int form;
 } matrix;
 
-/* Rows of inputs: pairs[K / 2][rows], or for 8 and 4 bits words[K / 32][words of a group][rows]. */
+/* Rows of inputs: pairs[K / 2][rows], or for rounded weights words[K / 32][words of a group][rows]. */
 typedef struct {
     const uint32_t *inputs;
     long first;
     int rows;
 } tile;
 
+INLINE long group_bytes(int form) {
+    return form == INT8 ? INT8_GROUP_BYTES : form == INT5 ? INT5_GROUP_BYTES : INT4_GROUP_BYTES;
+}
 long block_bytes(int form, long k);
 long num_blocks(const matrix *w);
 
@@ -62,7 +66,7 @@ long row_floats(const matrix *w);
 /* Fill it from rows that lie anywhere. A single row for a matrix in bf16 stays where it is. */
 void fill(tile *t, const matrix *w, const uint16_t *const *rows, float *floats);
 
-/* The same for a matrix in 8 or 4 bits, and how many words a row takes there for every group. */
+/* The same for a matrix that is rounded, and how many words a row takes there for every group. */
 void fill_rounded(tile *t, const matrix *w, const uint16_t *const *rows, float *floats);
 void multiply_rounded(const matrix *w, long block, const tile *x, uint16_t *y, long stride);
 long rounded_words(int form);

@@ -1,6 +1,10 @@
 /* Weights of a checkpoint, rounded and put into blocks while they are loaded. */
 #include "kernels.h"
 
+INLINE int most_level(int form) { return form == INT5 ? 31 : 15; }
+/* The level that stands for the zero of a group. */
+INLINE int middle_level(int form) { return form == INT5 ? 16 : 8; }
+
 /* What one output's weights of a group are divided by, and around which value: exactly. */
 typedef struct {
     float scale, zero;
@@ -13,8 +17,8 @@ INLINE grid grid_of(int form, const uint16_t *w) {
         return (grid){_mm512_reduce_max_ps(largest) / 127.0f, 0.0f};
     }
     const float least = _mm512_reduce_min_ps(_mm512_min_ps(low, high));
-    const float scale = (_mm512_reduce_max_ps(_mm512_max_ps(low, high)) - least) / 15.0f;
-    return (grid){scale, least + 8.0f * scale};
+    const float scale = (_mm512_reduce_max_ps(_mm512_max_ps(low, high)) - least) / most_level(form);
+    return (grid){scale, least + middle_level(form) * scale};
 }
 
 /* The float that all scales and zeros of one output are counted in. */
@@ -49,22 +53,31 @@ INLINE void put_int8(const uint16_t *w, float unit, uint8_t *group, int o) {
     group[GROUP * OUTPUTS + o] = (uint8_t)scale;
 }
 
-INLINE void put_int4(const uint16_t *w, float unit, uint8_t *group, int o) {
-    const grid exact = grid_of(INT4, w);
+/* In 4 bits, or 5. */
+INLINE void put_levels(int form, const uint16_t *w, float unit, uint8_t *group, int o) {
+    const grid exact = grid_of(form, w);
+    const int middle = middle_level(form), most = most_level(form);
     const float scale = __builtin_rintf(exact.scale / unit), zero_unit = ZERO_STEP * unit;
     const float zero = __builtin_rintf(exact.zero / zero_unit);
     const float divisor = scale > 0.0f ? scale * unit : 1.0f;
     uint32_t quads[GROUP / 4];
-    _mm_storeu_si128((__m128i *)quads, to_levels(widen(w), zero * zero_unit, divisor, 8, 0, 15));
-    _mm_storeu_si128((__m128i *)(quads + 4), to_levels(widen(w + 16), zero * zero_unit, divisor, 8, 0, 15));
+    _mm_storeu_si128((__m128i *)quads, to_levels(widen(w), zero * zero_unit, divisor, middle, 0, most));
+    _mm_storeu_si128((__m128i *)(quads + 4), to_levels(widen(w + 16), zero * zero_unit, divisor, middle, 0, most));
+    uint8_t *after = group + GROUP * OUTPUTS / 2;
+    for (int j = 0; form == INT5 && j < GROUP; j++) {
+        const uint8_t bit = quads[j / 4] >> 8 * (j % 4) >> 4 & 1;
+        uint8_t *place = after + 16 * (j / 4) + o / 2, shift = 4 * (o % 2) + j % 4;
+        *place = (*place & ~(1 << shift)) | bit << shift;
+    }
+    if (form == INT5) after += GROUP * OUTPUTS / 8;
     for (int j = 0; j < GROUP / 4; j++) {
         uint8_t *place = group + 2 * OUTPUTS * j + 4 * (o % 16);
+        const uint32_t levels = quads[j] & 0x0f0f0f0f;
         uint32_t quad = 0;
         if (o >= 16) memcpy(&quad, place, 4);
-        quad |= o < 16 ? quads[j] : quads[j] << 4;
+        quad |= o < 16 ? levels : levels << 4;
         memcpy(place, &quad, 4);
     }
-    uint8_t *after = group + GROUP * OUTPUTS / 2;
     after[o] = (uint8_t)scale;
     after[OUTPUTS + o] = (uint8_t)(int8_t)zero;
 }
@@ -73,9 +86,9 @@ INLINE void put_output(int form, const uint16_t *w, uint8_t *block, int o, long 
     const float unit = unit_of(form, w, k);
     memcpy(block + 4 * o, &unit, 4);
     block += 4 * OUTPUTS;
-    for (long first = 0; first < k; first += GROUP)
-        if (form == INT8) put_int8(w + first, unit, block + first / GROUP * INT8_GROUP_BYTES, o);
-        else put_int4(w + first, unit, block + first / GROUP * INT4_GROUP_BYTES, o);
+    for (long first = 0; first < k; first += GROUP, block += group_bytes(form))
+        if (form == INT8) put_int8(w + first, unit, block, o);
+        else put_levels(form, w + first, unit, block, o);
 }
 
 /* From w[N][K] in bf16 to blocks, which must be zero where the last one has no outputs. */

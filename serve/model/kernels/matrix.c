@@ -5,7 +5,7 @@
 
 long block_bytes(int form, long k) {
     if (form == BF16) return k * OUTPUTS * 2;
-    return 4 * OUTPUTS + k / GROUP * (form == INT8 ? INT8_GROUP_BYTES : INT4_GROUP_BYTES);
+    return 4 * OUTPUTS + k / GROUP * group_bytes(form);
 }
 
 long num_blocks(const matrix *w) { return (w->n + OUTPUTS - 1) / OUTPUTS; }
