@@ -8,7 +8,7 @@ from typing import Any
 from magnetar.benchmarks.closed_loop import Waiting
 from magnetar.benchmarks.helix import HelixCluster, Layout
 from magnetar.benchmarks.helix_plan import helix_plan
-from magnetar.benchmarks.random_clusters import Cluster
+from magnetar.benchmarks.random_clusters import Cluster, profile_inventory
 from magnetar.benchmarks.rows import row
 
 CHUNK_TOKENS = 64
@@ -92,16 +92,17 @@ def against_other_planners(seeds: range) -> Iterator[dict[str, Any]]:
     A cluster is 3 to 8 machines of the named profiles, each behind a network of its own kind; the
     model is Mixtral in bf16. All layouts run in the same closed loop of 16 streams, the others'
     with a micro-batch a stage, which is the default, and on every fourth cluster again with as many
-    as are best for each. A row a cluster; `summary` of them all makes those with goals.
+    as are best for each; always with as many copies as are best. A row a cluster; `summary` of
+    them all makes those with goals.
     """
     for seed in seeds:
-        cluster = Cluster(seed)
+        cluster = Cluster(profile_inventory(seed))
         baselines = cluster.baselines()
         found: dict[str, Any] = {"case": f"cluster {seed}", "seed": seed}
-        found["planned"], found["others_planned"] = cluster.found is not None, bool(baselines)
-        if cluster.found is not None and baselines:
+        found["planned"], found["others_planned"] = bool(cluster.found), bool(baselines)
+        if cluster.found and baselines:
             ours = cluster.ours()
-            found |= {"ours": float(f"{ours:.5g}")}
+            found |= {"ours": float(f"{ours:.5g}"), "pipelines": len(cluster.found)}
             found["others"] = {name: float(f"{rate:.5g}") for name, rate in baselines.items()}
             found["ratio"] = float(f"{ours / max(baselines.values()):.4g}")
             if seed % 4 == 0:

@@ -28,10 +28,12 @@ from typing import Any
 import numpy as np
 
 from magnetar.benchmarks.other_planners import against_other_planners, helix, summary
+from magnetar.benchmarks.random_clusters import Cluster
 from magnetar.benchmarks.rows import row
 from magnetar.cluster.footprint import footprint
 from magnetar.cluster.inventory.profiles import profiles
 from magnetar.cluster.plan import Device, Inventory, Link, Node, Objective, Workload
+from magnetar.cluster.planning.pipelines_plan import PipelinesPlanner
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.cost import (
     assumed_link,
@@ -41,13 +43,16 @@ from magnetar.cluster.search.cost import (
     model_cost,
     output_s,
 )
+from magnetar.cluster.search.division import best_division
 from magnetar.cluster.search.place import MARGIN
 from magnetar.cluster.search.problem import Problem, Site
 from magnetar.cluster.search.search import busiest, fastest
+from magnetar.manifests.inventory import load_inventory
 from magnetar.tests.cluster.test_expert_cost import BATCH_1_MS, LINKS
 from magnetar.tests.cluster.test_expert_plans import alike, planned
+from magnetar.tests.cluster.test_scenarios import SCENARIOS
 from magnetar.tests.planning import MIXTRAL, model
-from magnetar.tests.shared_experts import every_plan, small_cluster
+from magnetar.tests.shared_experts import every_plan, most_of_divisions, small_cluster
 
 CONTEXT_TOKENS = 32768
 STREAMS = 8
@@ -55,6 +60,11 @@ STREAMS = 8
 
 def against_brute_force(seeds: range) -> Iterator[dict[str, Any]]:
     """Every order, every subset, every cut, and every way to spread the experts of a stage."""
+    yield from _one_pipeline(seeds)
+    yield from _several_pipelines(seeds)
+
+
+def _one_pipeline(seeds: range) -> Iterator[dict[str, Any]]:
     sizes = [(3, 8, 1), (4, 6, 1), (5, 6, 1), (2, 8, 3), (3, 4, 3), (3, 3, 4), (4, 3, 2), (5, 3, 2)]
     equal = {"latency": 0, "throughput": 0}
     num_shared = 0
@@ -88,10 +98,55 @@ def against_brute_force(seeds: range) -> Iterator[dict[str, Any]]:
     yield row(case, num_shared, num_clusters, "some of them", num_shared > 0)
 
 
+def _several_pipelines(seeds: range) -> Iterator[dict[str, Any]]:
+    """Besides, every partition of the nodes and every way to share the streams out."""
+    sizes = [(2, 4, 2), (3, 3, 2), (3, 4, 2), (2, 3, 3), (4, 2, 2), (5, 2, 2)]
+    equal = num_several = 0
+    for seed in seeds:
+        num_nodes, num_layers, num_experts = sizes[seed % len(sizes)]
+        placing = small_cluster(
+            seed,
+            num_nodes=num_nodes,
+            num_layers=num_layers,
+            num_experts=num_experts,
+            streams=3,
+            memory=(0.5, 2.5),
+            objective="throughput",
+            alike=seed % 4 > 0,
+        )
+        planner = PipelinesPlanner(placing)
+        division = best_division(planner, num_nodes, 3)
+        most = most_of_divisions(placing)
+        equal += math.isclose(division.score if division else 0.0, most)
+        num_several += division is not None and len(division.shares) > 1
+    case = "optimal as brute force, throughput of any number of pipelines, random clusters"
+    yield row(case, equal, len(seeds), "all of them", equal == len(seeds))
+    case = "of these, several pipelines"
+    yield row(case, num_several, len(seeds), "some of them", num_several > 0)
+
+
+def replicas() -> Iterator[dict[str, Any]]:
+    """Four cards that each hold the whole model, over 1 GbE, in the closed loop of 16 streams."""
+    inventory = load_inventory(SCENARIOS / "four-of-80-gb-over-1-gbe.yaml", environment={})
+    several = Cluster(inventory, dtype="int8")
+    case = "four nodes that each hold the model, over 1 GbE: pipelines planned"
+    yield row(case, len(several.found), 4, "4", len(several.found) == 4)
+    ours = several.ours()
+    for name, other in (
+        ("the best plan of one pipeline", Cluster(inventory, dtype="int8", num_pipelines=1)),
+        (
+            "four stages of one pipeline",
+            Cluster(inventory, dtype="int8", num_pipelines=1, num_stages=4),
+        ),
+    ):
+        their = other.ours()
+        yield row(f"simulated tokens/s, to {name}", ours, their, "> 1", ours > their)
+
+
 def times() -> Iterator[dict[str, Any]]:
     """Whole plans, explanations included, on random nodes with pairwise links."""
-    config, index = model(n_layers=80, dim=2048)
-    for num_nodes, limit_s in ((8, 1.0), (64, 10.0)):
+    for num_nodes, limit_s, dim in ((8, 1.0, 2048), (8, 1.0, 1024), (64, 10.0, 2048)):
+        config, index = model(n_layers=80, dim=dim)
         for objective in ("latency", "throughput"):
             inventory = random_inventory(num_nodes, seed=5)
             workload = Workload(
@@ -103,7 +158,8 @@ def times() -> Iterator[dict[str, Any]]:
             began = time.perf_counter()
             plan(config, index, inventory, workload)
             seconds = time.perf_counter() - began
-            case = f"seconds to plan 80 layers on {num_nodes} nodes, {objective}"
+            several = ", any of which holds the model" * (dim == 1024)
+            case = f"seconds to plan 80 layers on {num_nodes} nodes{several}, {objective}"
             yield row(case, seconds, limit_s, f"<= {limit_s:g} s", seconds <= limit_s)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     yield row("peak memory of all this, MB", peak, 500, "<= 500 MB", peak <= 500)
@@ -269,7 +325,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-GROUPS = ("times", "macs", "first", "experts", "helix", "others", "brute")
+GROUPS = ("times", "macs", "first", "experts", "replicas", "helix", "others", "brute")
 """Of cases, in the order of a run."""
 
 
@@ -283,6 +339,8 @@ def cases_of(group: str, *, quick: bool, seeds: range | None) -> Iterator[dict[s
         yield from first_deployment()
     elif group == "experts":
         yield from layers_or_experts()
+    elif group == "replicas":
+        yield from replicas()
     elif group == "helix":
         yield from helix(120 if quick else 360)
     elif group == "others":

@@ -2,17 +2,17 @@
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
 
 from magnetar.benchmarks.closed_loop import Load, Server, Steps, steps_tokens_per_s
-from magnetar.benchmarks.layouts import exo_ring, petals, uniform, water_filling
+from magnetar.benchmarks.layouts import Chain, exo_ring, petals, uniform, water_filling
 from magnetar.cluster.footprint import footprint
 from magnetar.cluster.inventory.profiles import profiles
-from magnetar.cluster.plan import Inventory, Link, Node, Workload
-from magnetar.cluster.planning.speed_plan import SpeedPlanner
+from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node, Workload
+from magnetar.cluster.planning.pipelines_plan import PipelinesPlanner
 from magnetar.cluster.search.cost import attention_s, experts_s, hop_s, kv_touch_bytes, output_s
 from magnetar.cluster.search.expert_cost import hosts_s
 from magnetar.cluster.search.place import places_of
@@ -52,38 +52,73 @@ def profile_inventory(seed: int) -> Inventory:
 
 
 class Cluster:
-    """Mixtral in bf16 on a random cluster, for 16 streams of 2048 tokens."""
+    """Mixtral on some machines, for 16 streams of 2048 tokens."""
 
-    def __init__(self, seed: int, *, separate_experts: bool = True) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        *,
+        dtype: ComputeDtype = "bf16",
+        num_pipelines: int | None = None,
+        num_stages: int | None = None,
+    ) -> None:
         config, index = MIXTRAL
-        inventory = profile_inventory(seed)
         workload = Workload(
             max_context_tokens=CONTEXT_TOKENS,
             max_concurrency=STREAMS,
             objective="throughput",
-            separate_experts=separate_experts,
+            separate_experts=True,
+            num_pipelines=num_pipelines,
+            num_stages=num_stages,
         )
         places = places_of(inventory)
-        kv_bytes = STREAMS * CONTEXT_TOKENS * footprint(config, index, "bf16").kv_bytes_per_token
+        kv_bytes = STREAMS * CONTEXT_TOKENS * footprint(config, index, dtype).kv_bytes_per_token
         self.placing = Placing(
-            config, index, inventory, workload, places, ["bf16"] * len(places), kv_bytes=kv_bytes
+            config, index, inventory, workload, places, [dtype] * len(places), kv_bytes=kv_bytes
         )
-        self.found = SpeedPlanner(self.placing).found
+        self.found = PipelinesPlanner(self.placing).found
+        """A planner for each pipeline; none: nothing fits."""
 
     def ours(self) -> float:
         """Tokens per second of our plan, with its own number of micro-batches."""
-        assert self.found is not None
-        problem, route = self.found
-        return self._simulated(problem, route, -(-STREAMS // problem.step_tokens), STREAMS)
+        total = 0.0
+        for planner in self.found:
+            assert planner.found is not None
+            problem, route = planner.found
+            steps = -(-planner.streams // problem.step_tokens)
+            part = planner.placing
+            total += _simulated(part, problem, route, steps, planner.streams)
+        return total
 
     def baselines(self, *, any_batches: bool = False) -> dict[str, float]:
         """Of those baselines whose layout fits; one micro-batch a stage, as is the default, or
-        with `any_batches` as many as are best for each."""
+        with `any_batches` as many as are best for each. Each has as many copies of its layout, on
+        nodes dealt out by memory, as are best for it, though few of them think of that."""
         found = {}
         for name, layout in BASELINES.items():
-            chains = layout(self.placing.problem(1))
-            if chains:
-                found[name] = self._chains(chains, any_batches=any_batches)
+            rates = [
+                self._chains(chains, any_batches=any_batches)
+                for copies in range(1, len(self.placing.places) + 1)
+                if (chains := self._copies(layout, copies))
+            ]
+            if rates:
+                found[name] = max(rates)
+        return found
+
+    def _copies(self, layout: Callable[[Problem], list[Chain]], copies: int) -> list[Chain]:
+        """The chains of each of so many groups of nodes; none where one does not fit."""
+        places = self.placing.places
+        groups: list[list[int]] = [[] for _ in range(copies)]
+        for number in sorted(range(len(places)), key=lambda n: -places[n].usable_bytes):
+            light = min(groups, key=lambda group: sum(places[n].usable_bytes for n in group))
+            light.append(number)
+        found = []
+        for group in groups:
+            own = sorted(group)
+            chains = layout(self.placing.part(own, -(-STREAMS // copies)).problem(1))
+            if not chains:
+                return []
+            found += [(tuple(own[site] for site in sites), ends) for sites, ends in chains]
         return found
 
     def _chains(
@@ -100,46 +135,50 @@ class Cluster:
                 continue
             stages = len(route.sites)
             counts = range(1, min(stages, streams) + 1) if any_batches else [stages]
-            total += max(self._simulated(problem, route, m, streams) for m in counts)
+            total += max(_simulated(self.placing, problem, route, m, streams) for m in counts)
         return total
 
-    def _simulated(self, problem: Problem, route: Route, micro: int, streams: int) -> float:
-        spans = zip(route.sites, route.members, route.starts, route.ends, strict=True)
-        servers = [self._server(problem, *span) for span in spans]
-        links = [
-            self.placing.link(a, b)
-            for a, b in zip(route.sites, (*route.sites[1:], route.sites[0]), strict=True)
-        ]
-        hidden = self.placing.cost(0).hidden_bytes
 
-        def hops_s(at: int, tokens: int) -> float:
-            return hop_s(tokens * (256 if at == len(links) - 1 else hidden), links[at])
+def _simulated(placing: Placing, problem: Problem, route: Route, micro: int, streams: int) -> float:
+    spans = zip(route.sites, route.members, route.starts, route.ends, strict=True)
+    servers = [_server(placing, problem, *span) for span in spans]
+    links = [
+        placing.link(a, b)
+        for a, b in zip(route.sites, (*route.sites[1:], route.sites[0]), strict=True)
+    ]
+    hidden = placing.cost(0).hidden_bytes
 
-        load = Load(prompts=LOAD.prompts, outputs=LOAD.outputs, streams=streams)
-        policy = Steps(micro_batches=micro)
-        return steps_tokens_per_s(servers, hops_s, load, policy, num_steps=1200 * micro)
+    def hops_s(at: int, tokens: int) -> float:
+        return hop_s(tokens * (256 if at == len(links) - 1 else hidden), links[at])
 
-    def _server(self, problem: Problem, home: int, members: int, start: int, end: int) -> Server:
-        placing, cost, speed = self.placing, self.placing.cost(home), self.placing.speed(home)
-        layers = end - start
-        times = []
-        if members == 1 << home:
-            times = [layers * experts_s(cost, start, speed, tokens=n) for n in _GRID]
-        else:
-            variant = (start == 0) + 2 * (end == problem.num_layers)
-            split = placing.split(home, members, problem.step_tokens)
-            counts, repeats = np.unique(split.counts(variant, layers), axis=0, return_counts=True)
-            held, seats = in_turn(counts, cost.num_experts), placing.seats(home, members)
-            times = [float(hosts_s(cost, start, seats, held, tokens=n) @ repeats) for n in _GRID]
-        for at, n in enumerate(_GRID):
-            times[at] += layers * attention_s(cost, start, speed, tokens=n, context_tokens=0)
-        touched = layers * kv_touch_bytes(cost, tokens=1, context_tokens=CONTEXT_TOKENS // 4)
-        is_last = end == problem.num_layers
+    load = Load(prompts=LOAD.prompts, outputs=LOAD.outputs, streams=streams)
+    policy = Steps(micro_batches=micro)
+    return steps_tokens_per_s(servers, hops_s, load, policy, num_steps=1200 * micro)
 
-        @cache
-        def step_s(decodes: int, prompt: int) -> float:
-            seconds = float(np.interp(decodes + prompt, _GRID, times))
-            seconds += decodes * touched / (speed.read_gbps * 1e9)
-            return seconds + is_last * output_s(cost, speed, tokens=max(1, decodes))
 
-        return Server(step_s=step_s, kv_tokens=float("inf"))
+def _server(
+    placing: Placing, problem: Problem, home: int, members: int, start: int, end: int
+) -> Server:
+    cost, speed = placing.cost(home), placing.speed(home)
+    layers = end - start
+    times = []
+    if members == 1 << home:
+        times = [layers * experts_s(cost, start, speed, tokens=n) for n in _GRID]
+    else:
+        variant = (start == 0) + 2 * (end == problem.num_layers)
+        split = placing.split(home, members, problem.step_tokens)
+        counts, repeats = np.unique(split.counts(variant, layers), axis=0, return_counts=True)
+        held, seats = in_turn(counts, cost.num_experts), placing.seats(home, members)
+        times = [float(hosts_s(cost, start, seats, held, tokens=n) @ repeats) for n in _GRID]
+    for at, n in enumerate(_GRID):
+        times[at] += layers * attention_s(cost, start, speed, tokens=n, context_tokens=0)
+    touched = layers * kv_touch_bytes(cost, tokens=1, context_tokens=CONTEXT_TOKENS // 4)
+    is_last = end == problem.num_layers
+
+    @cache
+    def step_s(decodes: int, prompt: int) -> float:
+        seconds = float(np.interp(decodes + prompt, _GRID, times))
+        seconds += decodes * touched / (speed.read_gbps * 1e9)
+        return seconds + is_last * output_s(cost, speed, tokens=max(1, decodes))
+
+    return Server(step_s=step_s, kv_tokens=float("inf"))

@@ -30,10 +30,12 @@ def small_cluster(
     streams: int = 8,
     memory: tuple[float, float] = (0.1, 0.9),
     objective: Objective = "latency",
+    alike: bool = False,
 ) -> Placing:
     """Nodes of very different speed and memory behind links that bind.
 
-    `memory` is the least and the most share of the model's layers that a node may hold.
+    `memory` is the least and the most share of the model's layers that a node may hold. With
+    `alike` nodes are nearly equally fast and far from each other: several pipelines often pay.
     """
     draw = random.Random(seed)
     config, index = model(n_layers=num_layers, dim=1024, num_experts=num_experts)
@@ -48,8 +50,9 @@ def small_cluster(
                     kind="cpu",
                     # What a stage takes besides its layers, and some of these.
                     memory_bytes=int(0.75e9 + draw.uniform(*memory) * num_layers * layer_gb * 1e9),
-                    read_gbps=draw.choice([5, 20, 60, 200]) * draw.uniform(0.8, 1.2),
-                    gemm_gflops=draw.uniform(200, 20000),
+                    read_gbps=draw.choice([20] if alike else [5, 20, 60, 200])
+                    * draw.uniform(0.8, 1.2),
+                    gemm_gflops=draw.uniform(150, 250) if alike else draw.uniform(200, 20000),
                 ),
             ),
         )
@@ -59,7 +62,7 @@ def small_cluster(
         Link(
             source=a.host,
             target=b.host,
-            rtt_s=10 ** draw.uniform(-5, -2.5),
+            rtt_s=10 ** (draw.uniform(-5, -2.5) + 2 * alike),
             gbps=10 ** draw.uniform(-2, 0.5),
             overhead_s=1e-5,
         )

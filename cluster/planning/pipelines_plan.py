@@ -15,13 +15,15 @@ from .speed_plan import SpeedPlanner
 
 _EFFORT = 128_000
 """Of looking at divisions of few devices (see `best_division`), times the layers of the model."""
-_GUESSES = 240
+_GUESSES = 90
 """Divisions of many devices whose yield is guessed."""
-_PLANNING = 0.04
+_PLANNING = 0.025
 """What may be spent on planning guesses, for each device, as `_effort_of` has it."""
+_HOPEFUL = 0.85
+"""Of the guess for one pipeline, from which on a guess is planned."""
 _EFFORTS = (0.005, 0.011, 0.045, 0.26, 2.0)
 """Of planning a share of 1 to 5 devices that may share experts, about seconds for 32 layers."""
-_EFFORT_EACH = 0.015
+_EFFORT_EACH = 0.01
 """For each of more devices, or of 4 and more that do not share experts."""
 _NEAR = 0.07
 """Share by which one pipeline may be slower and still be better where prompts come in lumps."""
@@ -95,6 +97,7 @@ class PipelinesPlanner:
                 len(places),
                 workload.max_concurrency,
                 start=tuple(self._share_of[planner] for planner in best),
+                score=_score_of(best),
                 num_pipelines=workload.num_pipelines,
                 evenly=not self._is_busy,
                 effort=_EFFORT / self._num_layers,
@@ -107,14 +110,18 @@ class PipelinesPlanner:
     def _guessed(self) -> Sequence[SpeedPlanner]:
         """The best of some divisions into several pipelines; none: none fits."""
         workload = self._workload
+        sketch = Sketch(self._placing, self._ceiling)
         divisions = regrouped(
-            Sketch(self._placing, self._ceiling),
+            sketch,
             len(self._placing.places),
             workload.max_concurrency,
             most_pipelines=self._ceiling.most_pipelines(),
             num_pipelines=workload.num_pipelines,
             guesses=_GUESSES,
         )
+        if workload.num_pipelines is None:
+            least = _HOPEFUL * sketch.yields(self._every)
+            divisions = [each for each in divisions if sum(map(sketch.yields, each)) >= least]
         best: Sequence[SpeedPlanner] = ()
         left = _PLANNING * len(self._placing.places)
         for shares in divisions:

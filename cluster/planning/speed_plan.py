@@ -49,7 +49,7 @@ class SpeedPlanner:
 
     def __init__(self, placing: Placing, *, floor: float = 0.0) -> None:
         self.places = placing.places
-        self._placing = placing
+        self.placing = placing
         self._workload = placing.workload
         self.floor = floor
         self.streams = placing.workload.max_concurrency
@@ -62,7 +62,7 @@ class SpeedPlanner:
         if not self.places:
             return None
         if self._workload.objective == "throughput":
-            problems = [self._placing.problem(tokens) for tokens in self._batches()]
+            problems = [self.placing.problem(tokens) for tokens in self._batches()]
             near = contenders(problems, num_stages=asked, within=_NEAR, floor=self.floor)
             best = improved(
                 problems,
@@ -72,7 +72,7 @@ class SpeedPlanner:
                 floor=self.floor,
             )
             return None if best is None else self._in_lumps([best, *near])
-        problem = self._placing.problem(1)
+        problem = self.placing.problem(1)
         route = fastest(problem, num_stages=asked)
         start = None if route is None else (problem, route)
         return improved([problem], start, throughput=False, num_stages=asked)
@@ -81,8 +81,8 @@ class SpeedPlanner:
     def score(self) -> float:
         """Tokens per second of the best route, of the streams or of one alone; 0: nothing fits."""
         is_busy = self._workload.objective == "throughput"
-        if is_busy and "found" not in self.__dict__ and Search(self._placing.problem(1)).is_exact:
-            problems = [self._placing.problem(tokens) for tokens in self._batches()]
+        if is_busy and "found" not in self.__dict__ and Search(self.placing.problem(1)).is_exact:
+            problems = [self.placing.problem(tokens) for tokens in self._batches()]
             best = busiest(problems, num_stages=self._workload.num_stages, floor=self.floor)
             return 0.0 if best is None else best[1].tokens_per_s(best[0])
         if self.found is None:
@@ -93,9 +93,9 @@ class SpeedPlanner:
     def is_exact(self) -> bool:
         """Whether the best route was found among all, or that there is none."""
         # The search takes all experts to be alike.
-        if self._workload.popularity is not None or not self._placing.splits_are_exact:
+        if self._workload.popularity is not None or not self.placing.splits_are_exact:
             return False
-        return Search(self._placing.problem(1)).is_exact
+        return Search(self.placing.problem(1)).is_exact
 
     def in_lumps(self) -> float:
         """Tokens per second of the best route where prompts come in whole chunks."""
@@ -103,7 +103,7 @@ class SpeedPlanner:
 
     def _lumpy(self, problem: Problem, route: Route) -> float:
         tokens = problem.step_tokens
-        calm, chunks = self._placing.calm.problem(tokens), self._placing.chunks(tokens)
+        calm, chunks = self.placing.calm.problem(tokens), self.placing.chunks(tokens)
         return tokens_per_s_in_lumps(problem, route, calm, chunks)
 
     def _in_lumps(self, found: list[tuple[Problem, Route]]) -> tuple[Problem, Route]:
@@ -133,7 +133,7 @@ class SpeedPlanner:
 
     def bound(self, tokens_per_s: float) -> float:
         """What no pipeline goes beyond, or `tokens_per_s`, which some plan has, if that is more."""
-        problems = [self._placing.problem(tokens) for tokens in self._batches()]
+        problems = [self.placing.problem(tokens) for tokens in self._batches()]
         return most_tokens_per_s(problems, tokens_per_s, num_stages=self._workload.num_stages)
 
     def _batches(self) -> list[int]:
@@ -182,7 +182,7 @@ class SpeedPlanner:
         num_layers: int,
         threads: Mapping[str, int],
     ) -> StagePlan:
-        placing, place = self._placing, self.places[home]
+        placing, place = self.placing, self.places[home]
         cost, weights = placing.cost(home), placing.weights[placing.dtypes[home]]
         layers = range(start, end)
 
@@ -237,7 +237,7 @@ class SpeedPlanner:
         """Experts of every host, the home first, by layer; none where the home has them all."""
         if members == 1 << home:
             return []
-        placing, cost = self._placing, self._placing.cost(home)
+        placing, cost = self.placing, self.placing.cost(home)
         variant = (start == 0) + 2 * (end == problem.num_layers)
         split = placing.split(home, members, problem.step_tokens)
         counts_KH = split.counts(variant, end - start).tolist()
@@ -270,8 +270,8 @@ class SpeedPlanner:
         num_steps = len(set(sites))
         if objective == "throughput" and pipeline.num_micro_batches is not None:
             num_steps = pipeline.num_micro_batches
-        crowd = self._placing.problem(-(-self._workload.max_concurrency // num_steps))
-        alone = self._placing.problem(1)
+        crowd = self.placing.problem(-(-self._workload.max_concurrency // num_steps))
+        alone = self.placing.problem(1)
         places = [[number_of[seat] for seat in stage] for stage in seats]
         together, single = (
             evaluate(each, sites, ends, members, self._popular(pipeline, places, each.step_tokens))
@@ -300,7 +300,7 @@ class SpeedPlanner:
             round_trip_s=trip.round_trip_s,
             tokens_per_s=together.tokens_per_s(crowd),
             stream_tokens_per_s=1 / single.round_trip_s,
-            prefill_s=self._placing.prefill_s(sites, ends, prompt),
+            prefill_s=self.placing.prefill_s(sites, ends, prompt),
             prefill_tokens=prompt,
             assumed=self._assumed(sites),
         )
@@ -320,14 +320,14 @@ class SpeedPlanner:
         if popularity is None:
             return None
         return [
-            popular_stage_s(self._placing, stage, there, tokens, popularity)
+            popular_stage_s(self.placing, stage, there, tokens, popularity)
             for stage, there in zip(pipeline.stages, places, strict=True)
         ]
 
     def _timed(
         self, helper: ExpertHost, home: int, number_of: dict[tuple[str, str], int], tokens: int
     ) -> ExpertHost:
-        placing, cost = self._placing, self._placing.cost(home)
+        placing, cost = self.placing, self.placing.cost(home)
         number = number_of[helper.host, helper.device]
         speed = placing.speed(number, placing.dtypes[home])
         share = 1 - (1 - cost.experts_per_token / cost.num_experts) ** tokens
@@ -360,7 +360,7 @@ class SpeedPlanner:
             links = tuple(
                 (problem.hop_s[number, site], problem.hop_s[site, number]) for site in now.sites
             )
-            speed = device_speed(place.device, self._placing.dtypes[number])
+            speed = device_speed(place.device, self.placing.dtypes[number])
             kind = (speed, place.usable_bytes, links)
             if kind not in told:
                 told[kind] = (
@@ -406,7 +406,7 @@ class SpeedPlanner:
         said = [f"half of the context ({self._workload.max_context_tokens // 2} tokens) is in use"]
         if self._workload.objective == "throughput":
             said.append(f"{PROMPT_TOKENS:g} token of prompts comes with every token generated")
-        if missing := self._placing.unmeasured(sites):
+        if missing := self.placing.unmeasured(sites):
             link = assumed_link("a", "b")
             said.append(
                 f"1 GbE ({milliseconds(link.rtt_s)} round trip) where no link was measured: "

@@ -63,15 +63,17 @@ def best_division(
     streams: int,
     *,
     start: tuple[Share, ...] = (),
+    score: float = 0.0,
     num_pipelines: int | None = None,
     evenly: bool = False,
     effort: float = math.inf,
 ) -> Division | None:
     """The best of all divisions, with so many pipelines if that is given; None: nothing fits.
 
-    `start` is a division to begin with. With `evenly`, pipelines get the same number of streams,
-    but for those that have one more. To look closely at a share of n devices takes an effort of
-    ``7**n``; once more than `effort` is spent the best division so far is the answer.
+    `start` is a division to begin with, which yields `score`. With `evenly`, pipelines get the same
+    number of streams, but for those that have one more. To look closely at a share of n devices
+    takes an effort of ``7**n``; once more than `effort` is spent the best division so far is the
+    answer.
     """
     tables = _Tables(offers, num_sites, streams)
     divisions = [
@@ -79,7 +81,7 @@ def best_division(
         for groups in partitions(tuple(range(num_sites)))
         if num_pipelines in (None, len(groups)) and len(groups) <= streams
     ]
-    best, score = start, sum(offers.best(share, 0.0) for share in start)
+    best = start
     while divisions:
         candidate = max(divisions, key=lambda each: each.total)
         if candidate.total <= score * (1 + _ROUNDING):

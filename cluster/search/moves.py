@@ -34,13 +34,21 @@ def improved(
 ) -> tuple[Problem, Route] | None:
     """The best route that small steps reach from `start`; `start` itself where the search over
     these problems was exact. `start` belongs to one of `problems`; None: nothing was found yet,
-    or nothing better than `floor`, from where to go on is not worth much.
+    or nothing better than `floor`, which somebody else has: then only half as much is tried.
     """
     first = problems[0]
     if Search(first).is_exact:
         return start
     best = start
-    climbs = [_Climb(problem, throughput=throughput, num_stages=num_stages) for problem in problems]
+    climbs = [
+        _Climb(
+            problem,
+            throughput=throughput,
+            num_stages=num_stages,
+            most_routes=MOST_ROUTES // (1 + (floor > 0)),
+        )
+        for problem in problems
+    ]
     for climb in climbs if start is None and not floor else climbs[:1]:
         for order in climb.seeds() if num_stages in (None, 1) else ():
             best = _better(best, climb, climb.climb(order))
@@ -73,8 +81,10 @@ def _better(
 class _Climb:
     """Steps over one problem."""
 
-    def __init__(self, problem: Problem, *, throughput: bool, num_stages: int | None) -> None:
-        self.problem = problem
+    def __init__(
+        self, problem: Problem, *, throughput: bool, num_stages: int | None, most_routes: int
+    ) -> None:
+        self.problem, self._most_routes = problem, most_routes
         self._throughput, self._num_stages = throughput, num_stages
         self._search = Search(problem)
         self._routes: dict[Order, Route | None] = {}
@@ -116,7 +126,7 @@ class _Climb:
 
     def climb(self, order: Order) -> Route | None:
         """The end of a climb that takes every step up at once."""
-        best, left = self.route(order), MOST_ROUTES
+        best, left = self.route(order), self._most_routes
         is_rising = best is not None
         while is_rising and left > 0:
             is_rising = False
