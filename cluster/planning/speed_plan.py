@@ -15,12 +15,13 @@ from ..plan import (
 )
 from ..search.bound import least_round_trip_s, most_tokens_per_s
 from ..search.cost import assumed_link, device_speed, hop_s
+from ..search.fronts import Stage
 from ..search.lumps import tokens_per_s_in_lumps
 from ..search.moves import improved
 from ..search.place import Place
 from ..search.placing import PROMPT_TOKENS, Placing, helpers_of
 from ..search.problem import Problem, Route, evaluate
-from ..search.search import Search, Stage, busiest, contenders, fastest
+from ..search.search import Search, busiest, contenders, fastest
 from ..units import gigabytes, milliseconds
 from .expert_hosts import add_copies, choose_experts
 from .memory_plan import num_kv_blocks

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from .fronts import Stage
 from .placing import helpers_of
 from .problem import Problem, Route
-from .search import EXACT_PLACES, Search, Stage
+from .search import EXACT_PLACES, Search
 
 Order = tuple[Stage, ...]
 MOST_ROUTES = 120

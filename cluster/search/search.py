@@ -15,30 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from .problem import Matrix, Problem, Route, evaluate
+from .fronts import Front, Offer, Stage, extended, least_rest
+from .orders import likely_orders
+from .problem import Matrix, Problem, Route
 
 EXACT_PLACES = 8
 """Devices up to which all subsets are searched."""
 EXACT_SHARED = 5
 """Devices up to which all sets of helpers are searched too."""
 _MOST_LIMITS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A home and the members that share the experts of its layers, as a bit mask."""
-
-    home: int
-    members: int
-
-    @classmethod
-    def alone(cls, site: int) -> Stage:
-        """All experts at home."""
-        return cls(site, 1 << site)
 
 
 def fastest(problem: Problem, *, num_stages: int | None = None) -> Route | None:
@@ -104,27 +92,6 @@ def contenders(
     ]
 
 
-class _Front:
-    """The cheapest partial routes that end on one stage, by layers placed."""
-
-    __slots__ = ("cost_L", "first", "members", "source_L", "sources", "stage", "start_L")
-
-    def __init__(self, cost_L: Matrix, *, stage: Stage | None = None):
-        self.cost_L = cost_L
-        self.stage = stage
-        self.first, self.members = -1, 0
-        self.sources: Sequence[_Front] = ()
-        self.source_L = self.start_L = _NOWHERE
-
-    @classmethod
-    def root(cls, num_layers: int) -> _Front:
-        """Nothing placed yet."""
-        cost = np.full(num_layers + 1, np.inf)
-        cost[0] = 0.0
-        return cls(cost)
-
-
-_NOWHERE = np.zeros(0, dtype=np.int64)
 Least = Callable[[float, float], "Route | None"]
 """(limit, below): the least round trip under `below` whose stages and transfers take at most
 `limit`; None: there is none."""
@@ -206,16 +173,16 @@ class Search:
             return None
         deepest = min(num_stages or count, num_layers, count)
         nearest_N = hops.min(axis=0, where=~np.eye(count, dtype=bool), initial=np.inf)
-        offers = [_Offer.of(stage, within[stage], nearest_N[stage.home]) for stage in stages]
+        offers = [Offer.of(stage, within[stage], nearest_N[stage.home]) for stage in stages]
         bound, best = below_s, None
-        groups: dict[tuple[int, int], list[_Front]] = {(-1, 0): [_Front.root(num_layers)]}
+        groups: dict[tuple[int, int], list[Front]] = {(-1, 0): [Front.root(num_layers)]}
         for depth in range(1, deepest + 1):
-            grown: dict[tuple[int, int], list[_Front]] = {}
+            grown: dict[tuple[int, int], list[Front]] = {}
             rests: dict[int, Matrix] = {}
             for (first, members), fronts in groups.items():
                 outside = [stage for stage in stages if not stage.members & members]
                 for stage in outside:
-                    front = _extended(fronts, stage, within[stage], hops)
+                    front = extended(fronts, stage, within[stage], hops)
                     if front is None:
                         continue
                     front.first = stage.home if first < 0 else first
@@ -227,19 +194,22 @@ class Search:
                     # What cannot become better than the best, or cannot be completed, ends here.
                     if front.members not in rests:
                         left = [each for each in offers if not each.stage.members & front.members]
-                        rests[front.members] = _least_rest(left, num_layers, deepest - depth)
+                        rests[front.members] = least_rest(left, num_layers, deepest - depth)
                     front.cost_L[front.cost_L + rests[front.members] >= bound] = np.inf
                     if np.isfinite(front.cost_L[:-1]).any():
                         grown.setdefault((front.first, front.members), []).append(front)
             groups = grown
-        return None if best is None else self._route(best)
+        return None if best is None else best.route(problem)
 
     def along_orders(
         self, limit_s: float, below_s: float, num_stages: int | None = None
     ) -> Route | None:
         """The best without helpers along a few orders of the sites; any may be left out."""
-        orders = self._orders()
-        routes = [self.along(order, limit_s, num_stages, skip=True) for order in orders]
+        useful = [each.home for each in self._alone if np.isfinite(self.stage_LL(each)).any()]
+        routes = [
+            self.along([self._alone[site] for site in order], limit_s, num_stages, skip=True)
+            for order in likely_orders(self.problem, useful)
+        ]
         found = [route for route in routes if route is not None and route.round_trip_s < below_s]
         return min(found, key=lambda route: route.round_trip_s, default=None)
 
@@ -254,10 +224,10 @@ class Search:
         """The least round trip, but for the way back, along one order of stages: with all of them,
         or with those that are best, `num_stages` if that is given."""
         within, hops = self._within(limit_s, order)
-        root = _Front.root(self.problem.num_layers)
+        root = Front.root(self.problem.num_layers)
         wanted = num_stages if skip else len(order)
         # By number of stages; without a wish for it, the first list holds them all.
-        pools: list[list[_Front]] = [[root], *([] for _ in range(wanted or 0))]
+        pools: list[list[Front]] = [[root], *([] for _ in range(wanted or 0))]
         for position, stage in enumerate(order):
             if wanted is None:
                 depths: Sequence[int] = (0,)
@@ -267,11 +237,11 @@ class Search:
                 depths = (position + 1,)
             for depth in depths:
                 sources = pools[max(0, depth - 1)]
-                front = _extended(sources, stage, within[stage], hops) if sources else None
+                front = extended(sources, stage, within[stage], hops) if sources else None
                 if front is not None:
                     pools[depth].append(front)
         ended = [front for front in pools[wanted or 0] if np.isfinite(front.cost_L[-1])]
-        routes = [self._route(front) for front in ended if front is not root]
+        routes = [front.route(self.problem) for front in ended if front is not root]
         return min(routes, key=lambda route: route.round_trip_s, default=None)
 
     def best_in_order(
@@ -306,113 +276,3 @@ class Search:
         if (stages or self.exact_stages is None) and len(every) > _MOST_LIMITS:
             every = every[np.linspace(0, len(every) - 1, _MOST_LIMITS).astype(int)]
         return [float(value) for value in every if value > 0]
-
-    def _route(self, front: _Front) -> Route:
-        stages: list[Stage] = []
-        ends: list[int] = []
-        end = self.problem.num_layers
-        while front.stage is not None:
-            stages.insert(0, front.stage)
-            ends.insert(0, end)
-            end = int(front.start_L[end])
-            front = front.sources[int(front.source_L[end])]
-        return evaluate(
-            self.problem,
-            [stage.home for stage in stages],
-            ends,
-            [stage.members for stage in stages],
-        )
-
-    def _orders(self) -> Iterator[tuple[Stage, ...]]:
-        """By speed, both ways, and along short links from the fastest sites."""
-        problem = self.problem
-        speed = [float(site.seconds_L[-1]) for site in problem.sites]
-        useful = [s.home for s in self._alone if np.isfinite(self.stage_LL(s)).any()]
-        by_speed = sorted(useful, key=lambda number: (speed[number], number))
-        orders = [by_speed, by_speed[::-1]]
-        for start in by_speed[:2]:
-            order, left = [start], [number for number in by_speed if number != start]
-            while left:
-                near = min(left, key=lambda j: (problem.hop_s[order[-1], j], speed[j], j))
-                order.append(near)
-                left.remove(near)
-            orders.append(order)
-        for order in orders:
-            yield tuple(self._alone[number] for number in self._with_pins(order))
-
-    def _with_pins(self, order: list[int]) -> list[int]:
-        """Sites that must hold certain layers stand where these are, the others in their order."""
-        spans = {site: self.problem.sites[site].span for site in order}
-        others = [site for site in order if spans[site] is None]
-        if len(others) == len(order):
-            return order
-        place = {site: (number + 0.5) / len(others) for number, site in enumerate(others)}
-        for site, span in spans.items():
-            if span is not None:
-                ends = {0: -1.0, self.problem.num_layers: 2.0}
-                middle = (span[0] + span[1]) / 2 / self.problem.num_layers
-                place[site] = ends.get(span[0], ends.get(span[1], middle))
-        return sorted(order, key=lambda site: place[site])
-
-
-def _extended(
-    sources: Sequence[_Front], stage: Stage, stage_LL: Matrix, hops: Matrix
-) -> _Front | None:
-    """The partial routes that go on from `sources` with a stage; None: none does."""
-    # The hop depends on neither end of the stage, so the best source per start comes first.
-    arriving = np.stack(
-        [
-            source.cost_L
-            if source.stage is None
-            else source.cost_L + hops[source.stage.home, stage.home]
-            for source in sources
-        ]
-    )
-    source_L = arriving.argmin(axis=0)
-    before_L = arriving[source_L, np.arange(arriving.shape[1])]
-    starts = np.flatnonzero(np.isfinite(before_L[:-1]))
-    if not len(starts):
-        return None
-    total = before_L[starts, None] + stage_LL[starts]
-    chosen = total.argmin(axis=0)
-    front = _Front(total[chosen, np.arange(total.shape[1])], stage=stage)
-    if not np.isfinite(front.cost_L).any():
-        return None
-    front.sources, front.source_L, front.start_L = tuple(sources), source_L, starts[chosen]
-    return front
-
-
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    """What a stage can do for a pipeline at best."""
-
-    stage: Stage
-    layer_s: float
-    """Seconds of a layer at least, with its part of the way there."""
-    most_layers: int
-
-    @classmethod
-    def of(cls, stage: Stage, stage_LL: Matrix, way_s: float) -> _Offer:
-        """Of a stage that may hold some layers, and that no hop reaches sooner than `way_s`."""
-        starts, ends = np.nonzero(np.isfinite(stage_LL))
-        spans = ends - starts
-        layer_s = float(((stage_LL[starts, ends] + way_s) / spans).min())
-        return cls(stage, layer_s, int(spans.max()))
-
-
-def _least_rest(offers: Sequence[_Offer], num_layers: int, num_stages: int) -> Matrix:
-    """[v]: a lower bound on the seconds of all layers from v on, on so many of these stages, one a
-    home: were layers divisible, the cheapest would be filled first. inf: they cannot hold them."""
-    by_home: dict[int, tuple[float, int]] = {}
-    for offer in offers:
-        layer_s, most = by_home.get(offer.stage.home, (math.inf, 0))
-        best = min(layer_s, offer.layer_s), max(most, offer.most_layers)
-        by_home[offer.stage.home] = best
-    homes = sorted(by_home.values())
-    reach = sum(sorted(most for _, most in homes)[-num_stages:]) if num_stages else 0
-    each = [layer_s for layer_s, most in homes for _ in range(most)][:reach]
-    # Sums of another order may be larger by some last digits.
-    least = np.cumsum([0.0, *each[:num_layers]]) * (1 - 1e-12)
-    rest = np.full(num_layers + 1, np.inf)
-    rest[: len(least)] = least
-    return rest[::-1]

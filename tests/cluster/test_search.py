@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.cluster.search.search import Search, Stage, busiest, fastest
+from magnetar.cluster.search.fronts import Stage
+from magnetar.cluster.search.search import Search, busiest, fastest
 from magnetar.tests.planning import every_route, fits, random_problem
 from magnetar.tests.shared_experts import every_plan, small_cluster
 
