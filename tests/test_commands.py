@@ -58,7 +58,18 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     spec, ray_address = spec_of(
         *("up", "mixtral-8x7b", "--name", "My_Model", "--host", "0.0.0.0", "--port", "0"),
-        *("--stages", "4", "--dtype", "fp32", "--store", "s", "--peer", "10.0.0.1:1"),
+        *(
+            "--stages",
+            "4",
+            "--pipelines",
+            "2",
+            "--dtype",
+            "fp32",
+            "--store",
+            "s",
+            "--peer",
+            "10.0.0.1:1",
+        ),
         *("--peer", "[::1]:2", "--timeout", "1.5", "--rope-theta", "1e4", "--sliding-window"),
         *("none", "--max-context", "512", "--max-concurrency", "3", "--chat-format", "chatml"),
         *("--api-key-file", "key", "--ray-address", "10.0.0.1:6379"),
@@ -70,6 +81,7 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (spec.host, spec.port, spec.max_concurrency) == ("0.0.0.0", 0, 3)
     assert (spec.running_limit, spec.max_waiting, spec.batch_invariant) == (70, 0, True)
     assert (spec.dtype, spec.num_stages, spec.max_context_tokens) == ("fp32", 4, 512)
+    assert spec.num_pipelines == 2
     assert (spec.store, spec.api_key_file) == (str(tmp_path / "s"), str(tmp_path / "key"))
     assert (spec.source.peers, spec.source.timeout_s) == (("10.0.0.1:1", "[::1]:2"), 1.5)
     assert spec.source.limits == RateLimits(download_bytes_per_s=20_000_000, upload_bytes_per_s=0)

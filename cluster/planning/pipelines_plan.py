@@ -184,7 +184,7 @@ class PipelinesPlanner:
             return score
         bounds = [self._ceiling.most_in_all(), score]
         if self._workload.num_pipelines is None:
-            bounds.append(self._planner(self._every).bound(score))
+            bounds.append(self._planner(self._every, floor=score).bound(score))
         return max(bounds)
 
     def unused(self, smallest_bytes: int) -> tuple[UnusedNode, ...]:

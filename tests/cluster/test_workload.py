@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from magnetar.cluster.plan import NodeWish
+from magnetar.cluster.planning.expert_pins import ExpertPin
 from magnetar.cluster.planning.workload import MIN_CONTEXT_TOKENS, workload_of
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.errors import UsageError
@@ -61,3 +62,11 @@ def test_wishes_for_nodes_come_from_the_manifest() -> None:
         NodeWish(host="rigel", memory_bytes=24_000_000_000, layers=(0, 8)),
         NodeWish(host="vega", layers=(31, 32)),
     )
+
+
+def test_experts_that_a_user_places_are_those_of_one_pipeline() -> None:
+    assert workload_of(SPEC, CONFIG).num_pipelines is None
+    pinned = dataclasses.replace(SPEC, expert_pins=(ExpertPin(host="h", layers=(0,)),))
+    assert workload_of(pinned, CONFIG).num_pipelines == 1
+    asked = dataclasses.replace(pinned, num_pipelines=2)
+    assert workload_of(asked, CONFIG).num_pipelines == 2

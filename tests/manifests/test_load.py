@@ -136,14 +136,14 @@ def test_relative_paths_start_at_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "release").mkdir()
     (tmp_path / "x.yaml").write_text(
         HEAD + "spec:\n  source: {folder: release}\n  serve: {apiKeyFile: keys/api}\n"
-        "  placement: {store: ../store, stages: 2, rayAddress: '10.0.0.1:6379'}\n"
+        "  placement: {store: ../store, stages: 2, pipelines: 3, rayAddress: '10.0.0.1:6379'}\n"
     )
     deployment = load_deployment(tmp_path / "x.yaml", environment={})
     spec = deployment.to_spec(base=tmp_path)
     assert spec.source.location == str(tmp_path / "release")
     assert spec.api_key_file == str(tmp_path / "keys" / "api")
     assert Path(spec.store).resolve() == tmp_path.parent / "store"
-    assert spec.num_stages == 2
+    assert (spec.num_stages, spec.num_pipelines) == (2, 3)
     assert spec.model_name == "release"
     assert deployment.spec.placement.ray_address == "10.0.0.1:6379"
 
