@@ -258,6 +258,13 @@ class Fetch:
         assert self._found is not None, "join comes first"
         return self._found.member()
 
+    def lend(self, to: Iterable[str]) -> Lender | None:
+        """Lets nodes with these IP addresses have what is there and what is coming.
+
+        None before `share`. For any thread.
+        """
+        return self._found.lend(to) if self._found is not None else None
+
     def standing(self) -> Standing | None:
         """How far the role is; None for a folder. For any thread, after `join`."""
         assert self._found is not None, "join comes first"

@@ -15,6 +15,7 @@ from .ownership import Member, Role
 from .piece_map import ByteRange, PieceMap
 from .progress import ProgressSink
 from .store import Store
+from .torrent.lending import Lender
 from .torrent.traffic import Traffic
 from .verify import check_release_sums
 
@@ -110,6 +111,9 @@ class FolderRelease:
 
     def member(self) -> Member | None:
         """None, as `join`."""
+
+    def lend(self, to: Iterable[str]) -> Lender | None:
+        return None
 
     def standing(self) -> Standing | None:
         """None: nothing is divided."""

@@ -27,6 +27,8 @@ class Member:
     """Whether it gets anything from outside at all."""
     is_apart: bool = False
     """The others do not reach it: it brings whatever it wants from outside by itself."""
+    calls_nobody: bool = False
+    """It waits for the others to connect."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,8 @@ class Role:
     """Addresses of all others."""
     ready: frozenset[int] = frozenset()
     """Those of `borrowed` that another member holds already: they come before all else."""
+    called: frozenset[str] = frozenset()
+    """Those of `partners` that wait to be called."""
 
 
 def assign_roles(members: Sequence[Member]) -> Mapping[str, Role]:
@@ -97,5 +101,6 @@ def assign_roles(members: Sequence[Member]) -> Mapping[str, Role]:
             borrowed=missing - own,
             ready=(missing - own) & held,
             partners=tuple(other.address for other in members if other.host != member.host),
+            called=frozenset(other.address for other in members if other.calls_nobody),
         )
     return roles

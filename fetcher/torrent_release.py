@@ -169,6 +169,9 @@ class TorrentRelease:
     def member(self) -> Member | None:
         return self._download.member(self._node)
 
+    def lend(self, to: Iterable[str]) -> Lender | None:
+        return self._download.lend(self._node, to)
+
     def standing(self) -> Standing | None:
         return self._download.standing()
 

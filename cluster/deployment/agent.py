@@ -219,11 +219,15 @@ class NodeAgent:
     def lend(self, info_hash: str, to: tuple[str, ...]) -> Lender | None:
         """Let nodes with these addresses have what this node's store holds of a release.
 
-        None where it holds nothing that is known to be right, as while it is being fetched.
+        While this agent fetches it with others, also what it is bringing. None where it holds
+        nothing that is known to be right.
         """
         with self._lending_lock:
             if self._stop.is_set():
                 return None
+            fetch = self._fetch
+            if fetch is not None and fetch.info_hash == info_hash:
+                return fetch.lend(to)
             lending = self._lendings.get(info_hash)
             if lending is None or not lending.is_current():
                 place = Store(self._store).release_folder(info_hash)

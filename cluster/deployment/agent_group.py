@@ -19,6 +19,7 @@ from .arrivals import agent_name
 from .foreman import Foreman
 from .lenders import find_lenders
 from .status import FetchedShare
+from .turn import turn
 
 START_TIMEOUT_S: Final = 120.0
 CLOSE_TIMEOUT_S: Final = 20.0
@@ -123,19 +124,18 @@ class AgentGroup:
     def divide(self, hosts: Sequence[str], wan_mbps: Mapping[str, float]) -> None:
         """Let the next `download` bring each piece from outside once, and share it inside.
 
-        `wan_mbps` is how fast hosts get bytes from outside, where that is known; 0: not at all.
+        What other deployments hold or are bringing is left to them. `wan_mbps` is how fast hosts
+        get bytes from outside, where that is known; 0: not at all.
         """
 
         def lenders() -> list[Member]:
-            """Those of the members' that are still there."""
-            if known := self._lenders:
-                self._look_for_lenders(hosts)
-                there = {lender.address for lender in self._lenders.values()}
-                self._lenders = {n: each for n, each in known.items() if each.address in there}
+            self._look_for_lenders(hosts)
             return [lender.member() for lender in self._lenders.values()]
 
         self._foreman = Foreman(self._crew, wan_mbps=wan_mbps, lenders=lenders)
-        self._foreman.divide(self._crew("join", dict.fromkeys(hosts, ())))
+        members = self._crew("join", dict.fromkeys(hosts, ()))
+        with turn(self._info_hash or "", self._deployment, self._stop):
+            self._foreman.divide(members)
 
     def download(self, hosts: Sequence[str]) -> None:
         """Bring to each of `hosts` what it wants."""

@@ -175,7 +175,7 @@ class Controller:
         steps = {host: loading_steps(facts.index, plan, host) for host in hosts}
         self._agents.order({host: tuple(map(ranges_of, each)) for host, each in steps.items()})
         self._agents.check_disks(hosts)
-        if len(hosts) > 1 and self._spec.source.kind != "folder":
+        if len(self._nodes) > 1 and self._spec.source.kind != "folder":
             self._agents.divide(hosts, self._spec.wan_mbps)
         return self._agents.folders(hosts)
 

@@ -137,8 +137,7 @@ class Download:
         """
         self._is_divided = True
         # One of two calls the other: a second connection would be closed, and tried again.
-        lenders = {lender.address for lender in self._lenders}
-        called = [each for each in role.partners if each in lenders or self._address < each]
+        called = [each for each in role.partners if each in role.called or self._address < each]
         swarm = self._connection.swarm()
         swarm.meter.know(split_peer(partner)[0] for partner in role.partners)
         swarm.join(tuple(map(split_peer, called)))
@@ -155,6 +154,24 @@ class Download:
             held=frozenset(piece for piece, is_there in enumerate(have) if is_there),
             begun=swarm.begun(),
             has_way_out=self._connection.has_way_out(),
+        )
+
+    def lend(self, host: str, to: Iterable[str]) -> Lender | None:
+        """What is here and coming, for nodes with these IP addresses; after `join`, any thread.
+
+        None before there is a role.
+        """
+        swarm = self._connection.swarm()
+        have = swarm.have() or self._recording.have
+        if not (self._is_divided and have):
+            return None
+        swarm.admit(to)
+        return Lender(
+            host=host,
+            address=self._address,
+            torrent=self._holding.metainfo.raw,
+            held=frozenset(piece for piece, is_there in enumerate(have) if is_there),
+            coming=self._sharing.coming(have),
         )
 
     def standing(self) -> Standing:

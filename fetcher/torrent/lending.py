@@ -47,6 +47,13 @@ class Lender:
     """The .torrent."""
     held: frozenset[int]
     """Pieces on its disk, verified."""
+    coming: frozenset[int] = frozenset()
+    """Pieces that it is just bringing from outside."""
+
+    @property
+    def pieces(self) -> frozenset[int]:
+        """Those that need not be asked for outside."""
+        return self.held | self.coming
 
     def member(self) -> Member:
         """As a part of a cluster that fetches together, under its address."""
@@ -54,8 +61,9 @@ class Lender:
             host=self.address,
             address=self.address,
             wanted=frozenset(),
-            held=self.held,
+            held=self.pieces,
             has_way_out=False,
+            calls_nobody=True,
         )
 
 
@@ -64,7 +72,7 @@ def borrower_role(lenders: Sequence[Lender], missing: frozenset[int]) -> Role | 
 
     None where nobody lends anything of what is missing.
     """
-    lent = frozenset().union(*(lender.held for lender in lenders))
+    lent = frozenset().union(*(lender.pieces for lender in lenders))
     if not missing & lent:
         return None
     return Role(
@@ -73,6 +81,7 @@ def borrower_role(lenders: Sequence[Lender], missing: frozenset[int]) -> Role | 
         borrowed=missing & lent,
         ready=missing & lent,
         partners=tuple(lender.address for lender in lenders),
+        called=frozenset(lender.address for lender in lenders),
     )
 
 

@@ -56,6 +56,11 @@ class Sharing:
             received_bytes=received_bytes,
         )
 
+    def coming(self, have: Sequence[bool]) -> frozenset[int]:
+        """What is being brought from outside; for any thread."""
+        role = self._role
+        return frozenset() if role is None else frozenset(p for p in role.owned if not have[p])
+
     def owes(self, have: Sequence[bool]) -> bool:
         """Whether anything that others may wait for is missing."""
         role = self._role

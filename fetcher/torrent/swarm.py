@@ -68,6 +68,9 @@ class Swarm:
         self._room = RoomWatch(session, now_s=clock(), free_bytes=free_bytes)
         self._caution = Caution(session, clock())
         self._job: TorrentJob | None = None
+        self._door = threading.Lock()
+        self._only: frozenset[str] | None = None
+        self._admitted: frozenset[str] = frozenset()
         self._reconnected_s = clock()
         self._resumed_s = clock()
         self._is_checking = False
@@ -125,8 +128,21 @@ class Swarm:
     def only(self, hosts: Iterable[str] | None) -> None:
         """See `TorrentSession.only`; who is let in again is asked at once."""
         self.meter.look()  # Some are gone after it.
-        self._session.only(hosts)
+        with self._door:
+            self._only = None if hosts is None else frozenset(hosts)
+            self._session.only(self._let_in())
         self._session.connect(self._named_peers)
+
+    def admit(self, hosts: Iterable[str]) -> None:
+        """Lets nodes with these IP addresses in, whatever `only` says. For any thread."""
+        with self._door:
+            if new := frozenset(hosts) - self._admitted:
+                self._admitted |= new
+                self.meter.know(new)
+                self._session.only(self._let_in())
+
+    def _let_in(self) -> frozenset[str] | None:
+        return None if self._only is None else self._only | self._admitted
 
     def reach_out(self, wanted: bool) -> None:
         """See `TorrentSession.reach_out`."""

@@ -61,6 +61,12 @@ class LabCluster:
         for host, share in shares.items():
             self.nodes[host].call("restrict", share)
 
+    def find_lenders(self, other: "LabCluster", info_hash: str) -> None:
+        """Takes what nodes of another cluster hold, or are bringing, from them."""
+        hosts = tuple(node.place.lan for node in self.nodes.values())
+        found = other.all("lend", info_hash, hosts).values()
+        self._lenders = tuple(lender for lender in found if lender is not None)
+
     def divide(self, *, wan_mbps: Mapping[str, float] | None = None) -> None:
         """Opens the torrents to each other and hands out the work."""
         self.foreman = Foreman(

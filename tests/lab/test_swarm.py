@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +220,62 @@ def test_a_later_cluster_takes_from_an_earlier_one_what_that_holds(
                 assert counted < 0.01 * WEIGHTS_BYTES
     whole = (release / WEIGHTS).read_bytes()
     assert all(weights(tmp_path / host, seed) == whole for host in ("n3", "n4", "n5"))
+
+
+def test_deployments_that_begin_together_bring_every_byte_in_once(
+    lab: Network, seed: SeedInfo, release: Path, tmp_path: Path
+) -> None:
+    half, everything = WEIGHTS_BYTES // 2, ByteRange(WEIGHTS, 0, WEIGHTS_BYTES)
+    with (
+        lab_cluster([lab.host("n1")], tmp_path) as first,
+        lab_cluster([lab.host("n2")], tmp_path) as second,
+    ):
+        first.prepare(source(seed), {"n1": (ByteRange(WEIGHTS, 0, half),)})
+        second.prepare(source(seed), {"n2": (everything,)})
+        # One of them comes first, and nothing has arrived yet.
+        first.divide()
+        second.find_lenders(first, seed.info_hash)
+        second.divide()
+        roles = first.foreman.roles["n1"], second.foreman.roles["n2"]
+        assert roles[0].owned
+        assert roles[1].borrowed == roles[0].owned
+        assert roles[1].owned
+        assert not roles[0].owned & roles[1].owned
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(first.download), pool.submit(second.download)]:
+                done.result()
+        unique = unique_bytes(seed)
+        assert unique <= first.outside_bytes() + second.outside_bytes() <= GOAL * unique
+        if lab.counts:
+            counted = (first.counted_bytes() or 0) + (second.counted_bytes() or 0)
+            assert counted <= (GOAL + OVERHEAD) * unique
+    assert weights(tmp_path / "n2", seed) == (release / WEIGHTS).read_bytes()
+
+
+def test_a_later_deployment_takes_what_an_earlier_one_is_still_bringing(
+    lab: Network, seed: SeedInfo, release: Path, tmp_path: Path
+) -> None:
+    with (
+        lab_cluster([lab.host("n1")], tmp_path) as first,
+        lab_cluster([lab.host("n2")], tmp_path) as second,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        first.prepare(source(seed), {"n1": None})
+        first.divide()
+        earlier = pool.submit(first.download)
+        agent = first.nodes["n1"]
+        while agent.call("standing").received_bytes < WEIGHTS_BYTES // 4:
+            assert not earlier.done()
+        second.prepare(source(seed), {"n2": None})
+        second.find_lenders(first, seed.info_hash)
+        second.divide()
+        second.download()
+        earlier.result()
+        unique = unique_bytes(seed)
+        assert first.outside_bytes() + second.outside_bytes() <= GOAL * unique
+        if (counted := second.counted_bytes()) is not None:
+            assert counted < 0.01 * unique
+    assert weights(tmp_path / "n2", seed) == (release / WEIGHTS).read_bytes()
 
 
 def test_only_owners_announce_themselves_outside(
