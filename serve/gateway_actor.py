@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DRAIN_S: Final = 5.0
 """For answers that run when the deployment is stopped."""
+ENDING_S: Final = 0.5
+"""For an engine whose stages have ended to notice; the cause passes the ring in a moment."""
 
 
 class GatewayActor:
@@ -142,9 +144,9 @@ class GatewayActor:
         stats = [engine.stats() for engine in self._engines]
         return total(stats).expert_tokens if stats else {}
 
-    def run(self, pipeline: int) -> None:
-        """Stay until `stop`; raise what broke the ring of this pipeline otherwise."""
-        self._engines[pipeline].wait()
+    def ending(self, pipeline: int) -> None:
+        """Raise what broke the ring of this pipeline, if that is known within a moment."""
+        self._engines[pipeline].wait(ENDING_S)
 
     def stop(self) -> None:
         """End the API, then the engines, then the links."""

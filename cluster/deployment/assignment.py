@@ -184,8 +184,8 @@ class GatewayRole(Protocol):
         """By layer, the tokens that each expert was chosen for since the start; any time."""
         ...
 
-    def run(self, pipeline: int) -> None:
-        """As `StageRole.run`, for the ring of one pipeline; called once for each."""
+    def ending(self, pipeline: int) -> None:
+        """Raise what broke the ring of a pipeline; return soon where nothing did."""
         ...
 
     def stop(self) -> None:

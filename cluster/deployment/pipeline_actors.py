@@ -50,7 +50,6 @@ class PipelineActors:
         `number` says which of several pipelines it is; `start` takes a role, its assignment and a
         name; `links` makes the setup for an end on a host.
         """
-        self._gateway: Any = None
         self._running: list[Any] = []
         self.stages: list[Any] = []
         self.helpers: list[list[Any]] = [[] for _ in pipeline.stages]
@@ -103,22 +102,25 @@ class PipelineActors:
             connecting.extend(helper.connect.remote() for helper in helpers)
         return connecting
 
-    def run(self, at_gateway: Any) -> None:
-        """Let all run; `at_gateway` is the gateway's call that ends with this ring."""
-        self._running = [at_gateway, *(member.run.remote() for member in self.members)]
+    def run(self) -> None:
+        """Let all run."""
+        self._running = [member.run.remote() for member in self.members]
 
     @property
     def running(self) -> list[Any]:
-        """The calls that end when the pipeline does."""
+        """The calls that end when the pipeline does: whoever leaves closes the links to others."""
         return self._running
 
-    def ending(self) -> MagnetarError | None:
-        """What ended it; None while it lives. Waits a moment for the cause."""
-        if not any_ended(self._running, timeout_s=0):
-            return None
+    @property
+    def has_ended(self) -> bool:
+        """Whether any of it has."""
+        return any_ended(self._running, timeout_s=0)
+
+    def cause(self, at_gateway: Any) -> MagnetarError:
+        """What ended it; `at_gateway` is the call that asks the gateway. Waits a moment."""
         # One that dies breaks the ring for all others: look for a death before any complaint, and
         # at the gateway first, to which the cause travels.
-        ended = endings(self._running, self._names, timeout_s=DEATH_NOTICE_S)
+        ended = endings([at_gateway, *self._running], self._names, timeout_s=DEATH_NOTICE_S)
         for death in (True, False):
             for ending in ended:
                 if ending.is_death == death and ending.error is not None:

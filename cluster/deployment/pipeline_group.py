@@ -25,8 +25,6 @@ CONNECT_TIMEOUT_S: Final = 120.0
 WARM_TIMEOUT_S: Final = 300.0
 STOP_TIMEOUT_S: Final = 15.0
 _METHODS_AT_ONCE: Final = 4
-_GATEWAY_METHODS_AT_ONCE: Final = 64
-"""One for each pipeline runs all the time; the gateway is there before their number is known."""
 
 
 class PipelineGroup:
@@ -72,7 +70,7 @@ class PipelineGroup:
                 name=f"{self._prefix}/gateway",
                 lifetime=self._lifetime,
                 num_cpus=0,
-                max_concurrency=_GATEWAY_METHODS_AT_ONCE,
+                max_concurrency=_METHODS_AT_ONCE,
                 label_selector=self._nodes[host].selector,
             )
             .remote(*listen, api_key)
@@ -223,8 +221,8 @@ class PipelineGroup:
         for pipeline, answers_to in zip(self._pipelines, self._answers_to, strict=True):
             connecting += pipeline.connect(address_of, answers_to)
         self._together(connecting)
-        for number, pipeline in enumerate(self._pipelines):
-            pipeline.run(self._gateway.run.remote(number))
+        for pipeline in self._pipelines:
+            pipeline.run()
 
     def warm(self) -> tuple[float, ...]:
         """Send one token through every stage; the seconds it took in each pipeline."""
@@ -254,8 +252,11 @@ class PipelineGroup:
         running = [ref for pipeline in living.values() for ref in pipeline.running]
         if not any_ended(running, timeout_s=timeout_s):
             return {}
-        ended = {number: pipeline.ending() for number, pipeline in living.items()}
-        found = {number: error for number, error in ended.items() if error is not None}
+        found = {
+            number: pipeline.cause(self._gateway.ending.remote(number))
+            for number, pipeline in living.items()
+            if pipeline.has_ended
+        }
         self._lost.update(found)
         if len(self._lost) < len(self._pipelines):
             for number in found:
