@@ -240,6 +240,8 @@ def with_memory_of(running: Plan, inventory: Inventory) -> Inventory:
 def _settings(before: Plan, after: Plan) -> Iterator[tuple[str, Any, Any]]:
     if len(before.pipelines) != len(after.pipelines):
         yield "num_pipelines", len(before.pipelines), len(after.pipelines)
+    if len(before.stages) != len(after.stages):
+        yield "num_stages", len(before.stages), len(after.stages)
     for name in ("max_context_tokens", "max_concurrency", "num_kv_blocks"):
         was, now = getattr(before, name), getattr(after, name)
         if was != now:

@@ -93,7 +93,7 @@ def _get(ref: Any, who: str) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise remote_error(error.cause, who) from error
     except ray.exceptions.RayActorError as error:
-        raise StageLostError(f"{who} died: {_first_line(error)}") from error
+        raise StageLostError(f"{who} died: {_reason(error)}") from error
     except ray.exceptions.RayError as error:
         raise MagnetarError(f"{who} failed: {_first_line(error)}") from error
 
@@ -103,6 +103,12 @@ def remote_error(cause: BaseException, who: str) -> MagnetarError:
     if isinstance(cause, MagnetarError):
         return cause
     return MagnetarError(f"{who} failed: {type(cause).__name__}: {cause}")
+
+
+def _reason(error: BaseException) -> str:
+    """Of an actor whose constructor raised, that error; Ray puts its traceback first."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines and "creation task" in lines[0] else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -85,7 +85,7 @@ def read_params(raw: bytes, *, given: ReleaseHints, known: ReleaseHints) -> Mode
 
     theta = _first(given.rope_theta, fields.optional_number("rope_theta"), known.rope_theta)
     window = given.sliding_window or _params_window(fields) or known.sliding_window
-    context = _first(
+    context = _context(
         given.max_context_tokens,
         fields.optional_count("max_position_embeddings"),
         fields.optional_count("max_seq_len"),
@@ -170,7 +170,7 @@ def _huggingface_names(
     dim = fields.count("hidden_size")
     theta = _first(given.rope_theta, _config_theta(fields), known.rope_theta)
     window = given.sliding_window or _config_window(fields, model_type)
-    context = _first(
+    context = _context(
         given.max_context_tokens,
         fields.optional_count("max_position_embeddings"),
         known.max_context_tokens,
@@ -201,6 +201,16 @@ def _huggingface_names(
 
 def _first(*values: _T | None) -> _T | None:
     return next((value for value in values if value is not None), None)
+
+
+def _context(given: int | None, *published: int | None) -> int | None:
+    own = _first(*published)
+    if given is not None and own is not None and given > own:
+        raise UsageError(
+            f"a context of {given} tokens was asked for, the model was made for {own}; ask for "
+            "that or less"
+        )
+    return _first(given, own)
 
 
 def _params_window(fields: Fields) -> int | Literal["none"] | None:

@@ -98,6 +98,13 @@ def test_another_dtype_moves_the_layers_but_fetches_nothing() -> None:
     assert not diff.nodes
 
 
+def test_another_number_of_stages_on_the_same_node_is_told() -> None:
+    after = plan_of(stage(0, "n0", 0, 10), stage(1, "n0", 10, 32))
+    diff = plan_diff(plan_of(stage(0, "n0", 0, 32)), after, INDEX)
+    assert not diff.nodes
+    assert diff_table(diff) == "~ num_stages: 1 -> 2"
+
+
 def test_settings_are_told() -> None:
     diff = plan_diff(BEFORE, replace(BEFORE, max_context_tokens=64), INDEX)
     assert diff.settings == (("max_context_tokens", 128, 64),)

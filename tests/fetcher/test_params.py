@@ -74,6 +74,15 @@ def test_reads_the_params_of_the_seed_release_with_what_the_catalogue_knows() ->
     assert params(NOTHING, MIXTRAL_FACTS) == MIXTRAL_8X7B
 
 
+def test_a_longer_context_than_the_published_one_is_refused() -> None:
+    given = ReleaseHints(max_context_tokens=40_000)
+    with pytest.raises(UsageError, match="made for 32768; ask for that or less"):
+        config(given)
+    with pytest.raises(UsageError, match="made for 32768"):
+        params(given, MIXTRAL_FACTS)
+    assert config(ReleaseHints(max_context_tokens=4096)).max_context_tokens == 4096
+
+
 def test_given_wins_over_the_file_and_the_file_over_the_catalogue() -> None:
     given = ReleaseHints(rope_theta=7.0)
     known = ReleaseHints(rope_theta=8.0, sliding_window=99, max_context_tokens=100)
