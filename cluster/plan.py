@@ -70,6 +70,11 @@ class Node:
     busy_share: float = 0.0
     """Of its processors, that other work took while its speeds were measured."""
 
+    @property
+    def was_busy(self) -> bool:
+        """Whether that is worth a word: its speeds may be too low."""
+        return self.busy_share >= 0.1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inventory:

@@ -66,7 +66,6 @@ def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
 
 def nodes_table(inventory: "Inventory") -> str:
     """Nodes and links as aligned columns."""
-    from ..cluster.inventory.other_work import BUSY
     from ..cluster.units import gigabytes, milliseconds
 
     rows = [("node", "device", "name", "cpus", "memory", "reads", "computes", "disk free")]
@@ -89,7 +88,7 @@ def nodes_table(inventory: "Inventory") -> str:
         f"{node.host} was busy: other work took {node.busy_share * 100:.0f} % of its processors "
         "while its speeds\nwere measured, and they may be too low; --again measures anew"
         for node in inventory.nodes
-        if node.busy_share >= BUSY
+        if node.was_busy
     ]
     if inventory.links:
         wires = [("from", "to", "round trip", "bandwidth")]

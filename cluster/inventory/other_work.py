@@ -1,11 +1,6 @@
 """What else a machine does while something is measured on it."""
 
-from typing import Final
-
 import psutil
-
-BUSY: Final = 0.1
-"""Share of the processors from which on other work is worth a word."""
 
 
 class OtherWork:

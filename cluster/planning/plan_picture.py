@@ -210,7 +210,9 @@ def _totals(plan: Plan) -> list[str]:
     said.append(
         f"context {plan.max_context_tokens} tokens, {plan.max_concurrency} sequences at once"
     )
-    return said + [f"conceded: {each.text}" for each in plan.concessions]
+    said += [f"conceded: {each.text}" for each in plan.concessions]
+    assumed = () if plan.prediction is None else plan.prediction.assumed
+    return said + [f"assumed: {each}" for each in assumed]
 
 
 def _colour(holder: int) -> str:

@@ -303,7 +303,7 @@ class SpeedPlanner:
             stream_tokens_per_s=1 / single.round_trip_s,
             prefill_s=self.placing.prefill_s(sites, ends, prompt),
             prefill_tokens=prompt,
-            assumed=self._assumed(sites),
+            assumed=self._assumed(sites, members),
         )
         micro_batches = -(-self._workload.max_concurrency // crowd.step_tokens)
         return replace(
@@ -403,16 +403,27 @@ class SpeedPlanner:
             f"{milliseconds(used[0])} to {milliseconds(used[-1])} on the nodes that are used"
         )
 
-    def _assumed(self, sites: list[int]) -> tuple[str, ...]:
+    def _assumed(self, sites: list[int], members: list[int]) -> tuple[str, ...]:
         said = [f"half of the context ({self._workload.max_context_tokens // 2} tokens) is in use"]
         if self._workload.objective == "throughput":
             said.append(f"{PROMPT_TOKENS:g} token of prompts comes with every token generated")
-        if missing := self.placing.unmeasured(sites):
+        if missing := self.placing.unmeasured(sites, members):
             link = assumed_link("a", "b")
             said.append(
                 f"1 GbE ({milliseconds(link.rtt_s)} round trip) where no link was measured: "
                 + ", ".join(missing)
             )
+        used = [
+            self.places[site].node
+            for at in zip(sites, members, strict=True)
+            for site in _sites(*at)
+        ]
+        said += [
+            f"{node.host} is as fast as it was measured, beside other work on "
+            f"{node.busy_share * 100:.0f} % of its processors"
+            for node in {node.host: node for node in used}.values()
+            if node.was_busy
+        ]
         return tuple(said)
 
 

@@ -372,10 +372,17 @@ class Placing:
                 total += hop_s(tokens * cost.hidden_bytes, link)
         return total
 
-    def unmeasured(self, sites: Sequence[int]) -> list[str]:
-        """Links between stages that nobody measured."""
-        hosts = [self.places[site].node.host for site in sites]
-        return [f"{a} to {b}" for a, b in pairwise(hosts) if a != b and (a, b) not in self._links]
+    def unmeasured(self, sites: Sequence[int], members: Sequence[int]) -> list[str]:
+        """Links that nobody measured between stages, back to the first one, and to helpers."""
+        pairs = [*pairwise(sites), (sites[-1], sites[0])]
+        for home, mask in zip(sites, members, strict=True):
+            pairs += [(home, helper) for helper in helpers_of(home, mask)]
+        found: dict[frozenset[str], str] = {}
+        for source, target in pairs:
+            a, b = self._host(source), self._host(target)
+            if a != b and (a, b) not in self._links:
+                found.setdefault(frozenset((a, b)), f"{a} to {b}")
+        return list(found.values())
 
 
 def helpers_of(home: int, members: int) -> tuple[int, ...]:

@@ -1,12 +1,14 @@
 """Plans where speeds are known: the fast are used, the slow are left out, and it says why."""
 
 import dataclasses
+import json
 
 import pytest
 
 from magnetar.cluster.footprint import footprint
 from magnetar.cluster.plan import Device, Inventory, Link, Node, Plan, Workload
-from magnetar.cluster.planning.plan_view import plan_table
+from magnetar.cluster.planning.plan_picture import plan_svg
+from magnetar.cluster.planning.plan_view import plan_json, plan_table
 from magnetar.cluster.planning.planner import plan
 from magnetar.tests.planning import GB, MIXTRAL, SMALL
 
@@ -132,7 +134,28 @@ def test_links_that_nobody_measured_are_said_to_be_assumed() -> None:
     nodes = Inventory(nodes=(node("a", 64, 300), node("b", 64, 300)))
     found = plan(*MIXTRAL, nodes, asked())
     assert found.prediction is not None
-    assert any("a to b" in said for said in found.prediction.assumed)
+    (told,) = (said for said in found.prediction.assumed if "1 GbE" in said)
+    assert told.endswith("no link was measured: a to b")  # and no second time for the way back
+    shown = [plan_table(found), json.dumps(plan_json(found))]
+    shown.append(plan_svg(found, num_experts=8))
+    assert all("no link was measured: a to b" in " ".join(view.split()) for view in shown)
+
+
+def test_links_to_helpers_that_nobody_measured_are_said_to_be_assumed() -> None:
+    slow = Inventory(nodes=tuple(node(f"n{number}", 30, 20) for number in range(4)))
+    found = plan(*MIXTRAL, slow, asked(dtype="bf16", separate_experts=True))
+    hosts = [(stage.host, helper.host) for stage in found.stages for helper in stage.helpers]
+    assert hosts
+    assert found.prediction is not None
+    (told,) = (said for said in found.prediction.assumed if "1 GbE" in said)
+    assert all(f"{home} to {helper}" in told for home, helper in hosts)
+
+
+def test_a_node_that_was_busy_when_it_was_measured_is_told_with_the_plan() -> None:
+    nodes = linked(dataclasses.replace(node("a", 200, 300), busy_share=0.4), node("b", 10, 20))
+    found = plan(*MIXTRAL, nodes, asked())
+    assert found.prediction is not None
+    assert any("a is as fast as it was measured, beside" in s for s in found.prediction.assumed)
 
 
 def test_every_byte_fits_where_the_search_places_it() -> None:
