@@ -244,11 +244,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, help="add the objects to a file")
     args = parser.parse_args()
-    results: list[dict[str, Any]] = [machine() | {"benchmark": "calibration"}]
+    about = machine() | {"benchmark": "calibration"}
     node = probe_node("here", "127.0.0.1", Path.home())
     node = measure_speeds(node, ModelGauge(), again=True)
     link = probe_itself(node.host, node.address)
-    results[0]["busy_share"] = round(node.busy_share, 3)
+    # Row by row, so that a run that is stopped keeps what it found; runs add to what there is.
+    keep = args.output.open("a", encoding="utf-8") if args.output else None
+    if keep is not None:
+        about["busy_share"] = round(node.busy_share, 3)
+        print(json.dumps(about), file=keep, flush=True)
     print(
         f"{'case':<26} {'predicted':>9} {'measured':>9} {'ratio':>6}  {'holds':<5} {'before':>6}"
         "  GB/s of the gauge",
@@ -261,11 +265,9 @@ def main() -> None:
             else calibrate_stages(case, args.stages or STAGES, node, link, args.rounds)
         )
         for row in rows:
-            results.append(row)
             print(json.dumps(row), flush=True)
-    if args.output:
-        with args.output.open("a", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps(each)}\n" for each in results)
+            if keep is not None:
+                print(json.dumps(row), file=keep, flush=True)
 
 
 if __name__ == "__main__":
