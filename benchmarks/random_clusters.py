@@ -147,9 +147,11 @@ def _simulated(placing: Placing, problem: Problem, route: Route, micro: int, str
         for a, b in zip(route.sites, (*route.sites[1:], route.sites[0]), strict=True)
     ]
     hidden = placing.cost(0).hidden_bytes
+    around_s = [placing.places[site].device.step_overhead_s for site in route.sites]
 
     def hops_s(at: int, tokens: int) -> float:
-        return hop_s(tokens * (256 if at == len(links) - 1 else hidden), links[at])
+        away = tokens * (256 if at == len(links) - 1 else hidden)
+        return around_s[at] + hop_s(away, links[at])
 
     load = Load(prompts=LOAD.prompts, outputs=LOAD.outputs, streams=streams)
     policy = Steps(micro_batches=micro)
