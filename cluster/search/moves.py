@@ -35,7 +35,7 @@ def improved(
 ) -> tuple[Problem, Route] | None:
     """The best route that small steps reach from `start`; `start` itself where the search over
     these problems was exact. `start` belongs to one of `problems`; None: nothing was found yet,
-    or nothing better than `floor`, which somebody else has: then only half as much is tried.
+    or nothing better than `floor`, which somebody else has: then a third as much is tried.
     """
     first = problems[0]
     if Search(first).is_exact:
@@ -46,7 +46,7 @@ def improved(
             problem,
             throughput=throughput,
             num_stages=num_stages,
-            most_routes=MOST_ROUTES // (1 + (floor > 0)),
+            most_routes=MOST_ROUTES // (3 if floor else 1),
         )
         for problem in problems
     ]

@@ -105,6 +105,7 @@ class Search:
         count = len(problem.sites)
         # [u, v] of every stage: seconds of layers [u, v), inf where they do not fit.
         self._stage_LL: dict[Stage, Matrix] = {}
+        self._times_of: dict[Stage, Matrix] = {}
         self._alone = [Stage.alone(site) for site in range(count)]
         self.exact_stages: list[Stage] | None = None
         """All that an exact search has to try; None: too many devices for one."""
@@ -265,14 +266,19 @@ class Search:
             within[stage] = np.where(matrix <= limit_s, matrix, np.inf)
         return within, np.where(self.problem.transfer_s <= limit_s, self.problem.hop_s, np.inf)
 
+    def _times(self, stage: Stage) -> Matrix:
+        """All that a stage can take."""
+        if stage not in self._times_of:
+            matrix = self.stage_LL(stage)
+            self._times_of[stage] = np.unique(matrix[np.isfinite(matrix)])
+        return self._times_of[stage]
+
     def _limits(self, stages: Sequence[Stage] | None) -> list[float]:
         """Times that a bottleneck can have, ascending; all of them where the search is exact."""
         chosen = stages or self.exact_stages or self._alone
-        values = []
-        for stage in chosen:
-            matrix = self.stage_LL(stage)
-            values.append(np.unique(matrix[np.isfinite(matrix)]))
-        every = np.unique(np.concatenate([*values, self.problem.transfer_s.ravel()]))
+        every = np.unique(
+            np.concatenate([*map(self._times, chosen), self.problem.transfer_s.ravel()])
+        )
         if (stages or self.exact_stages is None) and len(every) > _MOST_LIMITS:
             every = every[np.linspace(0, len(every) - 1, _MOST_LIMITS).astype(int)]
         return [float(value) for value in every if value > 0]
