@@ -2,6 +2,7 @@
 
     python benchmarks/loading.py --quick       96 MB, three rounds
     python benchmarks/loading.py               256 MB; --demo STORE adds the demo
+    python benchmarks/loading.py --demo STORE --case demo      that case alone
 
 Three seeds on loopback, whose uplinks bring 256 MB in 20 s, share eight equal layers that lie out
 of order in one file; a fetch brings them in the order in which stages load them, and without an
@@ -40,6 +41,7 @@ from magnetar.fetcher.store import Store
 from magnetar.fetcher.tensors import TensorEntry
 from magnetar.tests.seeder import seeding
 
+CASES = ("order", "check", "demo")
 WEIGHTS = "consolidated.00.pth"
 NUM_LAYERS = 8
 NUM_SEEDS = 3
@@ -266,6 +268,9 @@ def demo_rows(store: Path) -> list[Row]:
                     break
             process.send_signal(signal.SIGINT)
             process.communicate()
+    phases = ((phase, at_s - ended["download"]) for phase, at_s in ended.items())
+    shown = ", ".join(f"{phase} {after_s:+.2f}" for phase, after_s in phases)
+    print(f"phases end, seconds after the download: {shown}", file=sys.stderr)
     waited = ended["warm"] - ended["download"]
     return [
         Row(case="last byte to first token of the demo, s", ours=waited, reference=1.0, goal=3.0)
@@ -282,9 +287,13 @@ def main() -> None:
         metavar="STORE",
         help="also the demo, whose model is made in this store",
     )
+    parser.add_argument("--case", action="append", choices=CASES, help="this one alone; repeatable")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, metavar="FILE", help="keep the JSON objects there")
     args = parser.parse_args()
+    chosen = args.case or (CASES if args.demo else CASES[:-1])
+    if "demo" in chosen and not args.demo:
+        parser.error("the demo needs --demo STORE")
     num_bytes = 96_000_000 if args.quick else 256_000_000
     lines: list[str] = []
 
@@ -296,12 +305,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         release = Path(folder) / "release"
         write_release(release, num_bytes)
-        keep(order_rows(release, num_bytes, args.rounds))
-        keep(check_rows(release, num_bytes, args.rounds))
-    if args.demo:
+        if "order" in chosen:
+            keep(order_rows(release, num_bytes, args.rounds))
+        if "check" in chosen:
+            keep(check_rows(release, num_bytes, args.rounds))
+    if "demo" in chosen:
         keep(demo_rows(args.demo))
     if args.output:
-        args.output.write_text("\n".join([json.dumps(machine()), *lines]) + "\n", encoding="utf-8")
+        args.output.write_text(
+            "\n".join([json.dumps(machine() | {"quick": args.quick}), *lines]) + "\n",
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":
