@@ -2,12 +2,13 @@
 
 They take the same torrent from the same seeder, which offers TCP and uTP, in turns. A transfer
 lasts from the connection to the seeder until the client says that it has everything; a run lasts
-from the start of the process.
+from the start of the process. Each finds as much memory ready as it fills.
 """
 
 import contextlib
 import json
 import os
+import queue
 import shutil
 import statistics
 import subprocess
@@ -33,6 +34,7 @@ from magnetar.fetcher.torrent.session import (
 
 from .release import WEIGHTS, Client, write_release
 from .row import Row
+from .warm_memory import WarmMemory
 
 DEFAULTS_S: Final = 10.0
 """libtorrent's defaults would take a minute for what the others do in seconds."""
@@ -49,22 +51,30 @@ class Run:
 class Seeder:
     """The seeder, in a process of its own; a context manager."""
 
-    def __init__(self, torrent: Path) -> None:
+    def __init__(self, torrent: Path, on_connected: Callable[[], None]) -> None:
+        """`on_connected` is called from another thread, as soon as a client connects."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", __spec__.name, "seed", str(torrent)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.port = int(self._line())
+        self._on_connected = on_connected
+        self._connected_s: queue.SimpleQueue[float] = queue.SimpleQueue()
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+        self._listener = threading.Thread(target=self._listen, name="seeder")
+        self._listener.start()
 
     def connected_s(self) -> float:
         """When the next client connected."""
-        return float(self._line())
+        return self._connected_s.get(timeout=60)
 
-    def _line(self) -> str:
+    def _listen(self) -> None:
         assert self._process.stdout is not None
-        return self._process.stdout.readline()
+        for line in self._process.stdout:
+            self._on_connected()
+            self._connected_s.put(float(line))
 
     def __enter__(self) -> "Seeder":
         return self
@@ -73,6 +83,7 @@ class Seeder:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+        self._listener.join()
 
 
 @contextlib.contextmanager
@@ -148,17 +159,23 @@ def client_rows(scratch: Path, num_bytes: int, rounds: int) -> Iterator[Row]:
     raw = write_release(scratch / "release", num_bytes)
     torrent = scratch / "torrent"
     torrent.write_bytes(raw)
-    with Seeder(torrent) as seeder, tracker(parse_metainfo(raw).info_hash, seeder.port) as url:
+    memory = WarmMemory(scratch / "warm", num_bytes * 9 // 8)
+    with (
+        Seeder(torrent, memory.release) as seeder,
+        tracker(parse_metainfo(raw).info_hash, seeder.port) as url,
+    ):
         clients = {"ours": ours, "aria2c": aria2c(url), "defaults": defaults}
         found: dict[str, list[Run]] = {name: [] for name in clients}
         for number in range(rounds + 1):
-            for name, client in clients.items():
+            # Who comes first takes turns, too.
+            for name in sorted(clients, reverse=number % 2 == 0):
                 # A seeder checks each piece when it first sends it, for whoever comes first; and
                 # the defaults are so slow that one run of them is enough.
                 if name == "defaults" and number != 1:
                     continue
                 with tempfile.TemporaryDirectory(dir=scratch) as into:
-                    run = client(seeder, torrent, Path(into), num_bytes)
+                    memory.fill()
+                    run = clients[name](seeder, torrent, Path(into), num_bytes)
                     if name != "defaults":
                         _check(scratch / "release" / WEIGHTS, Path(into))
                 print(
