@@ -17,6 +17,7 @@ ratio is predicted over measured, GB/s are those of a plain sum and of the gauge
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -52,7 +53,7 @@ from magnetar.cluster.search.cost import (
 )
 from magnetar.cluster.search.expert_cost import Seat, hosts_s
 from magnetar.fetcher.checkpoint.release import FolderReader, read_release
-from magnetar.fetcher.config import ReleaseHints
+from magnetar.fetcher.config import ModelConfig, ReleaseHints
 from magnetar.serve.gauge import ModelGauge
 
 CASES = ("demo", "moe", "spread")
@@ -152,19 +153,32 @@ def spread_predicted(link: Link, node: Node, both_gbps: float) -> dict[str, floa
     speed = device_speed(node.devices[0], DTYPE)
     assert speed is not None
     crowded = replace(speed, read_gbps=min(speed.read_gbps, both_gbps))
+    apart, beside = ([Seat(speed=each), Seat(speed=each, link=link)] for each in (speed, crowded))
     for rows in ROWS:
         around = embeddings_s(cost, speed, tokens=rows) + output_s(cost, speed, tokens=rows)
         attention = attention_s(cost, 0, speed, tokens=rows, context_tokens=CONTEXT_TOKENS)
         for name, here in {"alone": range(config.num_experts), **spread.HERE}.items():
-            each = crowded if 0 < len(here) < config.num_experts else speed
-            seats = [Seat(speed=each), Seat(speed=each, link=link)]
             held_OHE = np.zeros((1, 2, config.num_experts), dtype=np.int64)
             held_OHE[0, 0, list(here)] = 1
             held_OHE[0, 1] = 1 - held_OHE[0, 0]
-            experts = float(hosts_s(cost, 0, seats, held_OHE, tokens=rows)[0])
+            alone_s, both_s = (
+                float(hosts_s(cost, 0, each, held_OHE, tokens=rows)[0]) for each in (apart, beside)
+            )
+            both = _both_needed(len(here), config, rows)
+            experts = both * both_s + (1 - both) * alone_s
             step_s = around + config.n_layers * (attention + experts)
             found[f"{rows}-rows-{name.replace(' ', '-')}"] = step_s
     return found
+
+
+def _both_needed(here: int, config: ModelConfig, rows: int) -> float:
+    """The probability that a step needs experts of the stage and of the helper."""
+    every = math.comb(config.num_experts, config.num_experts_per_tok)
+    one_side = [
+        math.comb(held, config.num_experts_per_tok) / every
+        for held in (here, config.num_experts - here)
+    ]
+    return 1 - sum(chance**rows for chance in one_side)
 
 
 def calibrate_spread(link: Link, number: int) -> Iterator[dict[str, Any]]:
