@@ -10,7 +10,10 @@ _RATE = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?([kKMG]?)(i?)B?(?:/s)?")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RateLimits:
-    """Of one node, for what goes to the outside or comes from there; not on its own network."""
+    """Of one node, for what goes to the outside or comes from there; not on its own network.
+
+    What was not used in the last three seconds may be made up for at once.
+    """
 
     download_bytes_per_s: int = 0
     """0: none."""

@@ -16,12 +16,16 @@ from magnetar.errors import (
 from magnetar.fetcher.progress import Progress
 from magnetar.fetcher.store import Store
 from magnetar.tests.fetching import (
+    WEIGHTS,
     WEIGHTS_BYTES,
     Fetching,
     Shared,
     assert_same_files,
     complete,
+    write_files,
+    write_sums,
 )
+from magnetar.tests.seeder import seeding
 
 
 def test_a_restart_of_the_machine_costs_nothing_of_what_was_synced(
@@ -121,6 +125,55 @@ def test_a_file_that_another_changed_after_a_kill_is_hashed_and_no_other(
         assert fetch.hashed_bytes <= unknown + 5 * slow.piece_length
         fetch.verify()
     assert_same_files(folder, slow.folder)
+
+
+@pytest.mark.parametrize("years", [-40, 40], ids=["back", "ahead"])
+def test_a_clock_that_jumped_between_two_runs_costs_no_byte(
+    slow: Shared, fetching: Fetching, years: int
+) -> None:
+    killed_at(0.5, slow.info.magnet, fetching.store)
+    place = Store(fetching.store).release_folder(slow.info.info_hash)
+    on_record = place.record.read().pieces
+    # As seen from now on, everything was written at another time.
+    moved_ns = years * 365 * 86_400 * 10**9
+    for path in place.root.rglob("*"):
+        times = path.stat()
+        os.utime(path, ns=(times.st_atime_ns + moved_ns, times.st_mtime_ns + moved_ns))
+    with fetching(slow.info.magnet) as fetch:
+        folder = fetch.download()
+        assert fetch.received_bytes <= slow.wanted_bytes - len(on_record) * slow.piece_length
+        fetch.verify()
+    assert_same_files(folder, slow.folder)
+    complete(fetching(slow.info.magnet, offline=True))
+
+
+def test_another_torrent_under_the_resume_data_of_the_first_costs_neither_of_them_anything(
+    shared: Shared, fetching: Fetching, tmp_path: Path
+) -> None:
+    whole = complete(fetching(shared.info.magnet))
+    torrent = tmp_path / "a.torrent"
+    torrent.write_bytes(shared.info.torrent)
+    complete(fetching(str(torrent), kind="torrent", offline=True))
+    # The publisher puts another release under the same names and the same file.
+    changed = write_files(tmp_path / "changed" / "tiny-release")
+    data = bytearray((changed / WEIGHTS).read_bytes())
+    data[:100_000] = bytes(100_000)
+    (changed / WEIGHTS).write_bytes(data)
+    write_sums(changed, WEIGHTS, "tokenizer.model")
+    with seeding(changed) as info:
+        torrent.write_bytes(info.torrent)
+        new = complete(fetching(str(torrent), kind="torrent", peers=(info.address,)))
+    assert new != whole
+    assert_same_files(new, changed)
+    assert_same_files(whole, shared.folder)
+    # Also where it comes to lie in the store of the first, beside its resume data and record.
+    place = Store(fetching.store).release_folder(shared.info.info_hash)
+    (place.root / "torrent").write_bytes(info.torrent)
+    with fetching(shared.info.magnet) as fetch:
+        fetch.download()
+        fetch.verify()
+        assert fetch.received_bytes == 0
+    assert_same_files(whole, shared.folder)
 
 
 def test_a_lost_or_damaged_record_or_resume_costs_no_download(

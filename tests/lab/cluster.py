@@ -30,7 +30,7 @@ class LabCluster:
         self._inside = {node.host: 0.0 for node in nodes if node.place.wan is None}
         self.nodes = {node.host: node for node in nodes}
         self.foreman = Foreman(self._call)
-        self._lenders: tuple[Lender, ...] = ()
+        self.lenders: tuple[Lender, ...] = ()
         self._counted_before = 0
 
     def prepare(
@@ -46,7 +46,7 @@ class LabCluster:
         `sources` are those of hosts that know others than `source` names. `lenders` hold something
         already.
         """
-        self._lenders = lenders
+        self.lenders = lenders
         self._counted_before = self._counted()
         first, *others = self.nodes.values()
         first.call("metadata", source, None, lenders)
@@ -65,14 +65,14 @@ class LabCluster:
         """Takes what nodes of another cluster hold, or are bringing, from them."""
         hosts = tuple(node.place.lan for node in self.nodes.values())
         found = other.all("lend", info_hash, hosts).values()
-        self._lenders = tuple(lender for lender in found if lender is not None)
+        self.lenders = tuple(lender for lender in found if lender is not None)
 
     def divide(self, *, wan_mbps: Mapping[str, float] | None = None) -> None:
         """Opens the torrents to each other and hands out the work."""
         self.foreman = Foreman(
             self._call,
             wan_mbps=self._inside | dict(wan_mbps or {}),
-            lenders=lambda: [lender.member() for lender in self._lenders],
+            lenders=lambda: [lender.member() for lender in self.lenders],
         )
         self.foreman.divide(self.all("join"))
 

@@ -26,6 +26,20 @@ def web_seed(place: Place, folder: Path) -> Iterator[str]:
         yield f"http://{_outside(place)}:{port}/"
 
 
+@contextlib.contextmanager
+def leech(
+    place: Place, torrent: bytes, folder: Path
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """``HOST:PORT`` of a client outside that takes a torrent from whoever connects.
+
+    Its process prints the seconds that the second half of the bytes took.
+    """
+    file = folder / "torrent"
+    file.write_bytes(torrent)
+    with _started(place, "leech", _outside(place), str(file), str(folder)) as (process, port):
+        yield f"{_outside(place)}:{port}", process
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """A proxy outside that passes connections on."""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,11 +13,12 @@ import pytest
 from magnetar.cluster.spec import SourceSpec
 from magnetar.fetcher import division
 from magnetar.fetcher.piece_map import ByteRange, PieceMap
+from magnetar.fetcher.rates import RateLimits
 from magnetar.fetcher.torrent.metainfo import parse_metainfo
 from magnetar.fetcher.torrent.seed import SeedInfo
 from magnetar.tests.lab.cluster import LabCluster, Share, lab_cluster
 from magnetar.tests.lab.network import Network, network
-from magnetar.tests.lab.programs import link, read, tracker, web_seed
+from magnetar.tests.lab.programs import leech, link, read, tracker, web_seed
 from magnetar.tests.seeder import seeding
 
 pytestmark = pytest.mark.lab
@@ -26,6 +28,7 @@ WEIGHTS_BYTES = 12_000_000
 UPLINK_BYTES_PER_S = 6_000_000
 HOSTS = ("n1", "n2", "n3", "n4")
 GOAL = 1.02
+LIMIT_SLACK = 0.1
 OVERHEAD = 0.1
 """Headers and packets sent twice, in the count of the kernel (measured: 0.00 to 0.07)."""
 
@@ -276,6 +279,40 @@ def test_a_later_deployment_takes_what_an_earlier_one_is_still_bringing(
         if (counted := second.counted_bytes()) is not None:
             assert counted < 0.01 * unique
     assert weights(tmp_path / "n2", seed) == (release / WEIGHTS).read_bytes()
+
+
+def test_limits_hold_outside_both_ways_and_not_inside(
+    lab: Network, seed: SeedInfo, release: Path, tmp_path: Path
+) -> None:
+    if not lab.counts:
+        pytest.skip("addresses of loopback are inside, where no limit holds")
+    limit = 4_000_000
+    limited = replace(
+        source(seed), limits=RateLimits(download_bytes_per_s=limit, upload_bytes_per_s=limit // 2)
+    )
+    least_s = WEIGHTS_BYTES / limit / (1 + LIMIT_SLACK)
+    far = lab.host("far", is_outside=True)
+    (tmp_path / "far").mkdir()
+    with lab_cluster([lab.host("n1")], tmp_path) as first:
+        first.prepare(limited, {"n1": None})
+        began_s = time.monotonic()
+        first.download()
+        assert time.monotonic() - began_s >= least_s, "it came faster than the limit"
+        first.all("end_fetch")
+        with lab_cluster([lab.host("n2")], tmp_path) as second:
+            slow = replace(limited, limits=RateLimits(download_bytes_per_s=limit // 16))
+            second.find_lenders(first, seed.info_hash)
+            second.prepare(slow, {"n2": None}, lenders=second.lenders)
+            began_s = time.monotonic()
+            second.download()
+            assert time.monotonic() - began_s < 8 * least_s, "it was limited inside"
+        with leech(far, seed.torrent, tmp_path / "far") as (address, process):
+            first.prepare(replace(limited, peers=(address,)), {"n1": None})
+            first.all("join")
+            assert process.stdout is not None
+            # The first half may go at once: a limit that was not used for a while is made up for.
+            assert float(process.stdout.readline()) >= least_s, "it went faster than the limit"
+    assert (tmp_path / "far/release" / WEIGHTS).read_bytes() == (release / WEIGHTS).read_bytes()
 
 
 def test_only_owners_announce_themselves_outside(
