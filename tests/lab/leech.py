@@ -23,18 +23,20 @@ def main(address: str, torrent: str, folder: str) -> None:
         }
     )
     params = libtorrent.load_torrent_buffer(Path(torrent).read_bytes())
+    assert params.ti is not None
+    half_bytes = params.ti.total_size() // 2
     params.save_path = folder
     handle = session.add_torrent(params)
-    half_bytes = handle.status().total_wanted // 2
     while not session.listen_port():
         time.sleep(0.01)
     print(session.listen_port(), flush=True)
     half_s = None
     while not (status := handle.status()).is_seeding:
-        if half_s is None and status.total_wanted_done > half_bytes:
+        if half_s is None and status.total_payload_download > half_bytes:
             half_s = time.monotonic()
         time.sleep(0.02)
-    print(time.monotonic() - (half_s or 0.0), flush=True)
+    assert half_s is not None
+    print(time.monotonic() - half_s, flush=True)
     sys.stdin.read()
 
 

@@ -311,7 +311,8 @@ def test_limits_hold_outside_both_ways_and_not_inside(
             first.all("join")
             assert process.stdout is not None
             # The first half may go at once: a limit that was not used for a while is made up for.
-            assert float(process.stdout.readline()) >= least_s, "it went faster than the limit"
+            seconds = float(process.stdout.readline())
+            assert seconds >= least_s, "it went faster than the limit"
     assert (tmp_path / "far/release" / WEIGHTS).read_bytes() == (release / WEIGHTS).read_bytes()
 
 
