@@ -30,6 +30,11 @@ def id_ranges(ids: Sequence[int]) -> str:
     return ",".join(found)
 
 
+def layers_text(first_layer: int, end_layer: int) -> str:
+    """``layers 0-3``, or ``layer 3``, of layers up to but without `end_layer`."""
+    return f"layer{'s' * (end_layer - first_layer > 1)} {id_ranges(range(first_layer, end_layer))}"
+
+
 def wrapped(line: str, width: int | None) -> list[str]:
     """Lines of at most `width` characters, with every amount beside its unit; None: one line."""
     if width is None or len(line) <= width:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..cluster.spec import DeploymentSpec
+from ..cluster.units import layers_text
 from ..errors import UsageError
 from ..fetcher.progress import Progress
 from .console import Console
@@ -140,7 +141,7 @@ def _stage_lines(told: Mapping[str, Any]) -> Iterator[str]:
             ready = loaded.get((number, stage["index"]))
             yield (
                 f"  {which}stage {stage['index']}:"
-                f" layers {stage['first_layer']}-{stage['end_layer'] - 1}"
+                f" {layers_text(stage['first_layer'], stage['end_layer'])}"
                 f" on {stage['host']} ({stage['device']}, {stage['dtype']})"
                 + (f", {ready} ready" if ready is not None else "")
             )

@@ -344,7 +344,7 @@ def test_plans_for_machines_of_an_inventory_file(release: Path, tmp_path: Path) 
     machines.write_text(
         "apiVersion: magnetar/v1\nkind: Inventory\n"
         "nodes:\n- {host: card, cpus: 4, devices: [{profile: t4}]}\n"
-        "- {host: board, devices: [{kind: cpu, memoryGigabytes: 8, readGigabytesPerSecond: 5}]}\n"
+        "- {host: board, devices: [{kind: cpu, memoryGigabytes: 8, readGigabytesPerSecond: 0.1}]}\n"
     )
     plan = json.loads(
         data_of("plan", str(release), *FACTS, "--inventory", str(machines), "-o", "json")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...fetcher.tensors import TensorEntry, TensorIndex
 from ..plan import Device, Inventory, Plan
-from ..units import gigabytes
+from ..units import gigabytes, layers_text
 
 _Place = tuple[str, str, str]
 """Host, device and dtype."""
@@ -104,10 +104,7 @@ def diff_table(diff: PlanDiff) -> str:
         return "no changes: the plan is the one that runs"
     lines = []
     for move in diff.moves:
-        last = move.end_layer - 1
-        layers = (
-            f"layer {last}" if last == move.first_layer else f"layers {move.first_layer}-{last}"
-        )
+        layers = layers_text(move.first_layer, move.end_layer)
         what = "" if move.experts is None else f" experts {','.join(map(str, move.experts))}"
         lines.append(f"~ {layers}{what}: {_said(move.before)} -> {_said(move.after)}")
     lines += [f"~ {name}: {was} -> {now}" for name, was, now in diff.settings]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 from ..plan import Pipeline, Plan, StagePlan
-from ..units import gigabytes, milliseconds, wrapped
+from ..units import gigabytes, layers_text, milliseconds, wrapped
 from .plan_view import bound_text, pipeline_text
 
 _STAGE_WIDTH = 220
@@ -45,7 +45,8 @@ def plan_svg(plan: Plan, *, num_experts: int, title: str = "") -> str:
     width = max(width, 640)
     said = [*_totals(plan), *(f"unused: {node.host}: {node.reason}" for node in plan.unused)]
     bottom = max(box.y + box.height for box in boxes) + 46
-    lines = [line for text in said for line in wrapped(text, int((width - 2 * _MARGIN) / 6.4))]
+    columns = int((width - 2 * _MARGIN) / 6.4)
+    lines = [(line, text is said[0]) for text in said for line in wrapped(text, columns)]
     height = bottom + len(lines) * _LINE + _MARGIN
     head = title or f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}"
     if len(placed) > 1:
@@ -73,8 +74,8 @@ def plan_svg(plan: Plan, *, num_experts: int, title: str = "") -> str:
     for stage, box, is_slowest in zip(plan.stages, boxes, slowest, strict=True):
         parts += _stage(stage, box, num_experts=num_experts, is_slowest=is_slowest)
     parts += [
-        _text(_MARGIN, bottom + number * _LINE, line, fill=_FAINT if number else _INK)
-        for number, line in enumerate(lines)
+        _text(_MARGIN, bottom + number * _LINE, line, fill=_INK if is_first else _FAINT)
+        for number, (line, is_first) in enumerate(lines)
     ]
     return "\n".join([*parts, "</svg>", ""])
 
@@ -115,8 +116,8 @@ def _stage(stage: StagePlan, box: _Box, *, num_experts: int, is_slowest: bool) -
     room = _STAGE_WIDTH - (70 if is_slowest else 20)
     yield _text(x + 10, y + 20, f"{stage.index}  {stage.host}", size=14, bold=True, room=room)
     yield _text(x + 10, y + 37, f"{stage.device}, {stage.dtype}{step}", fill=_LINES)
-    layers = f"layers {stage.first_layer}-{stage.end_layer - 1}{ends}"
-    yield _text(x + 10, y + 54, layers, fill=_LINES)
+    layers = layers_text(stage.first_layer, stage.end_layer)
+    yield _text(x + 10, y + 54, layers + ends, fill=_LINES)
     if is_slowest:
         yield _text(x + _STAGE_WIDTH - 10, y + 20, "slowest", fill=_HOT, anchor="end")
     yield from _grid(stage, x + 10, y + _HEAD, _STAGE_WIDTH - 20, num_experts)

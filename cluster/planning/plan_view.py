@@ -45,16 +45,16 @@ def plan_table(
             lines = wider
     said = [*_said(plan, left_out), *_explained(explanation or Explanation())]
     text = [line for each in said for line in wrapped(each, width)]
-    return "\n".join([*_grouped(plan, lines), *text])
+    return "\n".join([*_grouped(plan, lines, width), *text])
 
 
-def _grouped(plan: Plan, lines: Sequence[str]) -> Iterator[str]:
+def _grouped(plan: Plan, lines: Sequence[str], width: int | None) -> Iterator[str]:
     """Of several pipelines each with a line above its stages."""
     head, *rest = lines
     yield head
     for number, pipeline in enumerate(plan.pipelines):
         if len(plan.pipelines) > 1:
-            yield f"pipeline {number}: {pipeline_text(pipeline)}"
+            yield from wrapped(f"pipeline {number}: {pipeline_text(pipeline)}", width)
         count = sum(1 + len(stage.helpers) for stage in pipeline.stages)
         yield from rest[:count]
         rest = rest[count:]
@@ -83,7 +83,7 @@ def _table(plan: Plan, *, with_ends: bool) -> list[tuple[str, ...]]:
 
 def _rows(stage: StagePlan, pipeline: Pipeline, *, with_ends: bool) -> Iterator[tuple[str, ...]]:
     is_slowest = stage.index == pipeline.bottleneck and len(pipeline.stages) > 1
-    layers = f"{stage.first_layer}-{stage.end_layer - 1}"
+    layers = id_ranges(range(stage.first_layer, stage.end_layer))
     ends = ""
     if with_ends:
         ends = " + embeddings" * stage.has_embeddings + " + head" * stage.has_output
