@@ -57,8 +57,8 @@ def packed(settings: SessionSettings, lt: Any) -> dict[str, object]:
         "send_buffer_watermark": 4 << 20,
         "send_buffer_low_watermark": 1 << 20,
         # Bytes are hashed and written while they are still in a processor's cache, and memory is
-        # used again: with 128 MiB the same download took a quarter longer. What a disk is too slow
-        # for, the system's cache of pages takes up.
+        # used again: with 128 MiB a download into /dev/shm took a quarter longer. What a disk is
+        # too slow for, the system's cache of pages takes up.
         "max_queued_disk_bytes": 16 << 20,
         "file_pool_size": 100,
         "hashing_threads": len(os.sched_getaffinity(0)),
