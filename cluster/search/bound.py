@@ -1,4 +1,4 @@
-"""How good a plan can be at all: a bound from a relaxation, by `scipy.optimize.milp` (HiGHS).
+"""How good a plan can be at all: a bound from a relaxation, by HiGHS.
 
 First without whole numbers, which takes a moment; then with them, for as many nodes of the search
 tree as are worth it. Both limits are counts, not seconds, so that the bound is the same everywhere.
@@ -6,7 +6,10 @@ tree as are worth it. Both limits are counts, not seconds, so that the bound is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from .problem import Problem
 from .relaxation import Programme, programme
@@ -15,6 +18,13 @@ MOST_TREE_NODES = 60
 """Of HiGHS' branch and bound, for each number of sequences per step."""
 _SLACK = 1e-6
 """HiGHS' own tolerance, taken off every bound."""
+_OPTIONS: dict[str, bool | int | str] = {
+    "output_flag": False,
+    "threads": 1,
+    "mip_max_nodes": MOST_TREE_NODES,
+    # With presolve HiGHS prints to stdout where it mends a solution.
+    "presolve": "off",
+}
 
 
 def least_round_trip_s(problem: Problem, found_s: float, *, num_stages: int | None = None) -> float:
@@ -43,18 +53,33 @@ def most_tokens_per_s(
 
 
 def _solved(built: Programme, *, whole: bool) -> float:
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
+    import highspy
 
-    result = milp(
-        built.cost,
-        integrality=built.is_whole if whole else None,
-        bounds=Bounds(0.0, built.most),
-        constraints=LinearConstraint(csr_array(built.rows), built.lower, built.upper),
-        # With presolve HiGHS prints to stdout where it mends a solution.
-        options={"node_limit": MOST_TREE_NODES, "presolve": False},
-    )
-    if result.status == 2:  # infeasible: nothing is better than what was found
+    row_at, column_at = built.rows.nonzero()
+    lp = highspy.HighsLp()
+    lp.num_row_, lp.num_col_ = built.rows.shape
+    lp.col_cost_, lp.row_lower_, lp.row_upper_ = built.cost, built.lower, built.upper
+    lp.col_lower_, lp.col_upper_ = np.zeros(len(built.most)), built.most
+    if whole:
+        kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
+        lp.integrality_ = [kinds[int(each)] for each in built.is_whole]
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.num_row_, lp.a_matrix_.num_col_ = built.rows.shape
+    lp.a_matrix_.start_ = np.searchsorted(row_at, np.arange(len(built.rows) + 1))
+    lp.a_matrix_.index_ = column_at
+    lp.a_matrix_.value_ = built.rows[row_at, column_at]
+
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    for option, value in _OPTIONS.items():
+        solver.setOptionValue(option, value)
+    solver.passModel(lp)
+    solver.run()
+    status, info = solver.getModelStatus(), solver.getInfo()
+    if status == highspy.HighsModelStatus.kInfeasible:  # nothing is better than what was found
         return 1.0
-    bound = result.mip_dual_bound if whole else result.fun
-    return 0.0 if bound is None else max(0.0, float(bound) - _SLACK)
+    if whole:
+        bound = info.mip_dual_bound
+    else:
+        is_solved = status == highspy.HighsModelStatus.kOptimal
+        bound = info.objective_function_value if is_solved else 0.0
+    return max(0.0, float(bound) - _SLACK) if math.isfinite(bound) else 0.0

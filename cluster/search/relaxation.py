@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from .problem import Least, Matrix, Problem
 
@@ -90,12 +91,12 @@ def _owners(problem: Problem) -> Matrix:
 class Programme:
     """minimise ``cost @ x`` for ``lower <= rows @ x <= upper`` and ``0 <= x <= most``."""
 
-    cost: Matrix
-    rows: Matrix
-    lower: Matrix
-    upper: Matrix
-    most: Matrix
-    is_whole: Matrix
+    cost: npt.NDArray[np.float64]
+    rows: npt.NDArray[np.float64]
+    lower: npt.NDArray[np.float64]
+    upper: npt.NDArray[np.float64]
+    most: npt.NDArray[np.float64]
+    is_whole: npt.NDArray[np.float64]
     """1 for variables that are whole numbers."""
 
 
