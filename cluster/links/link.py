@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
+import select
 import socket
 import struct
 import threading
@@ -17,6 +19,7 @@ import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ...errors import StageLostError
+from .bell import Bell
 from .frame import HEADER_BYTES, Frame, Header, pack_alive, pack_header, parse_header
 from .handshake import HANDSHAKE_S, Membership, introduce, welcome
 
@@ -72,6 +75,17 @@ class StageLink(Protocol):
         """
         ...
 
+    def wait(self, timeout_s: float, bell: Bell) -> bool:
+        """Wait for a frame to `receive`; False when `timeout_s` passes, or sooner at the bell.
+
+        Also sooner at a sign of life. What has rung is hushed.
+
+        Raises:
+            TimeoutError: not even a sign of life came for `SILENCE_S`.
+            StageLostError: the peer is gone.
+        """
+        ...
+
     def close(self) -> None:
         """End both directions; wakes a thread that waits in `receive` or `send`."""
         ...
@@ -89,6 +103,9 @@ class TcpLink:
         self._ahead = memoryview(bytearray(_AHEAD_BYTES))
         self._rest = self._ahead[:0]
         """What was read ahead and is not taken yet."""
+        self._alive = pack_alive(epoch)
+        self._heard_at = math.inf
+        """When a `wait` last read something; the first of them, before any has."""
         sock.settimeout(None)
         if sock.family != socket.AF_UNIX:
             _tune(sock)
@@ -119,7 +136,7 @@ class TcpLink:
 
     def send_alive(self) -> None:
         """See `StageLink.send_alive`."""
-        self._send_all(memoryview(pack_alive(self._epoch)))
+        self._send_all(memoryview(self._alive))
 
     def receive(self, timeout_s: float | None = None) -> Frame:
         """See `StageLink.receive`."""
@@ -139,6 +156,27 @@ class TcpLink:
         return Frame(
             kind=header.kind, epoch=header.epoch, step_id=header.step_id, body=body, tensor=tensor
         )
+
+    def wait(self, timeout_s: float, bell: Bell) -> bool:
+        """See `StageLink.wait`."""
+        self._skip_alive()
+        if self._rest:
+            return True
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        poller.register(bell, select.POLLIN)
+        ready = [descriptor for descriptor, _ in poller.poll(timeout_s * 1e3)]
+        now = time.monotonic()
+        if self._socket.fileno() in ready:
+            self._heard_at = now
+            self._rest = self._ahead[: self._read(self._ahead, may_time_out=False)]
+            self._skip_alive()
+        self._heard_at = min(self._heard_at, now)
+        if now - self._heard_at > SILENCE_S:
+            raise TimeoutError(f"nothing from {self.peer}")
+        if bell.fileno() in ready:
+            bell.hush()
+        return bool(self._rest)
 
     def close(self) -> None:
         """See `StageLink.close`."""
@@ -169,6 +207,11 @@ class TcpLink:
                 count = self._read(view, may_time_out=may_wait)
             view = view[count:]
         return taken
+
+    def _skip_alive(self) -> None:
+        """Drop the signs of life that were read ahead, up to a frame."""
+        while self._rest[:HEADER_BYTES] == self._alive:
+            self._rest = self._rest[HEADER_BYTES:]
 
     def _read(self, into: memoryview, *, may_time_out: bool) -> int:
         """Wait for bytes, and take those that are there."""

@@ -3,13 +3,12 @@
 Links and stages keep the order of steps, so results come in the order of the plans.
 """
 
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ...cluster.links.bell import Bell
 from ...cluster.links.link import ALIVE_S, SILENCE_S, Frame, StageLink
 from ...errors import StageLostError
 from .step import StepPlan, StepResult
@@ -40,31 +39,23 @@ class Traffic:
 
 
 class Pipeline:
-    """Both links of the engine, which it takes over. One thread calls the methods."""
+    """Both links of the engine, which it takes over. One thread calls all methods but `wake`."""
 
     def __init__(
         self,
         *,
         downstream: StageLink,
         upstream: StageLink,
-        on_arrival: Callable[[Arrival | Traffic | StageLostError], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_arrival` runs in the receiving thread and must not block; an error comes last."""
         self._downstream = downstream
         self._upstream = upstream
-        self._on_arrival = on_arrival
+        self._bell = Bell()
         self._clock = clock
         self._known: Known = {}
         self._sent_at: deque[float] = deque()
         self._last_sent_at = clock()
         self._last_result_at = clock()
-        self._failure: queue.Queue[StageLostError] = queue.Queue(1)
-        self._thread = threading.Thread(target=self._receive, name="engine-receive", daemon=True)
-
-    def start(self) -> None:
-        """Begin to receive."""
-        self._thread.start()
 
     def send(self, plan: StepPlan) -> None:
         """Send a step to the first stage.
@@ -81,6 +72,36 @@ class Pipeline:
         self._last_sent_at = self._clock()
         self._sent_at.append(self._last_sent_at)
         self._guard(lambda: self._downstream.send(frame))
+
+    def receive(self, timeout_s: float) -> Arrival | Traffic | None:
+        """What comes out of the ring next; None when nothing does in time, or at `wake`.
+
+        Raises:
+            StageLostError: the ring is broken; the message is the cause where a stage tells it.
+        """
+        try:
+            if not self._upstream.wait(timeout_s, self._bell):
+                return None
+            frame = self._upstream.receive(SILENCE_S)
+            if frame.kind == "result":
+                return Arrival(decode_result(frame.step_id, frame.body), self._clock())
+            if frame.kind == "traffic":
+                return Traffic(decode_traffic(frame.body))
+            if frame.kind != "error":
+                raise ValueError(f"it sent a {frame.kind} to the engine")
+            raise StageLostError(decode_error(frame.body))
+        except TimeoutError as error:
+            raise StageLostError(
+                f"the last stage is silent: {error} for {SILENCE_S:g} s"
+            ) from error
+        except ValueError as error:
+            raise StageLostError(
+                f"the engine does not understand the last stage: {error}"
+            ) from error
+
+    def wake(self) -> None:
+        """End the `receive` of now, or the next. Any thread may."""
+        self._bell.ring()
 
     def took(self, arrival: Arrival) -> float:
         """Seconds from the sending of a step to its result; to be asked once for each, in order."""
@@ -101,42 +122,17 @@ class Pipeline:
             self._guard(self._downstream.send_alive)
 
     def close(self) -> None:
-        """Close the links and wait for the thread."""
+        """Close the links."""
         self._downstream.close()
         self._upstream.close()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._bell.close()
 
     def _guard(self, send: Callable[[], None]) -> None:
         """A stage that fails closes its links but first tells why, all the way around the ring."""
         try:
             send()
         except StageLostError as error:
-            try:
-                raise self._failure.get(timeout=_CAUSE_S) from error
-            except queue.Empty:
-                raise StageLostError(f"the engine lost the first stage: {error}") from error
-
-    def _receive(self) -> None:
-        try:
-            while True:
-                frame = self._upstream.receive(SILENCE_S)
-                if frame.kind == "error":
-                    raise StageLostError(decode_error(frame.body))
-                if frame.kind == "traffic":
-                    self._on_arrival(Traffic(decode_traffic(frame.body)))
-                    continue
-                if frame.kind != "result":
-                    raise ValueError(f"it sent a {frame.kind} to the engine")
-                result = decode_result(frame.step_id, frame.body)
-                self._on_arrival(Arrival(result, self._clock()))
-        except TimeoutError as error:
-            self._lose(StageLostError(f"the last stage is silent: {error} for {SILENCE_S:g} s"))
-        except ValueError as error:
-            self._lose(StageLostError(f"the engine does not understand the last stage: {error}"))
-        except StageLostError as error:
-            self._lose(error)
-
-    def _lose(self, error: StageLostError) -> None:
-        self._failure.put(error)
-        self._on_arrival(error)
+            until = time.monotonic() + _CAUSE_S
+            while (left_s := until - time.monotonic()) > 0:
+                self.receive(left_s)
+            raise StageLostError(f"the engine lost the first stage: {error}") from error

@@ -13,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from magnetar.cluster.links import link as link_module
+from magnetar.cluster.links.bell import Bell
 from magnetar.cluster.links.frame import (
     HEADER_BYTES,
     MAX_BODY_BYTES,
@@ -117,6 +119,56 @@ def test_signs_of_life_are_sound_but_no_frames() -> None:
         assert received.result().body == b"x"
     sender.close()
     receiver.close()
+
+
+def test_who_waits_for_a_frame_hears_the_bell_too() -> None:
+    (sender, receiver), bell = linked_pair(), Bell()
+    bell.ring()
+    bell.ring()
+    assert not receiver.wait(60.0, bell)
+    assert not receiver.wait(0.0, bell), "all rings are one"
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(receiver.wait, 60.0, bell)
+        bell.ring()
+        assert not waits.result(5.0)
+    sender.send(Frame(kind="error", epoch=0, step_id=1, body=b"x"))
+    bell.ring()
+    assert receiver.wait(60.0, bell)
+    assert receiver.receive(5.0).body == b"x"
+    for end in (sender, receiver, bell):
+        end.close()
+    bell.ring()  # nobody hears it
+
+
+def test_who_waits_for_a_frame_gets_it_behind_signs_of_life() -> None:
+    (sender, receiver), bell = linked_pair(), Bell()
+    sender.send_alive()
+    assert not receiver.wait(60.0, bell)
+    sender.send(Frame(kind="result", epoch=0, step_id=1))
+    sender.send_alive()
+    sender.send(Frame(kind="result", epoch=0, step_id=2))
+    for step_id in (1, 2):
+        while not receiver.wait(60.0, bell):
+            pass  # the sign of life came by itself
+        assert receiver.receive(5.0).step_id == step_id
+    sender.close()
+    with pytest.raises(StageLostError, match="closed the link"):
+        receiver.wait(60.0, bell)
+    receiver.close()
+    bell.close()
+
+
+def test_who_waits_for_a_frame_gives_a_silent_peer_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    (sender, receiver), bell = linked_pair(), Bell()
+    assert not receiver.wait(0.0, bell)
+    monkeypatch.setattr(link_module, "SILENCE_S", 0.0)
+    with pytest.raises(TimeoutError, match="nothing from"):
+        receiver.wait(0.001, bell)
+    sender.send_alive()
+    assert not receiver.wait(60.0, bell)
+    sender.close()
+    receiver.close()
+    bell.close()
 
 
 def test_a_peer_that_stops_within_a_frame_is_lost() -> None:

@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from magnetar.cluster.links import link
 from magnetar.cluster.links.link import Frame, TcpLink
 from magnetar.errors import QueueFullError, StageLostError, UsageError
+from magnetar.serve.engine import engine as engine_module
 from magnetar.serve.engine import stage_worker
 from magnetar.serve.engine.engine import Engine
 from magnetar.serve.engine.pipeline import STALL_S
@@ -283,6 +285,18 @@ def test_a_ring_that_brings_nothing_back_is_lost() -> None:
             await waiting
 
     asyncio.run(run())
+    engine.stop()
+    first.close()
+    last.close()
+
+
+def test_a_last_stage_that_gives_no_sign_of_life_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "ALIVE_S", 0.01)
+    monkeypatch.setattr(link, "SILENCE_S", 0.02)
+    engine, first, last = bare_engine()
+    engine.start()
+    with pytest.raises(StageLostError, match="the last stage is silent"):
+        engine.wait(TIMEOUT_S)
     engine.stop()
     first.close()
     last.close()
