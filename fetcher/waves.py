@@ -7,7 +7,7 @@ Deadlines would be worse than no order at all: they ask several peers for the sa
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Final, Self
 
 from .piece_map import ByteRange, PieceMap
@@ -20,7 +20,7 @@ LOWEST: Final = 1
 class Waves:
     """Disjoint sets of pieces; a piece in none of them is not brought at all."""
 
-    waves: tuple[frozenset[int], ...]
+    waves: tuple[frozenset[int], ...] = ()
 
     @classmethod
     def of(cls, *waves: Iterable[int]) -> Self:
@@ -45,6 +45,11 @@ class Waves:
     def only(self, pieces: frozenset[int]) -> "Waves":
         """Those of these pieces that a wave has, in the same order."""
         return Waves.of(*(wave & pieces for wave in self.waves))
+
+    def beside(self, other: "Waves") -> "Waves":
+        """Each wave together with the one of the same number."""
+        pairs = zip_longest(self.waves, other.waves, fillvalue=frozenset[int]())
+        return Waves.of(*(one | another for one, another in pairs))
 
     def front(self, have: Sequence[bool]) -> int:
         """The first wave that lacks a piece; their number when none does."""

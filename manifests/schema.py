@@ -245,7 +245,7 @@ class Placement(Part):
     wan_mbps: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict,
         description="Mbit/s that nodes get from outside, by host label, so that the faster ones "
-        "bring more; 0: that node has no way out, and others bring what it needs.",
+        "bring more, also for others; 0: that node has no way out, and others bring what it needs.",
     )
 
 

@@ -147,13 +147,16 @@ class Download:
         """What this node wants and has at the moment; after `join`, for any thread."""
         swarm = self._connection.swarm()
         have = swarm.have() or self._recording.have
+        held = frozenset(piece for piece, is_there in enumerate(have) if is_there)
         return Member(
             host=host,
             address=self._address,
             wanted=self._holding.wanted(),
-            held=frozenset(piece for piece, is_there in enumerate(have) if is_there),
+            held=held,
             begun=swarm.begun(),
             has_way_out=self._connection.has_way_out(),
+            order=self._holding.waves(),
+            room=self._holding.spare_pieces(held),
         )
 
     def lend(self, host: str, to: Iterable[str]) -> Lender | None:

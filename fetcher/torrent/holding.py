@@ -1,5 +1,6 @@
 """What of one torrent is wanted, and what of that is known to lie in the store."""
 
+import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from ..piece_map import PieceMap
 from ..record import Record, fingerprints
 from ..store import ReleaseFolder
 from ..waves import Waves
+from .disk_room import RESERVE_BYTES
 from .metainfo import Metainfo
 from .piece_check import PieceCheck
 from .remains import Remains, boot_id, data_runs, found_blocks, survey
@@ -137,6 +139,12 @@ class Holding:
             return num_bytes(wanted - known)
         # After a crash nobody knows which pieces take the room; what is there is counted for us.
         return max(0, num_bytes(wanted) - sum(file.allocated for file in there.values()))
+
+    def spare_pieces(self, held: frozenset[int]) -> int:
+        """How many pieces the disk takes besides those that are wanted, without its reserve."""
+        missing = self.piece_map.num_bytes(self.wanted() - held)
+        spare = shutil.disk_usage(self.place.root).free - missing - RESERVE_BYTES
+        return max(0, spare) // self.piece_map.piece_length
 
     def first_look(self) -> set[int]:
         """Config and tokenizer, and of weights the first and last piece: headers are there."""

@@ -86,14 +86,15 @@ class Sharing:
         while (role := self._role) is not None:
             have = swarm.verified()
             ready = waves.only(role.ready)
-            owned = waves.within(role.owned)
+            own = Waves(tuple(wave & role.owned for wave in waves.waves))
+            owned = own.beside(role.carried).within(role.owned)
             is_owner = owned.front(have) < len(owned.waves) if have else True
             takes_ready = bool(have) and tried is not role and ready.front(have) < len(ready.waves)
             if is_owner and not takes_ready:
                 swarm.reach_out(True)
                 swarm.only(None)
                 # Somebody waits for what is lent.
-                asked = Waves.of(*waves.within(role.lent).waves, *owned.waves)
+                asked = Waves.of(*waves.only(role.lent).waves, *owned.waves)
                 gives_up = self._gives_up(role, None)
             else:
                 swarm.reach_out(False)

@@ -2,6 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magnetar.fetcher.ownership import Member, Role, assign_roles
+from magnetar.fetcher.waves import Waves
 
 pieces = st.frozensets(st.integers(0, 30))
 
@@ -67,10 +68,7 @@ def test_only_those_with_a_way_out_bring_anything_while_there_are_any(
         role = roles[member.host]
         if able and not member.has_way_out:
             assert not role.owned
-        for piece in role.owned - member.wanted:
-            # What it carries for others, none of them could bring, or it had begun.
-            takers = [other for other in able if piece in other.wanted]
-            assert not takers or piece in member.begun
+        assert role.carried.pieces == role.owned - member.wanted
 
 
 @given(clusters())
@@ -119,7 +117,40 @@ def test_common_pieces_are_spread_by_rate() -> None:
     assert owned_pieces([1.0, 1.0, 1.0, 1.0], own=20, common=40) == [30, 30, 30, 30]
     assert owned_pieces([3.0, 1.0], own=0, common=40) == [30, 10]
     # A slow node that is late with its own pieces brings none of the common ones.
-    assert owned_pieces([1.0, 0.1], own=10, common=20) == [30, 10]
+    assert owned_pieces([1.0, 0.25], own=10, common=30) == [40, 10]
+
+
+def test_a_faster_node_carries_what_a_slow_one_would_be_late_with() -> None:
+    assert owned_pieces([1.0, 0.1], own=10, common=20) == [37, 3]
+    assert owned_pieces([8.0, 4.0, 4.0, 2.0], own=45, common=0) == [80, 40, 40, 20]
+
+
+def test_what_is_carried_is_what_its_taker_needs_last() -> None:
+    steps = Waves.of(range(100, 110), range(50, 60), range(20))
+    slow = Member(
+        host="a", address="", wanted=steps.pieces, held=frozenset(), order=steps, rate=1.0
+    )
+    fast = Member(host="b", address="", wanted=frozenset(), held=frozenset(), rate=3.0)
+
+    roles = assign_roles([slow, fast])
+
+    assert roles["a"].owned == steps.waves[0]
+    assert roles["b"].owned == roles["a"].borrowed == steps.waves[1] | steps.waves[2]
+    assert roles["b"].carried == Waves((frozenset(), *steps.waves[1:]))
+
+
+def test_common_pieces_of_each_step_come_from_all_at_once() -> None:
+    steps = Waves.of(range(30, 60), range(30))
+    roles = assign_roles(
+        [
+            Member(
+                host=host, address="", wanted=steps.pieces, held=frozenset(), order=steps, rate=rate
+            )
+            for host, rate in {"a": 1.0, "b": 2.0}.items()
+        ]
+    )
+    for step in steps.waves:
+        assert [len(roles[host].owned & step) for host in "ab"] == [10, 20]
 
 
 def test_what_is_in_the_cluster_is_not_fetched_again() -> None:

@@ -1,11 +1,13 @@
 """Several nodes that fetch one release together; the seeder is another process and address."""
 
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +16,7 @@ from magnetar.fetcher.ownership import Role, assign_roles
 from magnetar.fetcher.piece_map import ByteRange, PieceMap
 from magnetar.fetcher.progress import Progress
 from magnetar.fetcher.torrent import sharing
+from magnetar.fetcher.torrent.disk_room import RESERVE_BYTES
 from magnetar.fetcher.torrent.metainfo import parse_metainfo
 from magnetar.fetcher.torrent.seed import SeedInfo
 from magnetar.tests.seeder import seeding
@@ -110,6 +113,27 @@ def test_every_byte_comes_from_outside_once(seed: SeedInfo, tmp_path: Path) -> N
     weights = tmp_path / "0" / "releases" / seed.info_hash / "data" / "release" / WEIGHTS
     common = WEIGHTS_BYTES // 5
     assert weights.read_bytes()[:common] == random.Random(0).randbytes(WEIGHTS_BYTES)[:common]
+
+
+def test_a_node_says_for_how_many_pieces_of_others_it_has_room(
+    seed: SeedInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with nodes(seed, tmp_path, quarters()[:2]) as fetches:
+        before = fetches[0].join()
+        piece_map = fetches[0].piece_map()
+        assert before is not None
+        assert piece_map is not None
+        missing_bytes = piece_map.num_bytes(before.wanted - before.held)
+
+        def disk_usage(folder: Path) -> SimpleNamespace:
+            spare_bytes = piece_map.piece_length * 7 // 2
+            return SimpleNamespace(free=RESERVE_BYTES + missing_bytes + spare_bytes)
+
+        monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+        member = fetches[0].member()
+        assert member is not None
+        assert member.room == 3
+        assert member.order.pieces == member.wanted
 
 
 def test_a_node_that_joins_later_takes_what_the_others_hold(seed: SeedInfo, tmp_path: Path) -> None:

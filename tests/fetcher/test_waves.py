@@ -43,6 +43,17 @@ def test_a_part_of_them_keeps_the_order_and_what_nobody_ordered_comes_last(
                 assert at[one] < at[other]
 
 
+@given(some_waves, some_waves)
+def test_waves_side_by_side_have_all_pieces_of_both_each_no_later(
+    one: list[frozenset[int]], other: list[frozenset[int]]
+) -> None:
+    both = Waves(tuple(one)).beside(Waves(tuple(other)))
+    assert both.pieces == frozenset().union(*one, *other)
+    for waves in (one, other):
+        for number, wave in enumerate(waves):
+            assert wave <= frozenset().union(*both.waves[: number + 1])
+
+
 @given(some_waves, pieces)
 def test_priorities_fall_with_the_waves_and_exactly_the_wanted_have_one(
     wanted: list[frozenset[int]], there: frozenset[int]

@@ -106,6 +106,31 @@ def test_every_byte_comes_from_outside_once(
         assert all(weights(tmp_path / host, seed) == whole for host in HOSTS)
 
 
+def test_faster_nodes_carry_for_a_slow_one(
+    seed: SeedInfo, cluster: LabCluster, release: Path, tmp_path: Path
+) -> None:
+    cluster.prepare(source(seed), quarters())
+    rates = {"n1": 8, "n2": 4, "n3": 4, "n4": 2}
+    cluster.divide(wan_mbps=rates)
+    roles = cluster.foreman.roles
+    num_pieces = sum(len(role.owned) for role in roles.values())
+    for host, rate in rates.items():
+        assert abs(len(roles[host].owned) - num_pieces * rate / sum(rates.values())) <= 1
+    carried = roles["n1"].carried.pieces
+    assert carried
+    assert carried <= roles["n1"].lent
+    cluster.download()
+    unique = unique_bytes(seed)
+    assert unique <= cluster.outside_bytes() <= GOAL * unique
+    if (counted := cluster.counted_bytes()) is not None:
+        assert 0.9 * unique <= counted <= (GOAL + OVERHEAD) * unique
+    whole = (release / WEIGHTS).read_bytes()
+    for host, share in quarters().items():
+        for part in share or ():
+            there = weights(tmp_path / host, seed)[part.offset : part.end]
+            assert there == whole[part.offset : part.end]
+
+
 def test_what_a_killed_owner_owed_is_divided_among_the_others(
     seed: SeedInfo, cluster: LabCluster, release: Path, tmp_path: Path
 ) -> None:
