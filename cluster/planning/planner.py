@@ -7,6 +7,7 @@ bytes, not by memory size: a large memory is not a fast one.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ...errors import InfeasiblePlanError, UsageError
 from ...fetcher.config import ModelConfig
@@ -111,13 +112,13 @@ def predicted(
     return _speed_planner(model, inventory, workload, dtypes).predicted(plan)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Model:
     config: ModelConfig
     index: TensorIndex
     dtype: ComputeDtype
 
-    @property
+    @cached_property
     def weights(self) -> Footprint:
         return footprint(self.config, self.index, self.dtype)
 

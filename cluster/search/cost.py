@@ -5,7 +5,7 @@ mostly bytes, of every *distinct* expert once; operations follow the experts tha
 uses. Tokens of a step hit experts independently of each other (measured on Mixtral: within 1 %).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...fetcher.config import ModelConfig
@@ -55,6 +55,13 @@ class ModelCost:
     weight_bits: float
     """Of one weight, for operations: two per weight and token."""
     window: int | None
+
+    def of_layers(self, cost: Callable[[int], float]) -> list[float]:
+        """What each layer costs, computed once for all layers that weigh the same."""
+        weights = list(zip(self.attention_bytes, self.expert_bytes, strict=True))
+        first_of = {weight: weights.index(weight) for weight in set(weights)}
+        known = {weight: cost(layer) for weight, layer in first_of.items()}
+        return [known[weight] for weight in weights]
 
 
 def model_cost(config: ModelConfig, index: TensorIndex, dtype: ComputeDtype) -> ModelCost:

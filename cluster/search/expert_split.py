@@ -88,6 +88,8 @@ class Split:
     def counts(self, variant: int, num_layers: int) -> Array:
         """[layers, H]: how many experts of each layer every host holds."""
         assert np.isfinite(self.seconds_VK[variant, num_layers])
+        if self._has_quickest_VK[variant, num_layers]:
+            return np.repeat(self._counts_OH[:1], num_layers, axis=0)
         at = (variant, num_layers)
         chosen = self._chosen[at] if at in self._chosen else self._walk(variant, num_layers)
         return self._counts_OH[sorted(chosen)]
@@ -105,9 +107,8 @@ class Split:
         for held, room in zip(helpers, self._rooms, strict=True):
             fits_VK &= held <= room
         fits_VK[:, 0] = False
-        for variant, k in np.argwhere(fits_VK):
-            self.seconds_VK[variant, k] = k * self._seconds_O[0]
-            self._chosen[int(variant), int(k)] = [0] * int(k)
+        self._has_quickest_VK = fits_VK
+        self.seconds_VK[fits_VK] = fits_VK.nonzero()[1] * self._seconds_O[0]
         open_VK = (self._home_VK >= 0) & ~np.isfinite(self.seconds_VK)
         num_experts = int(self._counts_OH[0].sum())
         needed_K = num_experts * np.arange(num_layers + 1)

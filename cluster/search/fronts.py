@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -27,14 +28,24 @@ class Stage:
 class Front:
     """The cheapest partial routes that end on one stage, by layers placed."""
 
-    __slots__ = ("cost_L", "first", "members", "source_L", "sources", "stage", "start_L")
+    __slots__ = (
+        "_before_L",
+        "_sources",
+        "_stage_LL",
+        "_ways_s",
+        "cost_L",
+        "first",
+        "members",
+        "stage",
+    )
 
     def __init__(self, cost_L: Matrix, *, stage: Stage | None = None):
         self.cost_L = cost_L
         self.stage = stage
         self.first, self.members = -1, 0
-        self.sources: Sequence[Front] = ()
-        self.source_L = self.start_L = _NOWHERE
+        self._sources: Sequence[Front] = ()
+        self._ways_s: Sequence[float] = ()
+        self._before_L = self._stage_LL = cost_L
 
     @classmethod
     def root(cls, num_layers: int) -> Front:
@@ -51,40 +62,45 @@ class Front:
         while front.stage is not None:
             stages.insert(0, front.stage)
             ends.insert(0, end)
-            end = int(front.start_L[end])
-            front = front.sources[int(front.source_L[end])]
+            front, end = front._before(end)
         homes, members = ([each.home for each in stages], [each.members for each in stages])
         return evaluate(problem, homes, ends, members)
 
-
-_NOWHERE = np.zeros(0, dtype=np.int64)
-
-
-def extended(
-    sources: Sequence[Front], stage: Stage, stage_LL: Matrix, hops: Matrix
-) -> Front | None:
-    """The partial routes that go on from `sources` with a stage; None: none does."""
-    # The hop depends on neither end of the stage, so the best source per start comes first.
-    arriving = np.stack(
-        [
-            source.cost_L
-            if source.stage is None
-            else source.cost_L + hops[source.stage.home, stage.home]
+    @classmethod
+    def extended(
+        cls, sources: Sequence[Front], stage: Stage, stage_LL: Matrix, hops: Matrix
+    ) -> Front | None:
+        """The partial routes that go on from `sources` with a stage; None: none does."""
+        ways_s = [
+            0.0 if source.stage is None else hops[source.stage.home, stage.home]
             for source in sources
         ]
-    )
-    source_L = arriving.argmin(axis=0)
-    before_L = arriving[source_L, np.arange(arriving.shape[1])]
-    starts = np.flatnonzero(np.isfinite(before_L[:-1]))
-    if not len(starts):
-        return None
-    total = before_L[starts, None] + stage_LL[starts]
-    chosen = total.argmin(axis=0)
-    front = Front(total[chosen, np.arange(total.shape[1])], stage=stage)
-    if not np.isfinite(front.cost_L).any():
-        return None
-    front.sources, front.source_L, front.start_L = tuple(sources), source_L, starts[chosen]
-    return front
+        # The hop depends on neither end of the stage, so the best source per start comes first.
+        arriving = [source.cost_L + way for source, way in zip(sources, ways_s, strict=True)]
+        before_L = reduce(np.minimum, arriving)
+        starts = (before_L[:-1] < np.inf).nonzero()[0]
+        if not len(starts):
+            return None
+        first, last = starts[0], starts[-1] + 1
+        total = stage_LL[first:last, first + 1 :] + before_L[first:last, None]
+        cost_L = np.empty_like(before_L)
+        cost_L[: first + 1] = np.inf
+        np.minimum.reduce(total, axis=0, out=cost_L[first + 1 :])
+        if np.minimum.reduce(cost_L) == np.inf:
+            return None
+        front = cls(cost_L, stage=stage)
+        front._sources, front._ways_s = tuple(sources), ways_s
+        front._before_L, front._stage_LL = before_L, stage_LL
+        return front
+
+    def _before(self, end: int) -> tuple[Front, int]:
+        """What the cheapest one with so many layers goes on from. Few routes are ever asked."""
+        start = int((self._before_L + self._stage_LL[:, end]).argmin())
+        costs = [
+            source.cost_L[start] + way
+            for source, way in zip(self._sources, self._ways_s, strict=True)
+        ]
+        return self._sources[costs.index(min(costs))], start
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +131,12 @@ def least_rest(offers: Sequence[Offer], num_layers: int, num_stages: int) -> Mat
         by_home[offer.stage.home] = best
     homes = sorted(by_home.values())
     reach = sum(sorted(most for _, most in homes)[-num_stages:]) if num_stages else 0
-    each = [layer_s for layer_s, most in homes for _ in range(most)][:reach]
-    # Sums of another order may be larger by some last digits.
-    least = np.cumsum([0.0, *each[:num_layers]]) * (1 - 1e-12)
+    seconds = np.array([layer_s for layer_s, _ in homes])
+    counts = np.array([most for _, most in homes], dtype=np.int64)
+    each = np.repeat(seconds, counts)[: min(reach, num_layers)]
     rest = np.full(num_layers + 1, np.inf)
-    rest[: len(least)] = least
-    return rest[::-1]
+    rest[0] = 0.0
+    each.cumsum(out=rest[1 : 1 + len(each)])
+    # Sums of another order may be larger by some last digits.
+    found: Matrix = rest[::-1] * (1 - 1e-12)
+    return found

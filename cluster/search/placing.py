@@ -195,12 +195,16 @@ class Placing:
         key = (self._seat(number), tokens, self.workload.objective)
         if key not in self._known:
             cost, speed, prompts = self.cost(number), self.speed(number), self.chunks(tokens)
-            seconds = [
-                layer_s(cost, layer, speed, tokens=tokens, context_tokens=self._context_tokens)
-                + prompts * prefill_layer_s(cost, layer, speed, tokens=STEP_TOKENS)
-                for layer in range(len(cost.expert_bytes))
-            ]
-            self._known[key] = _prefix(seconds)
+            self._known[key] = _prefix(
+                cost.of_layers(
+                    lambda layer: (
+                        layer_s(
+                            cost, layer, speed, tokens=tokens, context_tokens=self._context_tokens
+                        )
+                        + prompts * prefill_layer_s(cost, layer, speed, tokens=STEP_TOKENS)
+                    )
+                )
+            )
         found: Matrix = self._known[key]
         return found
 
@@ -235,11 +239,12 @@ class Placing:
         """Seconds of each layer besides its experts, with the chunks of prompts that come along."""
         cost, speed = self.cost(home), self.speed(home)
         context, prompts = self._context_tokens, self.chunks(tokens)
-        return [
-            attention_s(cost, layer, speed, tokens=tokens, context_tokens=context)
-            + prompts * attention_s(cost, layer, speed, tokens=STEP_TOKENS, context_tokens=0)
-            for layer in range(len(cost.expert_bytes))
-        ]
+        return cost.of_layers(
+            lambda layer: (
+                attention_s(cost, layer, speed, tokens=tokens, context_tokens=context)
+                + prompts * attention_s(cost, layer, speed, tokens=STEP_TOKENS, context_tokens=0)
+            )
+        )
 
     def _least(self, tokens: int) -> Least:
         """What layers cost at least when their experts may be anywhere."""

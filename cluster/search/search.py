@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from .fronts import Front, Offer, Stage, extended, least_rest
+from .fronts import Front, Offer, Stage, least_rest
 from .orders import likely_orders
 from .problem import Matrix, Problem, Route
 
@@ -144,11 +144,12 @@ class Search:
         low, high = 0, len(limits) - 1
         while low <= high:
             middle = (low + high) // 2
-            if best and limits[middle] >= problem.step_tokens / best:
+            limit = float(limits[middle])
+            if best and limit >= problem.step_tokens / best:
                 high = middle - 1
                 continue
             below = problem.streams / best if best else math.inf
-            route = least(limits[middle], below)
+            route = least(limit, below)
             if route is None:  # and smaller limits only have longer round trips
                 low = middle + 1
                 continue
@@ -156,7 +157,7 @@ class Search:
             if score > best:
                 best = score
                 yield route
-            if problem.streams / route.round_trip_s >= problem.step_tokens / limits[middle]:
+            if problem.streams / route.round_trip_s >= problem.step_tokens / limit:
                 high = middle - 1
             else:
                 low = middle + 1
@@ -183,7 +184,7 @@ class Search:
             for (first, members), fronts in groups.items():
                 outside = [stage for stage in stages if not stage.members & members]
                 for stage in outside:
-                    front = extended(fronts, stage, within[stage], hops)
+                    front = Front.extended(fronts, stage, within[stage], hops)
                     if front is None:
                         continue
                     front.first = stage.home if first < 0 else first
@@ -196,8 +197,9 @@ class Search:
                     if front.members not in rests:
                         left = [each for each in offers if not each.stage.members & front.members]
                         rests[front.members] = least_rest(left, num_layers, deepest - depth)
-                    front.cost_L[front.cost_L + rests[front.members] >= bound] = np.inf
-                    if np.isfinite(front.cost_L[:-1]).any():
+                    is_open = front.cost_L + rests[front.members] < bound
+                    if is_open[:-1].any():
+                        front.cost_L[~is_open] = np.inf
                         grown.setdefault((front.first, front.members), []).append(front)
             groups = grown
         return None if best is None else best.route(problem)
@@ -238,7 +240,7 @@ class Search:
                 depths = (position + 1,)
             for depth in depths:
                 sources = pools[max(0, depth - 1)]
-                front = extended(sources, stage, within[stage], hops) if sources else None
+                front = Front.extended(sources, stage, within[stage], hops) if sources else None
                 if front is not None:
                     pools[depth].append(front)
         ended = [front for front in pools[wanted or 0] if np.isfinite(front.cost_L[-1])]
@@ -273,7 +275,7 @@ class Search:
             self._times_of[stage] = np.unique(matrix[np.isfinite(matrix)])
         return self._times_of[stage]
 
-    def _limits(self, stages: Sequence[Stage] | None) -> list[float]:
+    def _limits(self, stages: Sequence[Stage] | None) -> Matrix:
         """Times that a bottleneck can have, ascending; all of them where the search is exact."""
         chosen = stages or self.exact_stages or self._alone
         every = np.unique(
@@ -281,4 +283,5 @@ class Search:
         )
         if (stages or self.exact_stages is None) and len(every) > _MOST_LIMITS:
             every = every[np.linspace(0, len(every) - 1, _MOST_LIMITS).astype(int)]
-        return [float(value) for value in every if value > 0]
+        found: Matrix = every[every > 0]
+        return found
