@@ -1,4 +1,7 @@
-"""The messages between the members of a pipeline, and their header on the wire."""
+"""The messages between the members of a pipeline, and their header on the wire.
+
+Both are values, but not frozen: that made one three times as dear, while all stages may be waiting.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _NO_TENSOR = 255
 _MAX_DIMS = 2
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(kw_only=True, slots=True, eq=False)
 class Frame:
     """One message of the ring, or between a stage and its helper (`rows`, `outputs`)."""
 
@@ -41,7 +44,7 @@ class Frame:
     """One or two dimensions; on the CPU; bf16, fp16 or fp32."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Header:
     """What the first `HEADER_BYTES` of a frame say about the rest."""
 

@@ -192,6 +192,10 @@ class TcpLink:
 
     def _take(self, num_bytes: int, *, may_time_out: bool = False) -> bytearray:
         """The next bytes: few by way of what is read ahead, many straight into their place."""
+        if num_bytes <= len(self._rest):
+            taken = bytearray(self._rest[:num_bytes])
+            self._rest = self._rest[num_bytes:]
+            return taken
         taken = bytearray(num_bytes)
         view = memoryview(taken)
         while view:

@@ -52,10 +52,11 @@ def decode_plan(step_id: int, body: bytes, known: Known | None = None) -> StepPl
     """The inverse of `encode_plan`; ValueError for anything else."""
     known = {} if known is None else known
     values, released = _list(_load(body), 2)
-    plan = StepPlan(step_id=step_id, rows=(), released=_counts(released))
-    for request_id in plan.released:
+    released = _counts(released)
+    for request_id in released:
         known.pop(request_id, None)
-    return replace(plan, rows=tuple([_row(value, known) for value in _list(values)]))
+    rows = tuple([_row(value, known) for value in _list(values)])
+    return StepPlan(step_id=step_id, rows=rows, released=released)
 
 
 def encode_result(result: StepResult) -> bytes:
@@ -94,6 +95,7 @@ def decode_error(body: bytes) -> str:
 
 _AS_BEFORE = 0
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
+_DECODER = json.JSONDecoder()
 
 
 def _sampling(row: StepRow, known: Known) -> list[Any] | int | None:
@@ -266,10 +268,12 @@ def _dump(value: Any) -> bytes:
 
 
 def _load(body: bytes) -> Any:
+    text = body.decode()
     try:
-        return json.loads(body)
+        value, end = _DECODER.raw_decode(text)
     except RecursionError:
         raise ValueError("the body is nested too deeply") from None
+    return value if end == len(text) else _refuse(text[end:])
 
 
 def _list(value: Any, length: int | None = None) -> list[Any]:
