@@ -35,7 +35,7 @@ class Member:
     order: Waves = field(default_factory=Waves)
     """In which order it needs what it wants; pieces in none of these come last."""
     room: int | None = None
-    """Pieces that its disk takes besides those it wants; None: any number."""
+    """Pieces that it may carry besides those it wants; None: any number."""
     calls_nobody: bool = False
     """It waits for the others to connect."""
 

@@ -141,7 +141,12 @@ class Holding:
         return max(0, num_bytes(wanted) - sum(file.allocated for file in there.values()))
 
     def spare_pieces(self, held: frozenset[int]) -> int:
-        """How many pieces the disk takes besides those that are wanted, without its reserve."""
+        """How many pieces the disk takes besides those that are wanted, without its reserve.
+
+        None for a node that wants no weights: it is there for something else.
+        """
+        if self._share is not None and not self._share:
+            return 0
         missing = self.piece_map.num_bytes(self.wanted() - held)
         spare = shutil.disk_usage(self.place.root).free - missing - RESERVE_BYTES
         return max(0, spare) // self.piece_map.piece_length

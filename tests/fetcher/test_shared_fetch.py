@@ -134,6 +134,11 @@ def test_a_node_says_for_how_many_pieces_of_others_it_has_room(
         assert member is not None
         assert member.room == 3
         assert member.order.pieces == member.wanted
+        # A node that only answers requests keeps no weights for others.
+        fetches[0].restrict([])
+        idle = fetches[0].member()
+        assert idle is not None
+        assert idle.room == 0
 
 
 def test_a_node_that_joins_later_takes_what_the_others_hold(seed: SeedInfo, tmp_path: Path) -> None:
