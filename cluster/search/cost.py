@@ -64,9 +64,15 @@ class ModelCost:
         return [known[weight] for weight in weights]
 
 
-def model_cost(config: ModelConfig, index: TensorIndex, dtype: ComputeDtype) -> ModelCost:
-    """Weigh the parts of a model as `footprint` weighs the whole."""
-    whole = footprint(config, index, dtype)
+def model_cost(
+    config: ModelConfig,
+    index: TensorIndex,
+    dtype: ComputeDtype,
+    *,
+    whole: Footprint | None = None,
+) -> ModelCost:
+    """Weigh the parts of a model as `footprint` weighs the whole, if that is not given."""
+    whole = whole or footprint(config, index, dtype)
     experts = [0] * config.n_layers
     entries = {entry.name: entry for entry in index if ".experts." in entry.name}
     if entries and config.num_experts:

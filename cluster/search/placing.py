@@ -10,6 +10,7 @@ from itertools import pairwise, permutations
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
@@ -65,8 +66,11 @@ class Placing:
         kv_bytes: int,
     ) -> None:
         """`kv_bytes`: keys and values of one layer for the whole workload."""
-        self.costs = {dtype: model_cost(config, index, dtype) for dtype in set(dtypes)}
         self.weights = {dtype: footprint(config, index, dtype) for dtype in set(dtypes)}
+        self.costs = {
+            dtype: model_cost(config, index, dtype, whole=whole)
+            for dtype, whole in self.weights.items()
+        }
         self._links = known_links(inventory)
         self._spans = {wish.host: wish.layers for wish in workload.nodes}
         self._known: dict[object, Any] = {}
@@ -85,6 +89,9 @@ class Placing:
         self.problem = cache(self._problem)
         self.split = cache(self._split)
         self.attention_L = cache(self._attention_L)
+        self.least_layer_L = cache(self._least_layer_L)
+        """Seconds of each layer at least, with the best help that any of `members` can give, as
+        ``least_layer_L(home, members, tokens)``."""
         self.splits_are_exact = True
         """Of all that were asked for so far."""
 
@@ -227,13 +234,15 @@ class Placing:
         """[u, v]: seconds of a stage whose members share the experts of layers [u, v)."""
         site, split = self.problem(tokens).sites[home], self.split(home, members, tokens)
         attention = _prefix(self.attention_L(home, tokens))
-        layers = np.arange(len(attention))
-        spans = np.maximum(layers[None, :] - layers[:, None], 0)
-        experts = split.seconds_VK[0][spans]
-        experts[0] = split.seconds_VK[1][spans[0]] + site.first_s
-        experts[:, -1] = split.seconds_VK[2][spans[:, -1]] + site.last_s
-        experts[0, -1] = split.seconds_VK[3][-1] + site.first_s + site.last_s
-        return np.where(spans > 0, attention[None, :] - attention[:, None] + experts, np.inf)
+        inner_K, first_K, last_K, whole_K = split.seconds_VK
+        # Row u begins u later: v - u layers, and no stage has less than one.
+        by_length = np.concatenate([np.full(len(inner_K), np.inf), inner_K[1:]])
+        experts = sliding_window_view(by_length, len(inner_K))[::-1].copy()
+        experts[0, 1:] = first_K[1:] + site.first_s
+        experts[:-1, -1] = last_K[:0:-1] + site.last_s
+        experts[0, -1] = whole_K[-1] + site.first_s + site.last_s
+        found: Matrix = attention[None, :] - attention[:, None] + experts
+        return found
 
     def _attention_L(self, home: int, tokens: int) -> list[float]:
         """Seconds of each layer besides its experts, with the chunks of prompts that come along."""
@@ -285,8 +294,7 @@ class Placing:
             num_experts=self.cost(0).num_experts,
         )
 
-    def least_layer_L(self, home: int, members: int, tokens: int) -> Matrix:
-        """Seconds of each layer at least, with the best help that any of `members` can give."""
+    def _least_layer_L(self, home: int, members: int, tokens: int) -> Matrix:
         cost = self.cost(home)
         if not self._may_share:
             return np.diff(self._seconds_L(home, tokens))
