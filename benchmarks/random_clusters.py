@@ -90,15 +90,16 @@ class Cluster:
             total += _simulated(part, problem, route, steps, planner.streams)
         return total
 
-    def baselines(self, *, any_batches: bool = False) -> dict[str, float]:
+    def baselines(self, *, most_copies: int = 1, any_batches: bool = False) -> dict[str, float]:
         """Of those baselines whose layout fits; one micro-batch a stage, as is the default, or
-        with `any_batches` as many as are best for each. Each has as many copies of its layout, on
-        nodes dealt out by memory, as are best for it, though few of them think of that."""
+        with `any_batches` as many as are best for each. With `most_copies` above 1 each has as many
+        copies of its layout, on nodes dealt out by memory, as are best for it, though only Petals
+        thinks of copies by itself."""
         found = {}
         for name, layout in BASELINES.items():
             rates = [
                 self._chains(chains, any_batches=any_batches)
-                for copies in range(1, len(self.placing.places) + 1)
+                for copies in range(1, most_copies + 1)
                 if (chains := self._copies(layout, copies))
             ]
             if rates:
