@@ -33,6 +33,8 @@ MAX_EXPLAINED = 8
 """Unused nodes of different kinds that are each planned with, to say what using them would do."""
 _NEAR = 0.07
 """Share of the best score that a route may lack and still be looked at more closely."""
+_LONGER = (0.01, 0.03)
+"""Shares by which a round trip may be longer where that makes the slowest stage quicker."""
 _MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64)
 
 
@@ -108,7 +110,8 @@ class SpeedPlanner:
         return tokens_per_s_in_lumps(problem, route, calm, chunks)
 
     def _in_lumps(self, found: list[tuple[Problem, Route]]) -> tuple[Problem, Route]:
-        """Of the first route and those nearly as good the one that prompts hold up least."""
+        """Of the first route and those nearly as good the one that prompts hold up least; of each
+        it may be the evener cuts, too."""
         problem, route = found[0]
         self._score = route.tokens_per_s(problem)
         near = [
@@ -116,7 +119,12 @@ class SpeedPlanner:
             for problem, route in found
             if route.tokens_per_s(problem) >= self._score * (1 - _NEAR)
         ]
-        return near[0] if len(near) == 1 else max(near, key=lambda each: self._lumpy(*each))
+        near += [
+            (problem, Search(problem).evened(route, route.round_trip_s * (1 + share)))
+            for problem, route in near
+            for share in _LONGER
+        ]
+        return max(near, key=lambda each: self._lumpy(*each))
 
     def best_possible(self) -> float | None:
         """What no pipeline can beat (as `Plan.best_possible`); None where nobody can say."""

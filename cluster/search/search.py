@@ -257,6 +257,21 @@ class Search:
         routes = list(self.improvements(floor, lambda limit, _: self.along(order, limit), order))
         return routes[-1] if routes else None
 
+    def evened(self, route: Route, round_trip_s: float) -> Route:
+        """The same stages in the same order, cut so that the slowest of them and of the transfers
+        takes as little as it can in a round trip of at most `round_trip_s`."""
+        order = [Stage(*each) for each in zip(route.sites, route.members, strict=True)]
+        limits = self._limits(order)
+        low, high = 0, int(np.searchsorted(limits, route.bottleneck_s)) - 1
+        while low <= high:
+            middle = (low + high) // 2
+            found = self.along(order, float(limits[middle]))
+            if found is not None and found.round_trip_s <= round_trip_s:
+                route, high = found, middle - 1
+            else:
+                low = middle + 1
+        return route
+
     def _within(
         self, limit_s: float, stages: Sequence[Stage]
     ) -> tuple[dict[Stage, Matrix], Matrix]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from magnetar.cluster.search.lumps import tokens_per_s_in_lumps
 from magnetar.cluster.search.problem import Problem, Route, evaluate
+from magnetar.cluster.search.search import Search
 from magnetar.tests.planning import every_route, random_problem
 
 CHUNKS, CHUNK_LAYERS = 0.01, 40.0
@@ -53,3 +54,28 @@ def test_one_stage_loses_nothing_and_two_equal_ones_wait_for_each_other() -> Non
     )
     even, lumpy = rates(alike, two)
     assert lumpy < 0.99 * even
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    num_sites=st.integers(1, 3),
+    num_layers=st.integers(1, 6),
+    longer=st.sampled_from((0.0, 0.05, 0.5)),
+)
+def test_the_evenest_cuts_are_those_of_brute_force(
+    seed: int, num_sites: int, num_layers: int, longer: float
+) -> None:
+    problem = random_problem(seed, num_sites=num_sites, num_layers=num_layers, step_tokens=4)
+    routes = list(every_route(problem))
+    for route in routes:
+        most_s = route.round_trip_s * (1 + longer)
+        least_s = min(
+            other.bottleneck_s
+            for other in routes
+            if other.sites == route.sites and other.round_trip_s <= most_s
+        )
+        found = Search(problem).evened(route, most_s)
+        assert found.sites == route.sites
+        assert found.round_trip_s <= most_s
+        assert found.bottleneck_s == pytest.approx(least_s)
