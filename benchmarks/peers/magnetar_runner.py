@@ -183,18 +183,23 @@ class Ring:
             await self._stream(prompts[0], 1, [], asyncio.Event())
             return {"seconds": time.perf_counter() - began, "num_tokens": task.num_prompt}
         stamps: list[list[float]] = [[] for _ in prompts]
-        started = [asyncio.Event() for _ in prompts]
+        news = asyncio.Event()
+
+        async def until_each_has(num_tokens: int, *, since: float) -> None:
+            while min(sum(t > since for t in times) for times in stamps) < num_tokens:
+                news.clear()
+                await news.wait()
+
         # Those that begin first go on until the last has begun, so they may have longer to go.
         num_tokens = 2 * task.num_tokens + task.num_streams
         streams = [
-            asyncio.create_task(self._stream(prompt, num_tokens, times, event))
-            for prompt, times, event in zip(prompts, stamps, started, strict=True)
+            asyncio.create_task(self._stream(prompt, num_tokens, times, news))
+            for prompt, times in zip(prompts, stamps, strict=True)
         ]
-        for event in started:
-            await event.wait()
+        await until_each_has(1, since=0.0)
         began, busy_s = time.perf_counter(), self.busy_s()
-        while min(len([t for t in times if t > began]) for times in stamps) < task.num_tokens:
-            await asyncio.sleep(0.002)
+        # Not by a clock: its ticks would take the cores from the stages.
+        await until_each_has(task.num_tokens, since=began)
         ended = time.perf_counter()
         busy = [(b - a) / (ended - began) for a, b in zip(busy_s, self.busy_s(), strict=True)]
         for stream in streams:
@@ -225,9 +230,9 @@ class Ring:
         return served(requests, time.perf_counter() - began, first_token_s)
 
     async def _stream(
-        self, prompt: list[int], num_tokens: int, times: list[float], started: asyncio.Event
+        self, prompt: list[int], num_tokens: int, times: list[float], news: asyncio.Event
     ) -> None:
-        """One request; `times` gets the moment of every token."""
+        """One request; `times` gets the moment of every token, and `news` is set."""
         from magnetar.serve.engine.request import GenerationParams
         from magnetar.serve.engine.step import SamplingParams
 
@@ -237,7 +242,7 @@ class Ring:
         async with contextlib.aclosing(self.engine.generate(prompt, params)) as events:
             async for _ in events:
                 times.append(time.perf_counter())
-                started.set()
+                news.set()
 
 
 def main() -> None:
