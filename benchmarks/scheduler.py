@@ -41,8 +41,9 @@ def run(num_stages: int, num_steps: int) -> dict[str, float]:
         scheduler.add(Request(request_id=request_id, prompt_ids=prompt_ids, params=params))
     readings: dict[str, list[float]] = {}
 
-    def note(name: str, start: float) -> None:
-        readings.setdefault(name, []).append((time.perf_counter() - start) * 1e6)
+    def note(name: str, start: float, end: float | None = None) -> None:
+        took = (end or time.perf_counter()) - start
+        readings.setdefault(name, []).append(took * 1e6)
 
     belt: deque[StepPlan] = deque()
     ours: Known = {}
@@ -51,10 +52,11 @@ def run(num_stages: int, num_steps: int) -> dict[str, float]:
         while True:
             start = time.perf_counter()
             plan = scheduler.schedule()
+            end = time.perf_counter()
             if plan is None:
                 break
             if plan.num_tokens == len(plan.rows):
-                note("schedule", start)
+                note("schedule", start, end)
             start = time.perf_counter()
             body = encode_plan(plan, ours)
             note("write the plan", start)

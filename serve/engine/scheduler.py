@@ -304,7 +304,8 @@ class Scheduler:
         """The request's next tokens as part of the step that is being made."""
         row = request.row(num_tokens)
         end = request.num_scheduled + num_tokens
-        request.note_end(end)
+        if end <= len(request.prompt_ids):  # spares 64 calls that would do nothing
+            request.note_end(end)
         request.num_scheduled = end
         request.num_blocks_sent = len(request.block_ids)
         request.awaits_sample = row.sampling is not None
