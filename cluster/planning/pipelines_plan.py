@@ -11,6 +11,7 @@ from ..search.division import EXACT_DIVIDED, Share, best_division, portion
 from ..search.placing import Placing
 from ..search.regrouping import regrouped
 from ..search.sketch import Sketch
+from .prediction import predicted
 from .speed_plan import SpeedPlanner
 
 _EFFORT = 128_000
@@ -211,7 +212,7 @@ class PipelinesPlanner:
                 return pipeline
             places = sorted(number_of[seat] for seat in seats)
             part = self._placing.part(places, pipeline.max_concurrency)
-            return SpeedPlanner(part).predicted(pipeline)
+            return predicted(part, pipeline)
 
         return replace(plan, pipelines=tuple(map(timed, plan.pipelines)), best_possible=None)
 

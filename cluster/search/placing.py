@@ -404,6 +404,11 @@ def helpers_of(home: int, members: int) -> tuple[int, ...]:
     return tuple(site for site in range(others.bit_length()) if others >> site & 1)
 
 
+def sites_of(home: int, members: int) -> tuple[int, ...]:
+    """The home of a stage, then its other members."""
+    return (home, *helpers_of(home, members))
+
+
 def _prefix(values: Sequence[float]) -> Matrix:
     return np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
 

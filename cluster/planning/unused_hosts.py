@@ -1,0 +1,89 @@
+"""Why the search left nodes out, by what using them would do."""
+
+from collections.abc import Sequence
+
+from ..search.cost import device_speed
+from ..search.fronts import Stage
+from ..search.place import Place
+from ..search.placing import Placing, sites_of
+from ..search.problem import Problem, Route
+from ..search.search import Search
+from ..units import gigabytes, milliseconds
+
+MAX_EXPLAINED = 8
+"""Unused nodes of different kinds that are each planned with, to say what using them would do."""
+
+
+def used_places(placing: Placing, route: Route) -> list[Place]:
+    """The devices with a part in a route."""
+    spans = zip(route.sites, route.members, strict=True)
+    return [placing.places[site] for span in spans for site in sites_of(*span)]
+
+
+def unused_hosts(
+    placing: Placing, problem: Problem, now: Route, smallest_bytes: int
+) -> dict[str, str]:
+    """Why each host without a part in the best route, `now`, has none: what a route with it would
+    do."""
+    stages = [Stage(*each) for each in zip(now.sites, now.members, strict=True)]
+    hosts = {place.node.host for place in used_places(placing, now)}
+    search = Search(problem)
+    is_busy = placing.workload.objective == "throughput"
+    told: dict[object, str] = {}
+    reasons: dict[str, str] = {}
+    for number, place in enumerate(placing.places):
+        host = place.node.host
+        if host in hosts or host in reasons:
+            continue
+        if place.usable_bytes < smallest_bytes:
+            reasons[host] = (
+                f"too small: {gigabytes(place.usable_bytes)} usable, one layer takes "
+                f"{gigabytes(smallest_bytes)}"
+            )
+            continue
+        links = tuple(
+            (problem.hop_s[number, site], problem.hop_s[site, number]) for site in now.sites
+        )
+        speed = device_speed(place.device, placing.dtypes[number])
+        kind = (speed, place.usable_bytes, links)
+        if kind not in told:
+            told[kind] = (
+                _with(number, stages, search, now, is_busy=is_busy)
+                if len(told) < MAX_EXPLAINED
+                else _slower(number, now.sites, problem)
+            )
+        reasons[host] = told[kind]
+    return reasons
+
+
+def _with(number: int, stages: list[Stage], search: Search, now: Route, *, is_busy: bool) -> str:
+    alone = Stage.alone(number)
+    routes = [
+        search.best_in_order((*stages[:at], alone, *stages[at:]), throughput=is_busy)
+        for at in range(len(stages) + 1)
+    ]
+    found = [route for route in routes if route is not None]
+    if not found:
+        return "not needed: no split with one layer or more on it fits"
+    if is_busy:
+        best = max(route.tokens_per_s(search.problem) for route in found)
+        return (
+            f"not needed: with it at best {best:.1f} tokens/s in place of "
+            f"{now.tokens_per_s(search.problem):.1f}"
+        )
+    least = min(route.round_trip_s for route in found)
+    return (
+        f"not needed: with it a token takes {milliseconds(least)} in place of "
+        f"{milliseconds(now.round_trip_s)}"
+    )
+
+
+def _slower(number: int, sites: Sequence[int], problem: Problem) -> str:
+    def per_layer(site: int) -> float:
+        return float(problem.sites[site].seconds_L[-1]) / problem.num_layers
+
+    used = sorted(per_layer(site) for site in sites)
+    return (
+        f"not needed: a layer takes {milliseconds(per_layer(number))} there, "
+        f"{milliseconds(used[0])} to {milliseconds(used[-1])} on the nodes that are used"
+    )
