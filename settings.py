@@ -5,7 +5,6 @@ from pathlib import Path
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8080
-DEFAULT_NAME = "default"
 KV_BLOCK_TOKENS = 16
 """Tokens in one KV block; the planner sizes memory with it and the scheduler hands blocks out."""
 

@@ -52,7 +52,12 @@ from magnetar.tests.cluster.test_expert_cost import BATCH_1_MS, LINKS
 from magnetar.tests.cluster.test_expert_plans import alike, planned
 from magnetar.tests.cluster.test_scenarios import SCENARIOS
 from magnetar.tests.planning import MIXTRAL, model
-from magnetar.tests.shared_experts import every_plan, most_of_divisions, small_cluster
+from magnetar.tests.shared_experts import (
+    cluster_of_pipelines,
+    every_plan,
+    most_of_divisions,
+    small_cluster,
+)
 
 CONTEXT_TOKENS = 32768
 STREAMS = 8
@@ -104,14 +109,11 @@ def _several_pipelines(seeds: range) -> Iterator[dict[str, Any]]:
     equal = num_several = 0
     for seed in seeds:
         num_nodes, num_layers, num_experts = sizes[seed % len(sizes)]
-        placing = small_cluster(
+        placing = cluster_of_pipelines(
             seed,
             num_nodes=num_nodes,
             num_layers=num_layers,
             num_experts=num_experts,
-            streams=3,
-            memory=(0.5, 2.5),
-            objective="throughput",
             alike=seed % 4 > 0,
         )
         planner = PipelinesPlanner(placing)

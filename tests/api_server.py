@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import httpx
 from openai import DefaultHttpxClient, OpenAI
 
-from magnetar.fetcher.config import ChatFormat
+from magnetar.fetcher.config import ChatFormat, ModelConfig
 from magnetar.serve.api.app import create_app
 from magnetar.serve.api.served_model import EngineLike
 from magnetar.serve.api.server import Server, bind
@@ -19,6 +19,19 @@ from magnetar.tests.tokenizers_for_tests import mistral_tokenizer_file
 MODEL = "tiny/mixtral"
 MISTRAL = SentencePieceTokenizer(mistral_tokenizer_file())
 EOS = 2
+CONFIG = ModelConfig(
+    dim=16,
+    n_layers=3,
+    head_dim=8,
+    hidden_dim=24,
+    n_heads=2,
+    n_kv_heads=1,
+    norm_eps=1e-5,
+    vocab_size=32000,
+    rope_theta=1e4,
+    max_context_tokens=256,
+)
+"""Of a model with the vocabulary of `MISTRAL`, and otherwise tiny."""
 
 
 def saying(text: str, *, at_start: bool = False, then: Sequence[int] = (EOS,) * 99) -> FakeEngine:

@@ -21,6 +21,22 @@ Stages = tuple[tuple[int, tuple[int, ...], int], ...]
 """Home, helpers and end layer of each."""
 
 
+def cluster_of_pipelines(
+    seed: int, *, num_nodes: int, num_layers: int, num_experts: int, streams: int = 3, alike: bool
+) -> Placing:
+    """A `small_cluster` with room for the whole model on some nodes, planned for throughput."""
+    return small_cluster(
+        seed,
+        num_nodes=num_nodes,
+        num_layers=num_layers,
+        num_experts=num_experts,
+        streams=streams,
+        memory=(0.5, 2.5),
+        objective="throughput",
+        alike=alike,
+    )
+
+
 def small_cluster(
     seed: int,
     *,

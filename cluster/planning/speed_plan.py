@@ -60,7 +60,9 @@ class SpeedPlanner:
                 num_stages=asked,
                 floor=self.floor,
             )
-            return None if best is None else self._in_lumps([best, *near])
+            if best is None:
+                return None
+            return self._in_lumps([best, *(each for each in near if each[1] != best[1])])
         problem = self.placing.problem(1)
         route = fastest(problem, num_stages=asked)
         start = None if route is None else (problem, route)
@@ -105,9 +107,10 @@ class SpeedPlanner:
             for problem, route in found
             if route.tokens_per_s(problem) >= self._score * (1 - _NEAR)
         ]
+        searches = [(Search(problem), route) for problem, route in near]
         near += [
-            (problem, Search(problem).evened(route, route.round_trip_s * (1 + share)))
-            for problem, route in near
+            (search.problem, search.evened(route, route.round_trip_s * (1 + share)))
+            for search, route in searches
             for share in _LONGER
         ]
         return max(near, key=lambda each: self._lumpy(*each))

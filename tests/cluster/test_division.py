@@ -13,7 +13,7 @@ from magnetar.cluster.search.ceiling import Ceiling, numbers
 from magnetar.cluster.search.division import Share, best_division, partitions, shared_out
 from magnetar.cluster.search.regrouping import regrouped
 from magnetar.cluster.search.sketch import Sketch
-from magnetar.tests.shared_experts import most_of_divisions, small_cluster
+from magnetar.tests.shared_experts import cluster_of_pipelines, most_of_divisions
 
 BELL = [1, 1, 2, 5, 15, 52]
 
@@ -100,14 +100,11 @@ SIZES = [(2, 4, 2), (3, 3, 2), (3, 4, 2), (2, 3, 3)]
 @pytest.mark.parametrize("seed", range(8))
 def test_pipelines_are_as_good_as_brute_force(seed: int) -> None:
     num_nodes, num_layers, num_experts = SIZES[seed % len(SIZES)]
-    placing = small_cluster(
+    placing = cluster_of_pipelines(
         seed,
         num_nodes=num_nodes,
         num_layers=num_layers,
         num_experts=num_experts,
-        streams=3,
-        memory=(0.5, 2.5),
-        objective="throughput",
         alike=seed % 2 == 0,
     )
     most = most_of_divisions(placing)
@@ -122,14 +119,13 @@ def test_pipelines_are_as_good_as_brute_force(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_guessed_divisions_use_every_device_and_stream_once(seed: int) -> None:
-    placing = small_cluster(
+    placing = cluster_of_pipelines(
         seed,
         num_nodes=9,
         num_layers=4,
         num_experts=2,
         streams=20,
-        memory=(0.5, 2.5),
-        objective="throughput",
+        alike=False,
     )
     sketch = Sketch(placing, Ceiling(placing))
     found = regrouped(sketch, 9, 20, most_pipelines=5, guesses=60)

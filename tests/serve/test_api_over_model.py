@@ -7,23 +7,10 @@ import pytest
 import torch
 from openai import OpenAI
 
-from magnetar.fetcher.config import ModelConfig
-from magnetar.tests.api_server import MISTRAL, MODEL, listening, openai_client
+from magnetar.tests.api_server import CONFIG, MISTRAL, MODEL, listening, openai_client
 from magnetar.tests.fake_stage import running_engine
 from magnetar.tests.stages import MemorySource, Pipeline, random_tensors
 
-CONFIG = ModelConfig(
-    dim=16,
-    n_layers=3,
-    head_dim=8,
-    hidden_dim=24,
-    n_heads=2,
-    n_kv_heads=1,
-    norm_eps=1e-5,
-    vocab_size=32000,
-    rope_theta=1e4,
-    max_context_tokens=256,
-)
 PROMPT = [1, *range(300, 340), *range(300, 320)]
 
 

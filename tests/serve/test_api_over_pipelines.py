@@ -9,26 +9,13 @@ from typing import Any
 import httpx
 import torch
 
-from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.router import Routed, Router
 from magnetar.serve.engine.stage import Stage
 from magnetar.serve.engine.step import StepPlan, StepResult
-from magnetar.tests.api_server import MISTRAL, MODEL, http_client, listening
+from magnetar.tests.api_server import CONFIG, MISTRAL, MODEL, http_client, listening
 from magnetar.tests.fake_stage import running_engine
 from magnetar.tests.stages import MemorySource, Pipeline, random_tensors
 
-CONFIG = ModelConfig(
-    dim=16,
-    n_layers=3,
-    head_dim=8,
-    hidden_dim=24,
-    n_heads=2,
-    n_kv_heads=1,
-    norm_eps=1e-5,
-    vocab_size=32000,
-    rope_theta=1e4,
-    max_context_tokens=256,
-)
 SCHEMA = {"type": "array", "items": {"type": "boolean"}, "minItems": 6, "maxItems": 10}
 SAMPLED = {"model": MODEL, "stream": True, "temperature": 1.0, "logprobs": 2, "ignore_eos": True}
 BODIES: tuple[dict[str, Any], ...] = (
