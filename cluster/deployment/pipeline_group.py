@@ -192,14 +192,10 @@ class PipelineGroup:
         began = time.monotonic()
 
         def tell(*, finished: bool = False) -> None:
-            refs = [stage.loaded.remote() for each in self._pipelines for stage in each.stages]
+            refs = [stage.loaded.remote() for stage in self._stages]
             loads: list[StageLoad] = gather(refs, who="a stage", stop=self._stop)
             on_loaded(tuple(loads))
-            helping = [
-                helper.loaded_bytes.remote()
-                for each in self._pipelines
-                for helper in each.members[len(each.stages) :]
-            ]
+            helping = [helper.loaded_bytes.remote() for helper in self._helpers]
             helped: list[int] = gather(helping, who="a helper")
             for progress in load_progress(
                 plan, loads, helped, seconds=time.monotonic() - began, finished=finished
@@ -268,9 +264,7 @@ class PipelineGroup:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        stages = [stage for pipeline in self._pipelines for stage in pipeline.stages]
-        helpers = [member for member in self._members if member not in stages]
-        for actors in ([self._gateway] if self._gateway else [], stages, helpers):
+        for actors in ([self._gateway] if self._gateway else [], self._stages, self._helpers):
             stopping = [actor.stop.remote() for actor in actors]
             if stopping:
                 ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
@@ -286,6 +280,15 @@ class PipelineGroup:
     def _members(self) -> list[Any]:
         """All actors but the gateway."""
         return [member for pipeline in self._pipelines for member in pipeline.members]
+
+    @property
+    def _stages(self) -> list[Any]:
+        return [stage for pipeline in self._pipelines for stage in pipeline.stages]
+
+    @property
+    def _helpers(self) -> list[Any]:
+        """Of all stages, pipeline by pipeline."""
+        return [member for each in self._pipelines for member in each.members[len(each.stages) :]]
 
     def _together(self, refs: list[Any]) -> list[Any]:
         return gather(refs, who="the pipeline", stop=self._stop, timeout_s=CONNECT_TIMEOUT_S)

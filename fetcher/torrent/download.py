@@ -21,7 +21,7 @@ from .lending import Lender, borrower_role
 from .magnet import split_peer
 from .mending import CalledAwayError, Mending
 from .recording import Recording
-from .session import TorrentJob, TorrentStatus
+from .session import TorrentJob, TorrentStatus, pieces_of
 from .sharing import Sharing
 from .swarm import Swarm
 
@@ -147,7 +147,7 @@ class Download:
         """What this node wants and has at the moment; after `join`, for any thread."""
         swarm = self._connection.swarm()
         have = swarm.have() or self._recording.have
-        held = frozenset(piece for piece, is_there in enumerate(have) if is_there)
+        held = pieces_of(have)
         return Member(
             host=host,
             address=self._address,
@@ -173,7 +173,7 @@ class Download:
             host=host,
             address=self._address,
             torrent=self._holding.metainfo.raw,
-            held=frozenset(piece for piece, is_there in enumerate(have) if is_there),
+            held=pieces_of(have),
             coming=self._sharing.coming(have),
         )
 

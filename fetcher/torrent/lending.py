@@ -26,6 +26,7 @@ from .session import (
     TorrentJob,
     TorrentSession,
     listening_address,
+    pieces_of,
 )
 from .traffic import Traffic, TrafficLog
 
@@ -211,5 +212,5 @@ def _checked(session: TorrentSession, clock: Callable[[], float]) -> frozenset[i
         was_checked |= any(isinstance(event, Checked) for event in session.poll(0.1))
         status = session.status()
         if was_checked and status is not None and status.state == "active":
-            return frozenset(piece for piece, is_there in enumerate(status.have) if is_there)
+            return pieces_of(status.have)
     return frozenset()

@@ -6,6 +6,7 @@ from typing import Final
 
 from ..arrival import Arrival
 from .holding import Holding
+from .session import pieces_of
 from .syncing import Syncing
 
 RECORD_S: Final = 1.0
@@ -30,7 +31,7 @@ class Recording:
     @property
     def pieces(self) -> frozenset[int]:
         """Those that are there."""
-        return frozenset(piece for piece, is_there in enumerate(self.have) if is_there)
+        return pieces_of(self.have)
 
     def missing(self, pieces: Iterable[int]) -> frozenset[int]:
         """Of these, those that are not there."""

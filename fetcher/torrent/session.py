@@ -72,6 +72,11 @@ class TorrentJob:
     """Limit for this torrent, for local peers too; 0: none."""
 
 
+def pieces_of(have: Iterable[bool]) -> frozenset[int]:
+    """The pieces that are there, of a flag for each."""
+    return frozenset(piece for piece, is_there in enumerate(have) if is_there)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TorrentStatus:
     """A reading of the torrent; amounts count since it was added, unless said otherwise."""
