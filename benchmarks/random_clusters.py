@@ -15,8 +15,9 @@ from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node, Workload
 from magnetar.cluster.planning.pipelines_plan import PipelinesPlanner
 from magnetar.cluster.search.cost import attention_s, experts_s, hop_s, kv_touch_bytes, output_s
 from magnetar.cluster.search.expert_cost import hosts_s
+from magnetar.cluster.search.expert_split import in_turn
 from magnetar.cluster.search.place import places_of
-from magnetar.cluster.search.placing import Placing, in_turn
+from magnetar.cluster.search.placing import Placing
 from magnetar.cluster.search.problem import Problem, Route, evaluate
 from magnetar.tests.planning import MIXTRAL
 

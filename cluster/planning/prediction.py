@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from ..plan import ExpertHost, Pipeline, Prediction
 from ..search.cost import assumed_link, hop_s
-from ..search.placing import PROMPT_TOKENS, Placing, sites_of
-from ..search.problem import evaluate
+from ..search.placed_model import PROMPT_TOKENS
+from ..search.placing import Placing
+from ..search.problem import evaluate, sites_of
 from ..units import milliseconds
 from .popular_times import popular_stage_s
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from ..plan import ExpertHost, ExpertIds, StagePlan
-from ..search.placing import Placing, helpers_of
-from ..search.problem import Problem, Route
+from ..search.placing import Placing
+from ..search.problem import Problem, Route, helpers_of
 from .expert_hosts import add_copies, choose_experts
 
 

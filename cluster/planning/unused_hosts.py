@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from ..search.cost import device_speed
 from ..search.fronts import Stage
 from ..search.place import Place
-from ..search.placing import Placing, sites_of
-from ..search.problem import Problem, Route
+from ..search.placing import Placing
+from ..search.problem import Problem, Route, sites_of
 from ..search.search import Search
 from ..units import gigabytes, milliseconds
 

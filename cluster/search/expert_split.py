@@ -61,6 +61,14 @@ def _all_spreads(num_experts: int, num_hosts: int) -> Array:
     return found
 
 
+def in_turn(counts_OH: Array, num_experts: int) -> Array:
+    """[O, H, E]: who holds which expert: the first ones the first host, and so on."""
+    ends = counts_OH.cumsum(axis=1)[:, :, None]
+    experts = np.arange(num_experts)
+    found: Array = ((experts < ends) & (experts >= ends - counts_OH[:, :, None])).astype(np.int64)
+    return found
+
+
 class Split:
     """The best choices for every number of layers and some rooms of the home."""
 

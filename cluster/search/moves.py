@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .fronts import Stage
-from .placing import helpers_of
-from .problem import Problem, Route
+from .problem import Problem, Route, helpers_of
 from .search import EXACT_PLACES, Search
 
 Order = tuple[Stage, ...]

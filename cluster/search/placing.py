@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
-from dataclasses import replace
-from functools import cache, cached_property
-from itertools import pairwise, permutations
-from typing import Any
+from functools import cache
+from itertools import permutations
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ...fetcher.config import ModelConfig
-from ...fetcher.tensors import TensorIndex
-from ..footprint import STEP_TOKENS, Footprint, footprint
-from ..plan import ComputeDtype, Inventory, Link, Workload
+from ..footprint import STEP_TOKENS
+from ..plan import ComputeDtype, Workload
 from .cost import (
     TOKEN_ID_BYTES,
     ModelCost,
     Speed,
-    assumed_link,
-    attention_s,
-    device_speed,
     embeddings_s,
     hop_s,
-    known_links,
-    layer_s,
-    model_cost,
     output_s,
-    prefill_layer_s,
     transfer_s,
 )
 from .expert_cost import (
@@ -42,40 +30,14 @@ from .expert_cost import (
     least_hosts_s,
     one_expert_s,
 )
-from .expert_split import Split, spreads
+from .expert_split import Split, in_turn, spreads
 from .place import Place
-from .problem import Least, Matrix, Problem, Site
-
-PROMPT_TOKENS = 1.0
-"""Of prompts for every token that is generated, where many streams are planned for. They travel in
-chunks through the same stages and over the same links; conversations have up to three."""
+from .placed_model import PlacedModel, prefix_sums
+from .problem import Least, Matrix, Problem, Site, helpers_of
 
 
-class Placing:
-    """The costs of one model on some places, each at a dtype of its own."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        index: TensorIndex,
-        inventory: Inventory,
-        workload: Workload,
-        places: Sequence[Place],
-        dtypes: Sequence[ComputeDtype],
-        *,
-        kv_bytes: int,
-    ) -> None:
-        """`kv_bytes`: keys and values of one layer for the whole workload."""
-        self.weights = {dtype: footprint(config, index, dtype) for dtype in set(dtypes)}
-        self.costs = {
-            dtype: model_cost(config, index, dtype, whole=whole)
-            for dtype, whole in self.weights.items()
-        }
-        self._links = known_links(inventory)
-        self._spans = {wish.host: wish.layers for wish in workload.nodes}
-        self._known: dict[object, Any] = {}
-        """What all parts share: seconds of layers, and of ways to spread experts."""
-        self._sit(places, dtypes, workload, kv_bytes)
+class Placing(PlacedModel):
+    """The placement problems of one model on some places, one per number of sequences in a step."""
 
     def _sit(
         self,
@@ -84,76 +46,14 @@ class Placing:
         workload: Workload,
         kv_bytes: int,
     ) -> None:
-        self.places, self.dtypes = tuple(places), tuple(dtypes)
-        self.workload, self.kv_bytes = workload, kv_bytes
+        super()._sit(places, dtypes, workload, kv_bytes)
         self.problem = cache(self._problem)
         self.split = cache(self._split)
-        self.attention_L = cache(self._attention_L)
         self.least_layer_L = cache(self._least_layer_L)
         """Seconds of each layer at least, with the best help that any of `members` can give, as
         ``least_layer_L(home, members, tokens)``."""
         self.splits_are_exact = True
         """Of all that were asked for so far."""
-
-    def part(self, numbers: Sequence[int], streams: int) -> Placing:
-        """The same on some of the places alone, and for so many streams."""
-        return self._other(numbers, replace(self.workload, max_concurrency=streams))
-
-    @cached_property
-    def calm(self) -> Placing:
-        """The same without prompts beside what is decoded."""
-        return self._other(range(len(self.places)), replace(self.workload, objective="latency"))
-
-    def _other(self, numbers: Sequence[int], workload: Workload) -> Placing:
-        other = copy(self)
-        other.__dict__.pop("calm", None)
-        other._sit(
-            [self.places[number] for number in numbers],
-            [self.dtypes[number] for number in numbers],
-            workload,
-            self.kv_bytes_for(workload.max_concurrency),
-        )
-        return other
-
-    def kv_bytes_for(self, streams: int) -> int:
-        """Keys and values of one layer."""
-        return self.kv_bytes // self.workload.max_concurrency * streams
-
-    def cost(self, number: int) -> ModelCost:
-        """The model at the dtype of a place."""
-        return self.costs[self.dtypes[number]]
-
-    def speed(self, number: int, dtype: ComputeDtype | None = None) -> Speed:
-        """Of a place, at its own dtype or that of the stage it helps."""
-        found = device_speed(self.places[number].device, dtype or self.dtypes[number])
-        assert found is not None
-        return found
-
-    def link(self, number: int, other: int) -> Link:
-        """Between two places; assumed where nobody measured."""
-        hosts = self.places[number].node.host, self.places[other].node.host
-        return self._links.get(hosts) or assumed_link(*hosts)
-
-    def overhead_bytes(self, number: int) -> int:
-        """What a stage on a place takes besides layers."""
-        return self._weights(number).workspace_bytes(self.workload.max_context_tokens)
-
-    def helper_overhead_bytes(self, home: int) -> int:
-        """What helping a stage takes besides experts: no keys and values are gathered."""
-        return self._weights(home).workspace_bytes(0)
-
-    def _weights(self, number: int) -> Footprint:
-        return self.weights[self.dtypes[number]]
-
-    def seats(self, home: int, members: int) -> list[Seat]:
-        """The hosts of a stage's experts, the home first, as its experts see them."""
-        return [
-            Seat(speed=self.speed(home)),
-            *(
-                Seat(speed=self.speed(other, self.dtypes[home]), link=self.link(home, other))
-                for other in helpers_of(home, members)
-            ),
-        ]
 
     def _problem(self, tokens: int) -> Problem:
         """At so many sequences per step; sites are the places."""
@@ -184,56 +84,23 @@ class Placing:
         )
 
     def _site(self, number: int, tokens: int) -> Site:
-        cost, weights, speed = self.cost(number), self._weights(number), self.speed(number)
+        cost, weights, speed = self.cost(number), self.footprint_of(number), self.speed(number)
         needs = [each + self.kv_bytes for each in weights.layer_bytes]
         return Site(
-            seconds_L=self._seconds_L(number, tokens),
-            needs_L=_prefix(needs),
+            seconds_L=self.seconds_L(number, tokens),
+            needs_L=prefix_sums(needs),
             capacity=self.places[number].usable_bytes - self.overhead_bytes(number),
             first_s=embeddings_s(cost, speed, tokens=tokens),
             last_s=output_s(cost, speed, tokens=tokens),
             first_bytes=weights.embeddings_bytes,
             last_bytes=weights.output_bytes,
-            span=self._spans.get(self.places[number].node.host),
+            span=self.spans.get(self.host(number)),
         )
-
-    def _seconds_L(self, number: int, tokens: int) -> Matrix:
-        """Of the layers before each on a place."""
-        key = (self._seat(number), tokens, self.workload.objective)
-        if key not in self._known:
-            cost, speed, prompts = self.cost(number), self.speed(number), self.chunks(tokens)
-            self._known[key] = _prefix(
-                cost.of_layers(
-                    lambda layer: (
-                        layer_s(
-                            cost, layer, speed, tokens=tokens, context_tokens=self._context_tokens
-                        )
-                        + prompts * prefill_layer_s(cost, layer, speed, tokens=STEP_TOKENS)
-                    )
-                )
-            )
-        found: Matrix = self._known[key]
-        return found
-
-    def _seat(self, number: int) -> tuple[str, str, ComputeDtype]:
-        place = self.places[number]
-        return place.node.host, place.device_name, self.dtypes[number]
-
-    def chunks(self, tokens: int) -> float:
-        """Full chunks of prompts that come with a decode step of so many tokens, on average; one
-        stream alone has none."""
-        if self.workload.objective != "throughput":
-            return 0.0
-        return PROMPT_TOKENS * tokens / STEP_TOKENS
-
-    @property
-    def _context_tokens(self) -> int:
-        return max(1, self.workload.max_context_tokens // 2)
 
     def shared_LL(self, home: int, members: int, tokens: int) -> Matrix:
         """[u, v]: seconds of a stage whose members share the experts of layers [u, v)."""
         site, split = self.problem(tokens).sites[home], self.split(home, members, tokens)
-        attention = _prefix(self.attention_L(home, tokens))
+        attention = prefix_sums(self.attention_L(home, tokens))
         inner_K, first_K, last_K, whole_K = split.seconds_VK
         # Row u begins u later: v - u layers, and no stage has less than one.
         by_length = np.concatenate([np.full(len(inner_K), np.inf), inner_K[1:]])
@@ -244,16 +111,53 @@ class Placing:
         found: Matrix = attention[None, :] - attention[:, None] + experts
         return found
 
-    def _attention_L(self, home: int, tokens: int) -> list[float]:
-        """Seconds of each layer besides its experts, with the chunks of prompts that come along."""
-        cost, speed = self.cost(home), self.speed(home)
-        context, prompts = self._context_tokens, self.chunks(tokens)
-        return cost.of_layers(
-            lambda layer: (
-                attention_s(cost, layer, speed, tokens=tokens, context_tokens=context)
-                + prompts * attention_s(cost, layer, speed, tokens=STEP_TOKENS, context_tokens=0)
-            )
-        )
+    @property
+    def _may_share(self) -> bool:
+        has_experts = bool(next(iter(self.costs.values())).num_experts)
+        return has_experts and self.workload.separate_experts
+
+    def _split(self, home: int, members: int, tokens: int) -> Split:
+        """How the members of a stage share its experts, for every number of layers; by whether the
+        stage begins (1) and ends (2) the model."""
+        cost, site = self.cost(home), self.problem(tokens).sites[home]
+        expert = max(cost.expert_bytes)
+        seconds_O, counts_OH = self._spreads(home, members, tokens)
+        layers = np.arange(len(cost.expert_bytes) + 1)
+        used = layers * (max(cost.attention_bytes) + self.kv_bytes)
+        ends = [0.0, site.first_bytes, site.last_bytes, site.first_bytes + site.last_bytes]
+        home_VK = np.array([np.floor((site.capacity - used - end) / expert) for end in ends])
+        overhead = self.helper_overhead_bytes(home)
+        rooms = [
+            max(0, (self.places[other].usable_bytes - overhead) // expert)
+            for other in helpers_of(home, members)
+        ]
+        found = Split(seconds_O, counts_OH, home_VK=home_VK, helper_rooms=rooms)
+        self.splits_are_exact &= found.is_exact
+        return found
+
+    def _spreads(self, home: int, members: int, tokens: int) -> tuple[Array, Array]:
+        """Seconds of a layer's experts by the way they are spread, and the ways."""
+        sharing = tuple(self.seat_key(other) for other in (home, *helpers_of(home, members)))
+        key = (sharing, tokens, self.workload.objective)
+        if key not in self.known:
+            cost, seats = self.cost(home), self.seats(home, members)
+            layer = cost.expert_bytes.index(max(cost.expert_bytes))
+            counts_OH = spreads(cost.num_experts, self._solo_HN(cost, layer, seats, tokens))
+            held_OHE = in_turn(counts_OH, cost.num_experts)
+            seconds_O = hosts_s(cost, layer, seats, held_OHE, tokens=tokens)
+            if prompts := self.chunks(tokens):
+                seconds_O += prompts * hosts_s(cost, layer, seats, held_OHE, tokens=STEP_TOKENS)
+            self.known[key] = seconds_O, counts_OH
+        found: tuple[Array, Array] = self.known[key]
+        return found
+
+    def _solo_HN(self, cost: ModelCost, layer: int, seats: Sequence[Seat], tokens: int) -> Array:
+        """[H, n]: what n experts take on each seat, were the others for nothing."""
+        num_experts = cost.num_experts
+        rest = Seat(speed=Speed(read_gbps=1e9))
+        counts = np.array([[n, num_experts - n] for n in range(num_experts + 1)])
+        held = in_turn(counts, num_experts)
+        return np.array([hosts_s(cost, layer, [seat, rest], held, tokens=tokens) for seat in seats])
 
     def _least(self, tokens: int) -> Least:
         """What layers cost at least when their experts may be anywhere."""
@@ -297,8 +201,8 @@ class Placing:
     def _least_layer_L(self, home: int, members: int, tokens: int) -> Matrix:
         cost = self.cost(home)
         if not self._may_share:
-            return np.diff(self._seconds_L(home, tokens))
-        helpers = [n for n in helpers_of(home, members) if self._spans.get(self._host(n)) is None]
+            return np.diff(self.seconds_L(home, tokens))
+        helpers = [n for n in helpers_of(home, members) if self.spans.get(self.host(n)) is None]
         seats = self.seats(home, 1 << home | sum(1 << helper for helper in helpers))
         by_size = {}
         for size in set(cost.expert_bytes):
@@ -311,11 +215,6 @@ class Placing:
             by_size[size] for size in cost.expert_bytes
         ]
 
-    @property
-    def _may_share(self) -> bool:
-        has_experts = bool(next(iter(self.costs.values())).num_experts)
-        return has_experts and self.workload.separate_experts
-
     def _one_expert_L(self, number: int, dtype: ComputeDtype, tokens: int) -> Matrix:
         cost, speed = self.costs[dtype], self.speed(number, dtype)
         by_size = {
@@ -323,99 +222,3 @@ class Placing:
             for size in set(cost.expert_bytes)
         }
         return np.array([by_size[size] for size in cost.expert_bytes])
-
-    def _host(self, number: int) -> str:
-        return self.places[number].node.host
-
-    def _split(self, home: int, members: int, tokens: int) -> Split:
-        """How the members of a stage share its experts, for every number of layers; by whether the
-        stage begins (1) and ends (2) the model."""
-        cost, site = self.cost(home), self.problem(tokens).sites[home]
-        expert = max(cost.expert_bytes)
-        seconds_O, counts_OH = self._spreads(home, members, tokens)
-        layers = np.arange(len(cost.expert_bytes) + 1)
-        used = layers * (max(cost.attention_bytes) + self.kv_bytes)
-        ends = [0.0, site.first_bytes, site.last_bytes, site.first_bytes + site.last_bytes]
-        home_VK = np.array([np.floor((site.capacity - used - end) / expert) for end in ends])
-        overhead = self.helper_overhead_bytes(home)
-        rooms = [
-            max(0, (self.places[other].usable_bytes - overhead) // expert)
-            for other in helpers_of(home, members)
-        ]
-        found = Split(seconds_O, counts_OH, home_VK=home_VK, helper_rooms=rooms)
-        self.splits_are_exact &= found.is_exact
-        return found
-
-    def _spreads(self, home: int, members: int, tokens: int) -> tuple[Array, Array]:
-        """Seconds of a layer's experts by the way they are spread, and the ways."""
-        sharing = tuple(self._seat(other) for other in (home, *helpers_of(home, members)))
-        key = (sharing, tokens, self.workload.objective)
-        if key not in self._known:
-            cost, seats = self.cost(home), self.seats(home, members)
-            layer = cost.expert_bytes.index(max(cost.expert_bytes))
-            counts_OH = spreads(cost.num_experts, self._solo_HN(cost, layer, seats, tokens))
-            held_OHE = in_turn(counts_OH, cost.num_experts)
-            seconds_O = hosts_s(cost, layer, seats, held_OHE, tokens=tokens)
-            if prompts := self.chunks(tokens):
-                seconds_O += prompts * hosts_s(cost, layer, seats, held_OHE, tokens=STEP_TOKENS)
-            self._known[key] = seconds_O, counts_OH
-        found: tuple[Array, Array] = self._known[key]
-        return found
-
-    def _solo_HN(self, cost: ModelCost, layer: int, seats: Sequence[Seat], tokens: int) -> Array:
-        """[H, n]: what n experts take on each seat, were the others for nothing."""
-        num_experts = cost.num_experts
-        rest = Seat(speed=Speed(read_gbps=1e9))
-        counts = np.array([[n, num_experts - n] for n in range(num_experts + 1)])
-        held = in_turn(counts, num_experts)
-        return np.array([hosts_s(cost, layer, [seat, rest], held, tokens=tokens) for seat in seats])
-
-    def prefill_s(self, sites: Sequence[int], ends: Sequence[int], tokens: int) -> float:
-        """A prompt alone to its first token, every stage by its home alone."""
-        total = 0.0
-        for number, (site, start, end) in enumerate(zip(sites, (0, *ends[:-1]), ends, strict=True)):
-            cost, speed = self.cost(site), self.speed(site)
-            total += sum(
-                prefill_layer_s(cost, layer, speed, tokens=tokens) for layer in range(start, end)
-            )
-            if end == len(cost.expert_bytes):
-                total += output_s(cost, speed, tokens=1)
-            if number:
-                link = self.link(sites[number - 1], site)
-                total += hop_s(tokens * cost.hidden_bytes, link)
-        return total
-
-    def unmeasured(self, sites: Sequence[int], members: Sequence[int]) -> list[str]:
-        """Links that nobody measured between stages, back to the first one, and to helpers."""
-        pairs = [*pairwise(sites), (sites[-1], sites[0])]
-        for home, mask in zip(sites, members, strict=True):
-            pairs += [(home, helper) for helper in helpers_of(home, mask)]
-        found: dict[frozenset[str], str] = {}
-        for source, target in pairs:
-            a, b = self._host(source), self._host(target)
-            if a != b and (a, b) not in self._links:
-                found.setdefault(frozenset((a, b)), f"{a} to {b}")
-        return list(found.values())
-
-
-def helpers_of(home: int, members: int) -> tuple[int, ...]:
-    """The members of a stage besides its home, ascending."""
-    others = members & ~(1 << home)
-    return tuple(site for site in range(others.bit_length()) if others >> site & 1)
-
-
-def sites_of(home: int, members: int) -> tuple[int, ...]:
-    """The home of a stage, then its other members."""
-    return (home, *helpers_of(home, members))
-
-
-def _prefix(values: Sequence[float]) -> Matrix:
-    return np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-
-
-def in_turn(counts_OH: Array, num_experts: int) -> Array:
-    """[O, H, E]: who holds which expert: the first ones the first host, and so on."""
-    ends = counts_OH.cumsum(axis=1)[:, :, None]
-    experts = np.arange(num_experts)
-    found: Array = ((experts < ends) & (experts >= ends - counts_OH[:, :, None])).astype(np.int64)
-    return found

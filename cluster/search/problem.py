@@ -208,3 +208,14 @@ def _stage_s(problem: Problem, home: int, members: int, start: int, end: int) ->
     site = problem.sites[home]
     seconds = float(site.seconds_L[end] - site.seconds_L[start])
     return seconds + (start == 0) * site.first_s + (end == problem.num_layers) * site.last_s
+
+
+def helpers_of(home: int, members: int) -> tuple[int, ...]:
+    """The members of a stage besides its home, ascending."""
+    others = members & ~(1 << home)
+    return tuple(site for site in range(others.bit_length()) if others >> site & 1)
+
+
+def sites_of(home: int, members: int) -> tuple[int, ...]:
+    """The home of a stage, then its other members."""
+    return (home, *helpers_of(home, members))

@@ -18,7 +18,8 @@ from ..footprint import STEP_TOKENS
 from .ceiling import Ceiling, numbers
 from .division import Share
 from .expert_cost import hosts_s
-from .placing import Placing, in_turn
+from .expert_split import in_turn
+from .placing import Placing
 from .problem import Matrix
 
 _LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)

@@ -1,0 +1,217 @@
+"""A model on some places: what it weighs and takes on each, and what lies between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+from functools import cache, cached_property
+from itertools import pairwise
+from typing import Any, Self
+
+import numpy as np
+
+from ...fetcher.config import ModelConfig
+from ...fetcher.tensors import TensorIndex
+from ..footprint import STEP_TOKENS, Footprint, footprint
+from ..plan import ComputeDtype, Inventory, Link, Workload
+from .cost import (
+    ModelCost,
+    Speed,
+    assumed_link,
+    attention_s,
+    device_speed,
+    hop_s,
+    known_links,
+    layer_s,
+    model_cost,
+    output_s,
+    prefill_layer_s,
+)
+from .expert_cost import Seat
+from .place import Place
+from .problem import Matrix, helpers_of
+
+PROMPT_TOKENS = 1.0
+"""Of prompts for every token that is generated, where many streams are planned for. They travel in
+chunks through the same stages and over the same links; conversations have up to three."""
+
+
+class PlacedModel:
+    """The costs of one model on some places, each at a dtype of its own."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: TensorIndex,
+        inventory: Inventory,
+        workload: Workload,
+        places: Sequence[Place],
+        dtypes: Sequence[ComputeDtype],
+        *,
+        kv_bytes: int,
+    ) -> None:
+        """`kv_bytes`: keys and values of one layer for the whole workload."""
+        self.weights = {dtype: footprint(config, index, dtype) for dtype in set(dtypes)}
+        self.costs = {
+            dtype: model_cost(config, index, dtype, whole=whole)
+            for dtype, whole in self.weights.items()
+        }
+        self._links = known_links(inventory)
+        self.spans = {wish.host: wish.layers for wish in workload.nodes}
+        self.known: dict[object, Any] = {}
+        """What all parts share: seconds of layers, and of ways to spread experts."""
+        self._sit(places, dtypes, workload, kv_bytes)
+
+    def _sit(
+        self,
+        places: Sequence[Place],
+        dtypes: Sequence[ComputeDtype],
+        workload: Workload,
+        kv_bytes: int,
+    ) -> None:
+        self.places, self.dtypes = tuple(places), tuple(dtypes)
+        self.workload, self.kv_bytes = workload, kv_bytes
+        self.attention_L = cache(self._attention_L)
+
+    def part(self, numbers: Sequence[int], streams: int) -> Self:
+        """The same on some of the places alone, and for so many streams."""
+        return self._other(numbers, replace(self.workload, max_concurrency=streams))
+
+    @cached_property
+    def calm(self) -> Self:
+        """The same without prompts beside what is decoded."""
+        return self._other(range(len(self.places)), replace(self.workload, objective="latency"))
+
+    def _other(self, numbers: Sequence[int], workload: Workload) -> Self:
+        other = copy(self)
+        other.__dict__.pop("calm", None)
+        other._sit(
+            [self.places[number] for number in numbers],
+            [self.dtypes[number] for number in numbers],
+            workload,
+            self.kv_bytes_for(workload.max_concurrency),
+        )
+        return other
+
+    def kv_bytes_for(self, streams: int) -> int:
+        """Keys and values of one layer."""
+        return self.kv_bytes // self.workload.max_concurrency * streams
+
+    def cost(self, number: int) -> ModelCost:
+        """The model at the dtype of a place."""
+        return self.costs[self.dtypes[number]]
+
+    def speed(self, number: int, dtype: ComputeDtype | None = None) -> Speed:
+        """Of a place, at its own dtype or that of the stage it helps."""
+        found = device_speed(self.places[number].device, dtype or self.dtypes[number])
+        assert found is not None
+        return found
+
+    def link(self, number: int, other: int) -> Link:
+        """Between two places; assumed where nobody measured."""
+        hosts = self.host(number), self.host(other)
+        return self._links.get(hosts) or assumed_link(*hosts)
+
+    def overhead_bytes(self, number: int) -> int:
+        """What a stage on a place takes besides layers."""
+        return self.footprint_of(number).workspace_bytes(self.workload.max_context_tokens)
+
+    def helper_overhead_bytes(self, home: int) -> int:
+        """What helping a stage takes besides experts: no keys and values are gathered."""
+        return self.footprint_of(home).workspace_bytes(0)
+
+    def footprint_of(self, number: int) -> Footprint:
+        """What the model weighs at the dtype of a place."""
+        return self.weights[self.dtypes[number]]
+
+    def host(self, number: int) -> str:
+        """The node of a place."""
+        return self.places[number].node.host
+
+    def seat_key(self, number: int) -> tuple[str, str, ComputeDtype]:
+        """What costs on a place depend on, the same in all parts."""
+        return self.host(number), self.places[number].device_name, self.dtypes[number]
+
+    def seats(self, home: int, members: int) -> list[Seat]:
+        """The hosts of a stage's experts, the home first, as its experts see them."""
+        return [
+            Seat(speed=self.speed(home)),
+            *(
+                Seat(speed=self.speed(other, self.dtypes[home]), link=self.link(home, other))
+                for other in helpers_of(home, members)
+            ),
+        ]
+
+    def chunks(self, tokens: int) -> float:
+        """Full chunks of prompts that come with a decode step of so many tokens, on average; one
+        stream alone has none."""
+        if self.workload.objective != "throughput":
+            return 0.0
+        return PROMPT_TOKENS * tokens / STEP_TOKENS
+
+    @property
+    def context_tokens(self) -> int:
+        """How many of a sequence are in use when it is timed: half of what there may be."""
+        return max(1, self.workload.max_context_tokens // 2)
+
+    def seconds_L(self, number: int, tokens: int) -> Matrix:
+        """Of the layers before each on a place."""
+        key = (self.seat_key(number), tokens, self.workload.objective)
+        if key not in self.known:
+            cost, speed, prompts = self.cost(number), self.speed(number), self.chunks(tokens)
+            self.known[key] = prefix_sums(
+                cost.of_layers(
+                    lambda layer: (
+                        layer_s(
+                            cost, layer, speed, tokens=tokens, context_tokens=self.context_tokens
+                        )
+                        + prompts * prefill_layer_s(cost, layer, speed, tokens=STEP_TOKENS)
+                    )
+                )
+            )
+        found: Matrix = self.known[key]
+        return found
+
+    def _attention_L(self, home: int, tokens: int) -> list[float]:
+        """Seconds of each layer besides its experts, with the chunks of prompts that come along."""
+        cost, speed = self.cost(home), self.speed(home)
+        context, prompts = self.context_tokens, self.chunks(tokens)
+        return cost.of_layers(
+            lambda layer: (
+                attention_s(cost, layer, speed, tokens=tokens, context_tokens=context)
+                + prompts * attention_s(cost, layer, speed, tokens=STEP_TOKENS, context_tokens=0)
+            )
+        )
+
+    def prefill_s(self, sites: Sequence[int], ends: Sequence[int], tokens: int) -> float:
+        """A prompt alone to its first token, every stage by its home alone."""
+        total = 0.0
+        for number, (site, start, end) in enumerate(zip(sites, (0, *ends[:-1]), ends, strict=True)):
+            cost, speed = self.cost(site), self.speed(site)
+            total += sum(
+                prefill_layer_s(cost, layer, speed, tokens=tokens) for layer in range(start, end)
+            )
+            if end == len(cost.expert_bytes):
+                total += output_s(cost, speed, tokens=1)
+            if number:
+                link = self.link(sites[number - 1], site)
+                total += hop_s(tokens * cost.hidden_bytes, link)
+        return total
+
+    def unmeasured(self, sites: Sequence[int], members: Sequence[int]) -> list[str]:
+        """Links that nobody measured between stages, back to the first one, and to helpers."""
+        pairs = [*pairwise(sites), (sites[-1], sites[0])]
+        for home, mask in zip(sites, members, strict=True):
+            pairs += [(home, helper) for helper in helpers_of(home, mask)]
+        found: dict[frozenset[str], str] = {}
+        for source, target in pairs:
+            a, b = self.host(source), self.host(target)
+            if a != b and (a, b) not in self._links:
+                found.setdefault(frozenset((a, b)), f"{a} to {b}")
+        return list(found.values())
+
+
+def prefix_sums(values: Sequence[float]) -> Matrix:
+    """[L + 1], from 0 on."""
+    return np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
