@@ -54,7 +54,10 @@ typedef struct {
 INLINE long group_bytes(int form) {
     return form == INT8 ? INT8_GROUP_BYTES : form == INT5 ? INT5_GROUP_BYTES : INT4_GROUP_BYTES;
 }
-long block_bytes(int form, long k);
+INLINE long block_bytes(int form, long k) {
+    if (form == BF16) return k * OUTPUTS * 2;
+    return 4 * OUTPUTS + k / GROUP * group_bytes(form);
+}
 long num_blocks(const matrix *w);
 
 /* How many tiles M rows of inputs of the matrix make, and the rows of one: as equal as can be. */

@@ -3,11 +3,6 @@
 
 #include <stdlib.h>
 
-long block_bytes(int form, long k) {
-    if (form == BF16) return k * OUTPUTS * 2;
-    return 4 * OUTPUTS + k / GROUP * group_bytes(form);
-}
-
 long num_blocks(const matrix *w) { return (w->n + OUTPUTS - 1) / OUTPUTS; }
 
 long num_tiles(const matrix *w, long m) {
