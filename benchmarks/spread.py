@@ -29,7 +29,8 @@ import torch
 
 from magnetar.benchmarks.synthetic import Shape, write_model
 from magnetar.benchmarks.up import machine
-from magnetar.cluster.links.link import LinkListener, dial
+from magnetar.cluster.links.dial import dial
+from magnetar.cluster.links.listener import LinkListener
 from magnetar.errors import StageLostError
 from magnetar.fetcher.checkpoint.release import FolderReader, read_release
 from magnetar.fetcher.checkpoint.source import FileTensorSource

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from magnetar.benchmarks.scheduler import machine
-from magnetar.cluster.links.link import LinkListener, TcpLink, dial
+from magnetar.cluster.links.dial import dial
+from magnetar.cluster.links.link import TcpLink
+from magnetar.cluster.links.listener import LinkListener
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.step import Sample, StepPlan, StepResult
 from magnetar.serve.text.sentencepiece_tokenizer import SentencePieceTokenizer

@@ -15,7 +15,7 @@ from .text.load import load_tokenizer
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from ..cluster.links.link import LinkListener
+    from ..cluster.links.listener import LinkListener
     from .api.served_model import EngineLike
     from .engine.engine import Engine
 

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from ..cluster.inventory.link_probe import PAUSE_S, undisturbed_s
+from ..cluster.links.dial import dial
 from ..cluster.links.frame import Frame
-from ..cluster.links.link import LinkListener, TcpLink, dial
+from ..cluster.links.link import TcpLink
+from ..cluster.links.listener import LinkListener
 from .engine.helper import Helper
 from .engine.helper_link import HelperLink
 from .engine.helper_worker import HelperWorker

@@ -11,7 +11,7 @@ from .model.threads import end_team, prepare_threads
 from .ring import LINK_TIMEOUT_S, listen
 
 if TYPE_CHECKING:
-    from ..cluster.links.link import LinkListener
+    from ..cluster.links.listener import LinkListener
     from .engine.helper import Helper
     from .engine.helper_worker import HelperWorker
 

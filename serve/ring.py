@@ -3,15 +3,17 @@
 from typing import Final
 
 from ..cluster.deployment.assignment import LinkSetup
-from ..cluster.links import link
+from ..cluster.links.dial import dial as connect
+from ..cluster.links.link import TcpLink
+from ..cluster.links.listener import LinkListener
 
 LINK_TIMEOUT_S: Final = 60.0
 """For a neighbour in the ring to dial or to answer; all are told to at the same time."""
 
 
-def listen(links: LinkSetup) -> link.LinkListener:
+def listen(links: LinkSetup) -> LinkListener:
     """Open the link on which the neighbour before this one, or the stage of a helper, arrives."""
-    return link.LinkListener(
+    return LinkListener(
         host=links.listen_host,
         secret=links.secret,
         deployment=links.ring,
@@ -19,9 +21,9 @@ def listen(links: LinkSetup) -> link.LinkListener:
     )
 
 
-def dial(links: LinkSetup, address: str) -> link.TcpLink:
+def dial(links: LinkSetup, address: str) -> TcpLink:
     """The link to a member of the same ring."""
-    return link.dial(
+    return connect(
         address,
         secret=links.secret,
         deployment=links.ring,
@@ -30,9 +32,7 @@ def dial(links: LinkSetup, address: str) -> link.TcpLink:
     )
 
 
-def join_ring(
-    links: LinkSetup, listener: link.LinkListener, downstream: str
-) -> tuple[link.TcpLink, link.TcpLink]:
+def join_ring(links: LinkSetup, listener: LinkListener, downstream: str) -> tuple[TcpLink, TcpLink]:
     """The links from the neighbour before and to the one after.
 
     Everybody dials first: a listener answers while nobody accepts yet.

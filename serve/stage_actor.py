@@ -19,7 +19,7 @@ from .model.threads import end_team, prepare_threads
 from .ring import dial, join_ring, listen
 
 if TYPE_CHECKING:
-    from ..cluster.links.link import LinkListener
+    from ..cluster.links.listener import LinkListener
     from .engine.helper_link import HelperLink
     from .engine.stage import Stage
     from .engine.stage_worker import StageWorker

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import torch
 
-from magnetar.cluster.links.link import LinkListener, TcpLink, dial
+from magnetar.cluster.links.dial import dial
+from magnetar.cluster.links.link import TcpLink
+from magnetar.cluster.links.listener import LinkListener
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.engine import Engine
 from magnetar.serve.engine.stage_worker import Executor, StageWorker

@@ -15,7 +15,8 @@ from dataclasses import asdict
 
 import torch
 
-from magnetar.cluster.links.link import LinkListener, dial
+from magnetar.cluster.links.dial import dial
+from magnetar.cluster.links.listener import LinkListener
 from magnetar.errors import StageLostError
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.helper import Helper

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magnetar.benchmarks.peers.runner import Request, Task, claim_stdout, serve, served
-from magnetar.cluster.links.link import LinkListener, dial
+from magnetar.cluster.links.dial import dial
+from magnetar.cluster.links.listener import LinkListener
 from magnetar.fetcher.checkpoint.release import FolderReader, ReleaseFacts, read_release
 from magnetar.fetcher.config import ReleaseHints
 from magnetar.serve.model.threads import end_team, prepare_threads

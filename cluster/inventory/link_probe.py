@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from ...errors import StageLostError
+from ..links.dial import dial
 from ..links.frame import Frame
-from ..links.link import LinkListener, TcpLink, dial
+from ..links.link import TcpLink
+from ..links.listener import LinkListener
 from ..plan import Link
 
 ECHOES: Final = 30

@@ -10,7 +10,8 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...cluster.links.link import SILENCE_S, Frame, StageLink
+from ...cluster.links.frame import Frame
+from ...cluster.links.link import SILENCE_S, StageLink
 from ...errors import StageLostError
 from .step_codec import decode_error
 

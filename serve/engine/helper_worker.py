@@ -7,7 +7,8 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Protocol
 
-from ...cluster.links.link import ALIVE_S, Frame, StageLink
+from ...cluster.links.frame import Frame
+from ...cluster.links.link import ALIVE_S, StageLink
 from ...errors import MagnetarError, StageLostError
 from .helper_link import decode_request
 from .step_codec import decode_error, encode_error

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ...cluster.links.bell import Bell
-from ...cluster.links.link import ALIVE_S, SILENCE_S, Frame, StageLink
+from ...cluster.links.frame import Frame
+from ...cluster.links.link import ALIVE_S, SILENCE_S, StageLink
 from ...errors import StageLostError
 from .step import StepPlan, StepResult
 from .step_codec import Known, decode_error, decode_result, decode_traffic, encode_plan

@@ -17,7 +17,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from ...cluster.links.link import ALIVE_S, SILENCE_S, Frame, StageLink
+from ...cluster.links.frame import Frame
+from ...cluster.links.link import ALIVE_S, SILENCE_S, StageLink
 from ...errors import MagnetarError, StageLostError
 from .step import StepPlan, StepResult
 from .step_codec import (

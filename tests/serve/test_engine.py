@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from magnetar.cluster.links import link
-from magnetar.cluster.links.link import Frame, TcpLink
+from magnetar.cluster.links.frame import Frame
+from magnetar.cluster.links.link import TcpLink
 from magnetar.errors import QueueFullError, StageLostError, UsageError
 from magnetar.serve.engine import engine as engine_module
 from magnetar.serve.engine import stage_worker

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.cluster.links.link import Frame
+from magnetar.cluster.links.frame import Frame
 from magnetar.errors import StageLostError
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine import helper_link

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from magnetar.cluster.links.link import Frame, TcpLink
+from magnetar.cluster.links.frame import Frame
+from magnetar.cluster.links.link import TcpLink
 from magnetar.errors import StageLostError
 from magnetar.serve.engine import stage_worker
 from magnetar.serve.engine.stage_worker import Executor, StageWorker
