@@ -3,17 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from magnetar.fetcher.torrent.session import (
-    Address,
-    Checked,
-    Event,
-    Flushed,
-    PeerView,
-    Removed,
-    ResumeData,
-    TorrentJob,
-    TorrentStatus,
-)
+from magnetar.fetcher.torrent.addresses import Address
+from magnetar.fetcher.torrent.events import Checked, Event, Flushed, Removed, ResumeData
+from magnetar.fetcher.torrent.session import PeerView, TorrentJob, TorrentStatus
 
 
 @dataclass(kw_only=True)

@@ -23,14 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from magnetar.fetcher.torrent.events import PeerConnected
 from magnetar.fetcher.torrent.libtorrent_session import LibtorrentSession
 from magnetar.fetcher.torrent.metainfo import parse_metainfo
-from magnetar.fetcher.torrent.session import (
-    PeerConnected,
-    SessionSettings,
-    TorrentJob,
-    listening_address,
-)
+from magnetar.fetcher.torrent.session import SessionSettings, TorrentJob, listening_address
 
 from .release import WEIGHTS, Client, write_release
 from .row import Row

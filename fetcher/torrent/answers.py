@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Final
 
 from ...errors import DiskFullError, DownloadError
+from .addresses import Address
 from .caution import Caution
 from .contacts import Contacts, shown
-from .meter import Meter
-from .room_watch import RoomWatch
-from .session import (
-    Address,
+from .events import (
     BadPiece,
     Event,
     Flushed,
@@ -19,8 +17,10 @@ from .session import (
     PeerBanned,
     ResumeData,
     StorageFailed,
-    TorrentSession,
 )
+from .meter import Meter
+from .room_watch import RoomWatch
+from .session import TorrentSession
 from .write_out import WriteOut
 
 POLL_S: Final = 0.1

@@ -15,7 +15,9 @@ are left; then all begin afresh once more.
 
 from typing import Final
 
-from .session import Address, BadPiece, Event, PeerBanned, TorrentSession, TorrentStatus
+from .addresses import Address
+from .events import BadPiece, Event, PeerBanned
+from .session import TorrentSession, TorrentStatus
 
 CALM_S: Final = 10.0
 """After so long without a bad piece everybody is asked for as much as before."""

@@ -11,17 +11,10 @@ from urllib.parse import urlsplit
 
 from ..progress import ProgressSink
 from ..rates import RateLimits
+from .addresses import Address, is_local, own_interfaces, routes
 from .contacts import Contacts, shown
 from .magnet import split_peer
-from .session import (
-    WAN_UPLOAD_BYTES_PER_S,
-    Address,
-    SessionSettings,
-    TorrentSession,
-    is_local,
-    own_interfaces,
-    routes,
-)
+from .session import WAN_UPLOAD_BYTES_PER_S, SessionSettings, TorrentSession
 from .swarm import Swarm
 from .traffic import Traffic
 

@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 
-from .session import (
+from .events import (
     BadPiece,
     Event,
     ListenFailed,
     PeerConnected,
     PeerLost,
     PeersFound,
-    PeerView,
-    TorrentStatus,
     TrackerFailed,
     WebSeedFailed,
 )
+from .session import PeerView, TorrentStatus
 
 MAX_NAMED = 3
 MAX_SEEN = 1000

@@ -17,17 +17,10 @@ from ..layout import select_files
 from ..ownership import Member, Role
 from ..store import ReleaseFolder
 from .contacts import shown
+from .events import Checked, StorageFailed
 from .holding import Holding
 from .libtorrent_session import LibtorrentSession
-from .session import (
-    Checked,
-    SessionSettings,
-    StorageFailed,
-    TorrentJob,
-    TorrentSession,
-    listening_address,
-    pieces_of,
-)
+from .session import SessionSettings, TorrentJob, TorrentSession, listening_address, pieces_of
 from .traffic import Traffic, TrafficLog
 
 POLL_S: Final = 1.0

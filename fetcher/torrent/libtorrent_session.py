@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from ...errors import DownloadError
 from .add_params import add_params
-from .session import (
-    Address,
+from .addresses import Address
+from .events import (
     BadPiece,
     Checked,
     Event,
@@ -26,16 +26,13 @@ from .session import (
     PeerConnected,
     PeerLost,
     PeersFound,
-    PeerView,
     Removed,
     ResumeData,
-    SessionSettings,
     StorageFailed,
-    TorrentJob,
-    TorrentStatus,
     TrackerFailed,
     WebSeedFailed,
 )
+from .session import PeerView, SessionSettings, TorrentJob, TorrentStatus
 from .session_pack import MAX_REQUESTS, packed
 
 STATUS_INTERVAL_S = 0.2

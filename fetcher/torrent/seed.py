@@ -13,21 +13,15 @@ from ..folder_sums import FolderSums
 from ..progress import Progress, ProgressSink
 from ..record import Record, fingerprints, replace_file
 from ..store import Store
+from .addresses import is_local, own_interfaces
 from .contacts import shown
 from .create import create_torrent, listing
+from .events import StorageFailed
 from .formats import TorrentFormat
 from .libtorrent_session import LibtorrentSession
 from .magnet import Magnet, check_tracker, check_web_seed, split_peer
 from .metainfo import Metainfo, parse_metainfo
-from .session import (
-    SessionSettings,
-    StorageFailed,
-    TorrentJob,
-    TorrentSession,
-    is_local,
-    listening_address,
-    own_interfaces,
-)
+from .session import SessionSettings, TorrentJob, TorrentSession, listening_address
 
 POLL_S = 0.25
 REPORT_S = 1.0

@@ -1,7 +1,5 @@
 """The seam to BitTorrent: one torrent in one session, called from one thread."""
 
-import ipaddress
-import socket
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +7,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from ...errors import PortInUseError
+from .addresses import Address
+from .events import Event, ListenFailed, Listening
 from .metainfo import Metainfo
 
 WAN_UPLOAD_BYTES_PER_S = 4 << 20
 """libtorrent counts no peers of the local network against limits of a session."""
-
-Address = tuple[str, int]
-"""IP address and port."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,114 +119,6 @@ class PeerView:
     """With wrong hashes, of which it had sent a part."""
 
 
-@dataclass(frozen=True, slots=True)
-class MetadataArrived:
-    """The info dictionary, with the right hash."""
-
-    info: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class PeerConnected:
-    address: Address
-
-
-@dataclass(frozen=True, slots=True)
-class PeerLost:
-    address: Address
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PeersFound:
-    source: str
-    num_peers: int
-
-
-@dataclass(frozen=True, slots=True)
-class TrackerFailed:
-    url: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class WebSeedFailed:
-    url: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class StorageFailed:
-    path: str
-    reason: str
-    is_full: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Listening:
-    address: Address
-
-
-@dataclass(frozen=True, slots=True)
-class ListenFailed:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ResumeData:
-    """Empty when libtorrent could not make it."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class BadPiece:
-    """A piece arrived, or was found, with a wrong hash and is fetched again."""
-
-    piece: int
-
-
-@dataclass(frozen=True, slots=True)
-class PeerBanned:
-    """A peer sent bad pieces and is let in no more."""
-
-    address: Address
-
-
-@dataclass(frozen=True, slots=True)
-class Flushed:
-    """Everything that was verified when `flush` was called is in the files."""
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """The files on disk were looked at; `TorrentStatus.have` is right from the next reading."""
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """The torrent is gone and its files are closed."""
-
-
-Event = (
-    MetadataArrived
-    | PeerConnected
-    | PeerLost
-    | PeersFound
-    | TrackerFailed
-    | WebSeedFailed
-    | StorageFailed
-    | Listening
-    | ListenFailed
-    | ResumeData
-    | BadPiece
-    | PeerBanned
-    | Flushed
-    | Checked
-    | Removed
-)
-
-
 class TorrentSession(Protocol):
     """One torrent in one session. Requests return at once; their outcome is an event."""
 
@@ -326,42 +215,6 @@ class TorrentSession(Protocol):
     def close(self) -> None:
         """Ends the session; blocks up to about a second."""
         ...
-
-
-def is_local(address: str) -> bool:
-    """Whether an IP address is on this machine or in a private network."""
-    ip = ipaddress.ip_address(address)
-    return ip.is_loopback or ip.is_private or ip.is_link_local
-
-
-def own_interfaces(peers: Iterable[Address], *, reaches_out: bool) -> str:
-    """Where to listen: only on the addresses from which these peers, or the world, are reached."""
-    found = [
-        f"[{address}]:0" if ":" in address else f"{address}:0"
-        for address in routes(peers, reaches_out=reaches_out)
-    ]
-    return ",".join(found) or "127.0.0.1:0"
-
-
-def routes(peers: Iterable[Address], *, reaches_out: bool) -> list[str]:
-    """Our addresses from which these peers, or the world, are reached; empty without a route.
-
-    Only the routing table is asked: a firewall on the way does not show.
-    """
-    targets = [host for host, _ in peers]
-    if reaches_out or not targets:
-        # Addresses of documentation networks: nothing is sent.
-        targets += ["192.0.2.1", "2001:db8::1"]
-    found: dict[str, None] = {}
-    for target in targets:
-        family = socket.AF_INET6 if ":" in target else socket.AF_INET
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((target, 9))
-                found[str(probe.getsockname()[0])] = None
-        except OSError:
-            continue  # No route there: nothing could reach us by it either.
-    return list(found)
 
 
 def listening_address(session: TorrentSession, timeout_s: float = 10.0) -> Address:

@@ -9,23 +9,16 @@ from pathlib import Path
 from ...errors import DiskFullError, InterruptedByUserError
 from ..progress import Phase, ProgressSink
 from ..waves import Waves
+from .addresses import Address
 from .answers import Answers
 from .caution import Caution
 from .contacts import Contacts
+from .events import Checked, Flushed, Removed, ResumeData
 from .mending import CalledAwayError
 from .meter import Meter
 from .reporting import Reporting
 from .room_watch import RoomWatch
-from .session import (
-    Address,
-    Checked,
-    Flushed,
-    Removed,
-    ResumeData,
-    TorrentJob,
-    TorrentSession,
-    TorrentStatus,
-)
+from .session import TorrentJob, TorrentSession, TorrentStatus
 from .write_out import WriteOut
 
 REPORT_S = 0.25

@@ -1,5 +1,6 @@
 from magnetar.fetcher.torrent.caution import CALM_S, FEW_BLOCKS, SETTLED_S, STALE_S, Caution
-from magnetar.fetcher.torrent.session import BadPiece, PeerBanned, PeerView, TorrentStatus
+from magnetar.fetcher.torrent.events import BadPiece, PeerBanned
+from magnetar.fetcher.torrent.session import PeerView, TorrentStatus
 from magnetar.tests.torrent_session import FakeTorrentSession
 
 STEP_S = 0.1

@@ -1,7 +1,7 @@
 """What is kept of who was asked, for messages."""
 
 from magnetar.fetcher.torrent.contacts import MAX_SEEN, Contacts
-from magnetar.fetcher.torrent.session import PeerConnected
+from magnetar.fetcher.torrent.events import PeerConnected
 
 
 def test_keeps_a_bounded_number_of_peers_and_says_so() -> None:

@@ -19,16 +19,12 @@ from magnetar.fetcher.fetch import Fetch
 from magnetar.fetcher.store import Store
 from magnetar.fetcher.torrent.bencode import decode, encode
 from magnetar.fetcher.torrent.create import create_torrent
+from magnetar.fetcher.torrent.events import MetadataArrived
 from magnetar.fetcher.torrent.formats import TorrentFormat
 from magnetar.fetcher.torrent.libtorrent_session import LibtorrentSession
 from magnetar.fetcher.torrent.magnet import exact_topic
 from magnetar.fetcher.torrent.metainfo import parse_metainfo
-from magnetar.fetcher.torrent.session import (
-    MetadataArrived,
-    SessionSettings,
-    TorrentJob,
-    listening_address,
-)
+from magnetar.fetcher.torrent.session import SessionSettings, TorrentJob, listening_address
 from magnetar.tests.fetching import (
     WEIGHTS_BYTES,
     Fetching,

@@ -9,10 +9,9 @@ import pytest
 
 from magnetar.errors import PortInUseError, ReleaseError
 from magnetar.fetcher.torrent.add_params import read_resume
+from magnetar.fetcher.torrent.addresses import is_local, own_interfaces
 from magnetar.fetcher.torrent.create import create_torrent
-from magnetar.fetcher.torrent.libtorrent_session import LibtorrentSession
-from magnetar.fetcher.torrent.metainfo import Metainfo, TorrentFile, parse_metainfo
-from magnetar.fetcher.torrent.session import (
+from magnetar.fetcher.torrent.events import (
     BadPiece,
     Checked,
     Event,
@@ -21,12 +20,14 @@ from magnetar.fetcher.torrent.session import (
     PeerConnected,
     Removed,
     ResumeData,
+)
+from magnetar.fetcher.torrent.libtorrent_session import LibtorrentSession
+from magnetar.fetcher.torrent.metainfo import Metainfo, TorrentFile, parse_metainfo
+from magnetar.fetcher.torrent.session import (
     SessionSettings,
     TorrentJob,
     TorrentStatus,
-    is_local,
     listening_address,
-    own_interfaces,
 )
 
 PIECE = 16_384

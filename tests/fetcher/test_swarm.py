@@ -9,19 +9,17 @@ from magnetar.errors import DownloadError, InterruptedByUserError, TimedOutError
 from magnetar.fetcher.progress import Progress
 from magnetar.fetcher.torrent.contacts import Contacts
 from magnetar.fetcher.torrent.disk_room import RESERVE_BYTES
-from magnetar.fetcher.torrent.metainfo import Metainfo
-from magnetar.fetcher.torrent.reporting import STALL_S
-from magnetar.fetcher.torrent.session import (
+from magnetar.fetcher.torrent.events import (
     Checked,
     Flushed,
     MetadataArrived,
     PeerLost,
-    PeerView,
     StorageFailed,
-    TorrentJob,
-    TorrentStatus,
     TrackerFailed,
 )
+from magnetar.fetcher.torrent.metainfo import Metainfo
+from magnetar.fetcher.torrent.reporting import STALL_S
+from magnetar.fetcher.torrent.session import PeerView, TorrentJob, TorrentStatus
 from magnetar.fetcher.torrent.swarm import RESUME_S, Swarm
 from magnetar.fetcher.torrent.write_out import WRITE_OUT_S
 from magnetar.fetcher.waves import Waves
