@@ -28,6 +28,9 @@ from .step import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+STOP_S = 1.0
+"""How long `stop` leaves the thread to what it is at; a frame may stop half way for far longer."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Add:
@@ -40,16 +43,7 @@ class _Abort:
     request_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
-
-
-_Message = _Add | _Abort | Probe | _Stop
-
-
-class _Stopped(Exception):
-    """`stop` was called."""
+_Message = _Add | _Abort | Probe
 
 
 class Engine:
@@ -91,6 +85,7 @@ class Engine:
         self._vocab_size = config.vocab_size
         self._num_kv_blocks = num_kv_blocks
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._is_stopping = threading.Event()
         # What the engine's thread alone touches.
         self._callers = Callers()
         self._probes: list[Probe] = []
@@ -112,12 +107,15 @@ class Engine:
 
     def stop(self) -> None:
         """Fail what still runs, close the links, and wait for the threads."""
-        self._tell(_Stop())
+        self._is_stopping.set()
+        self._pipeline.wake()
         if self._thread.ident is None:
             self._end(_stopping(), was_stopped=True)
-        else:
-            self._thread.join()
-        self._pipeline.close()
+            self._pipeline.close()
+            return
+        self._thread.join(STOP_S)
+        self._pipeline.close()  # which wakes a thread that waits for the rest of a frame
+        self._thread.join()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the end; False when `timeout_s` passes first, True after `stop`.
@@ -239,22 +237,23 @@ class Engine:
             raise StageLostError(str(self._over))
 
     def _run(self) -> None:
+        over = stopped = _stopping()
         try:
-            while True:
+            while not self._is_stopping.is_set():
                 # Full stages come first; callers can wait for the moment that this takes.
                 self._send_steps()
                 self._publish()
                 self._deliver()
                 self._pipeline.check()
                 self._take_messages()
-        except _Stopped:
-            self._end(_stopping(), was_stopped=True)
         except StageLostError as error:
-            logger.error("the %s ends: %s", self._thread.name, error)
-            self._end(error)
+            if not self._is_stopping.is_set():  # else it is `stop` that closed the links
+                logger.error("the %s ends: %s", self._thread.name, error)
+                over = error
         except Exception as error:  # a defect; the callers must not wait for ever
             logger.exception("the %s failed", self._thread.name)
-            self._end(StageLostError(f"the engine failed: {error!r}"))
+            over = StageLostError(f"the engine failed: {error!r}")
+        self._end(over, was_stopped=over is stopped)
         self._pipeline.close()
 
     def _take_messages(self) -> None:
@@ -278,8 +277,6 @@ class Engine:
                 self._scheduler.abort(message.request_id)
             case Probe():
                 self._probes.append(message)
-            case _Stop():
-                raise _Stopped
 
     def _complete(self, arrival: Arrival) -> None:
         try:

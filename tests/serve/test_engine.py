@@ -1,6 +1,7 @@
 """The engine over real links and fake stages."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from magnetar.cluster.links import link
-from magnetar.cluster.links.frame import Frame
-from magnetar.cluster.links.link import TcpLink
+from magnetar.cluster.links.frame import Frame, pack_header
+from magnetar.cluster.links.link import SILENCE_S, TcpLink
 from magnetar.errors import QueueFullError, StageLostError, UsageError
 from magnetar.serve.engine import engine as engine_module
 from magnetar.serve.engine import stage_worker
@@ -32,7 +33,16 @@ TIMEOUT_S = 20.0
 
 def bare_engine(*, clock: Callable[[], float] = time.monotonic) -> tuple[Engine, TcpLink, TcpLink]:
     """An engine, and the ends of its links that the first and the last stage would hold."""
-    (to_first, first), (last, from_last) = linked_pair(), linked_pair()
+    last, from_last = linked_pair()
+    engine, first = bare_engine_behind(from_last, clock=clock)
+    return engine, first, last
+
+
+def bare_engine_behind(
+    from_last: TcpLink, *, clock: Callable[[], float] = time.monotonic
+) -> tuple[Engine, TcpLink]:
+    """An engine with this link from the last stage, and the end that the first would hold."""
+    to_first, first = linked_pair()
     engine = Engine(
         config=model_config(),
         num_kv_blocks=4,
@@ -45,7 +55,7 @@ def bare_engine(*, clock: Callable[[], float] = time.monotonic) -> tuple[Engine,
         eos_token_ids=(),
         clock=clock,
     )
-    return engine, first, last
+    return engine, first
 
 
 async def answer(engine: Engine, prompt: Sequence[int], max_tokens: int) -> list[int]:
@@ -312,6 +322,20 @@ def test_an_answer_to_what_was_not_asked_ends_the_engine() -> None:
     engine.stop()
     first.close()
     last.close()
+
+
+def test_stopping_does_not_wait_for_the_rest_of_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "STOP_S", 0.01)
+    ours, theirs = socket.socketpair()
+    engine, first = bare_engine_behind(TcpLink(ours, epoch=0, peer="the last stage"))
+    theirs.sendall(pack_header(Frame(kind="result", epoch=0, step_id=0, body=b"result")) + b"re")
+    engine.start()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(engine.stop).result(SILENCE_S / 2)
+    assert engine.wait()
+    assert engine.lost is None
+    first.close()
+    theirs.close()
 
 
 def test_an_engine_that_never_started_can_be_stopped() -> None:
