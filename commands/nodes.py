@@ -40,7 +40,7 @@ def add_nodes(verbs: Verbs) -> None:
 def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Measures this machine, or every node of a Ray cluster and the links between them."""
     from ..cluster.inventory.link_cache import remember_links
-    from ..manifests.inventory import inventory_document
+    from ..manifests.inventory_document import inventory_document
 
     console.note("measuring takes some seconds; what was measured before is taken from the cache")
     if args.ray_address is None:

@@ -1,12 +1,36 @@
 """Facts about a model that manifests and the catalogue state in the same words."""
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
+from ..errors import MagnetarError
 from ..fetcher.config import ChatFormat, ReleaseHints
+
+Complaint = tuple[tuple[str | int, ...], str]
+"""Where, from the part that is checked on; what."""
+
+
+def complaints(found: Sequence[Complaint]) -> PydanticCustomError:
+    """What a validator of a whole part raises: all that is wrong in it, each with its place."""
+    said = "; ".join(message for _, message in found)
+    return PydanticCustomError("values", "{said}", {"said": said, "found": list(found)})
+
+
+def checked(check: Callable[[str], object]) -> AfterValidator:
+    """A validator that keeps the text and turns what ``check`` raises into its message."""
+
+    def validate(text: str) -> str:
+        try:
+            check(text)
+        except (ValueError, MagnetarError) as error:
+            raise PydanticCustomError("value", "{reason}", {"reason": str(error)}) from error
+        return text
+
+    return AfterValidator(validate)
 
 
 class Part(BaseModel):

@@ -1,8 +1,8 @@
 """An inventory file: machines and links to plan with, measured or wished for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -10,12 +10,15 @@ from pydantic_core import PydanticCustomError
 from ..cluster.inventory.profiles import profiles
 from ..cluster.plan import ComputeDtype, DeviceKind, Inventory, Link, Node
 from ..cluster.plan import Device as PlanDevice
+from ..cluster.planning.soundness import MOST_BYTES, MOST_GBPS, MOST_GFLOPS
 from ..errors import NotFoundError
-from .facts import Part
+from .facts import Complaint, Part, complaints
 from .load import read_manifest
 from .suggest import did_you_mean
 
-Rate = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=MOST_GBPS, allow_inf_nan=False)]
+"""Of gigabytes per second."""
+Work = Annotated[float, Field(gt=0, le=MOST_GFLOPS, allow_inf_nan=False)]
 Overhead = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 
@@ -38,9 +41,9 @@ class DeviceEntry(Part):
     )
     name: str | None = Field(default=None, description="For people.")
     memory_bytes: int | None = Field(
-        default=None, ge=1, le=1 << 50, description="Free memory to plan with."
+        default=None, ge=1, le=MOST_BYTES, description="Free memory to plan with."
     )
-    memory_gigabytes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    memory_gigabytes: Annotated[float, Field(gt=0, le=MOST_BYTES / 1e9)] | None = Field(
         default=None, description="The same in units of 1e9 bytes."
     )
     read_gigabytes_per_second: Rate | None = Field(
@@ -49,10 +52,10 @@ class DeviceEntry(Part):
     read_by_dtype: dict[ComputeDtype, Rate] = Field(
         default_factory=dict, description="The same for single number formats."
     )
-    gemm_gflops: Rate | None = Field(
+    gemm_gflops: Work | None = Field(
         default=None, description="Billions of operations per second in large products."
     )
-    gemm_by_dtype: dict[ComputeDtype, Rate] = Field(
+    gemm_by_dtype: dict[ComputeDtype, Work] = Field(
         default_factory=dict, description="The same for single number formats."
     )
     layer_overhead_microseconds: Overhead | None = Field(
@@ -76,6 +79,13 @@ class DeviceEntry(Part):
             if self.memory_bytes is None and self.memory_gigabytes is None:
                 raise PydanticCustomError("value", "needs memoryGigabytes or a profile")
         return self
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is the processor of its node."""
+        if self.kind is None and self.profile is not None:
+            return profiles()[self.profile].device.kind == "cpu"
+        return self.kind == "cpu"
 
     def to_device(self, index: int) -> PlanDevice:
         """The same for the planner."""
@@ -134,6 +144,14 @@ class NodeEntry(Part):
     )
     devices: list[DeviceEntry] = Field(min_length=1, description="What computes.")
 
+    @model_validator(mode="after")
+    def _one_cpu(self) -> "NodeEntry":
+        cpus = [number for number, each in enumerate(self.devices) if each.is_cpu]
+        if len(cpus) > 1:
+            said = "there is a cpu already; join them, for a node has one, with all its memory"
+            raise complaints([(("devices", number), said) for number in cpus[1:]])
+        return self
+
     @property
     def hosts(self) -> list[str]:
         """The names of the machines."""
@@ -162,13 +180,26 @@ class NodeEntry(Part):
         ]
 
 
+def _check_passes(rate: float) -> float:
+    if rate <= 0:
+        raise PydanticCustomError(
+            "value",
+            "nothing gets through at {rate}: say how fast the way there is, be it a detour, or "
+            "leave out one of the two nodes",
+            {"rate": f"{rate:g}"},
+        )
+    return rate
+
+
 class Wire(Part):
     """What lies between two machines."""
 
     rtt_milliseconds: float = Field(
         ge=0, le=60_000, allow_inf_nan=False, description="There and back."
     )
-    gigabytes_per_second: Rate = Field(description="10 Gbit/s are 1.25.")
+    gigabytes_per_second: Annotated[
+        float, Field(le=MOST_GBPS, allow_inf_nan=False), AfterValidator(_check_passes)
+    ] = Field(description="10 Gbit/s are 1.25.")
     overhead_microseconds: Overhead = Field(
         default=100.0,
         description="Software of a message; 0 where the round trip was measured with it.",
@@ -205,21 +236,39 @@ class InventoryFile(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> "InventoryFile":
-        hosts = [host for node in self.nodes for host in node.hosts]
-        twice = sorted({host for host in hosts if hosts.count(host) > 1})
-        if twice:
-            raise PydanticCustomError(
-                "value", "two nodes are called {names}", {"names": ", ".join(twice)}
-            )
-        ends = {end for link in self.links for end in (link.source, link.target)}
-        strangers = sorted(ends - set(hosts))
-        if strangers:
-            raise PydanticCustomError(
-                "value",
-                "a link names {names}, which is no node; nodes: {hosts}",
-                {"names": ", ".join(strangers), "hosts": ", ".join(hosts[:8])},
-            )
+        found = [*self._namesakes(), *self._loose_ends(), *self._doubled_wires()]
+        if found:
+            raise complaints(found)
         return self
+
+    def _namesakes(self) -> Iterator[Complaint]:
+        known: set[str] = set()
+        for number, node in enumerate(self.nodes):
+            if twice := sorted(known & set(node.hosts)):
+                told = ", ".join(twice[:8])
+                yield (
+                    ("nodes", number, "host"),
+                    f"{told} is a node already; give each a name of its own",
+                )
+            known |= set(node.hosts)
+
+    def _loose_ends(self) -> Iterator[Complaint]:
+        hosts = [host for node in self.nodes for host in node.hosts]
+        for number, link in enumerate(self.links):
+            for end, host in (("source", link.source), ("target", link.target)):
+                if host not in hosts:
+                    hint = did_you_mean(host, hosts) or f"; nodes: {', '.join(hosts[:8])}"
+                    yield ("links", number, end), f"{host!r} is no node{hint}"
+
+    def _doubled_wires(self) -> Iterator[Complaint]:
+        known: set[tuple[str, str]] = set()
+        for number, link in enumerate(self.links):
+            if (link.source, link.target) in known:
+                yield (
+                    ("links", number, "source"),
+                    f"{link.source} to {link.target} is there already; keep one of the two",
+                )
+            known.add((link.source, link.target))
 
     def to_inventory(self) -> Inventory:
         """The same for the planner."""
@@ -248,64 +297,3 @@ def load_inventory(file: Path, *, environment: Mapping[str, str]) -> Inventory:
             f"there is no inventory {file}: `magnetar nodes -o yaml` writes one"
         ) from error
     return found.to_inventory()
-
-
-def inventory_document(inventory: Inventory) -> dict[str, Any]:
-    """An inventory as the value of such a file; `load_inventory` gives it back."""
-    return {
-        "apiVersion": "magnetar/v1",
-        "kind": "Inventory",
-        "nodes": [
-            {
-                "host": node.host,
-                "cpus": node.num_cpus,
-                "diskFreeBytes": node.disk_free_bytes,
-                **({"heldBytes": node.held_bytes} if node.held_bytes else {}),
-                **({"busyShare": round(node.busy_share, 2)} if node.busy_share else {}),
-                "devices": [_device_value(device) for device in node.devices],
-            }
-            for node in inventory.nodes
-        ],
-        **(
-            {
-                "links": [
-                    {
-                        "source": link.source,
-                        "target": link.target,
-                        "rttMilliseconds": round(link.rtt_s * 1000, 4),
-                        "gigabytesPerSecond": float(f"{link.gbps:.4g}"),
-                        "overheadMicroseconds": round(link.overhead_s * 1e6, 1),
-                    }
-                    for link in inventory.links
-                ]
-            }
-            if inventory.links
-            else {}
-        ),
-    }
-
-
-def _device_value(device: PlanDevice) -> dict[str, Any]:
-    def rounded(rates: tuple[tuple[ComputeDtype, float], ...]) -> dict[str, float]:
-        return {dtype: float(f"{rate:.4g}") for dtype, rate in rates}
-
-    value: dict[str, Any] = {"kind": device.kind}
-    if device.name:
-        value["name"] = device.name
-    value["memoryBytes"] = device.memory_bytes
-    if device.read_gbps is not None:
-        value["readGigabytesPerSecond"] = float(f"{device.read_gbps:.4g}")
-    if device.dtype_read_gbps:
-        value["readByDtype"] = rounded(device.dtype_read_gbps)
-    if device.gemm_gflops is not None:
-        value["gemmGflops"] = float(f"{device.gemm_gflops:.4g}")
-    if device.dtype_gemm_gflops:
-        value["gemmByDtype"] = rounded(device.dtype_gemm_gflops)
-    for name, seconds in (
-        ("layerOverheadMicroseconds", device.layer_overhead_s),
-        ("stepOverheadMicroseconds", device.step_overhead_s),
-        ("helperOverheadMicroseconds", device.helper_overhead_s),
-    ):
-        if seconds:
-            value[name] = float(f"{seconds * 1e6:.4g}")
-    return value

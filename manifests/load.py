@@ -1,6 +1,6 @@
 """A manifest file becomes a `Deployment`, or one error that lists everything wrong with it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import TypeVar, get_args
 
@@ -16,6 +16,10 @@ from .yaml_loader import MAX_BYTES, Document, Mark, Path, Problem, load_yaml
 Kind = TypeVar("Kind", bound=BaseModel)
 MAX_REPORTED = 20
 _WIDTH = 100
+_KINDS = {
+    "Deployment": "; a deployment is given by -f",
+    "Inventory": "; machines to plan with are given by --inventory",
+}
 
 
 def load_deployment(file: FilePath, *, environment: Mapping[str, str]) -> Deployment:
@@ -62,10 +66,21 @@ def _parse(raw: bytes, model: type[Kind], *, name: str, environment: Mapping[str
         told = {each.path for each in problems if each.mark == document.values.get(each.path)}
         for details in error.errors(include_url=False):
             if details["type"] == "extra_forbidden" or details["loc"] not in told:
-                problems.append(_problem_of(details, document, model))
+                problems += _problems_of(details, document, model)
     if problems:
         raise ManifestError(_report(document, problems, name))
     return parsed
+
+
+def _problems_of(
+    details: ErrorDetails, document: Document, model: type[BaseModel]
+) -> Iterator[Problem]:
+    if details["type"] != "values":
+        yield _problem_of(details, document, model)
+        return
+    for at, message in details["ctx"]["found"]:
+        path = (*details["loc"], *at)
+        yield Problem(_mark_of(path, document), message, path)
 
 
 def _problem_of(details: ErrorDetails, document: Document, model: type[BaseModel]) -> Problem:
@@ -88,8 +103,12 @@ def _problem_of(details: ErrorDetails, document: Document, model: type[BaseModel
             if isinstance(value, str)
             else ""
         )
+        if path == ("kind",) and isinstance(value, str):
+            message += _KINDS.get(value, "")
     elif kind == "string_pattern_mismatch":
         message = f"{_shown(value)} should be a DNS label: a-z, 0-9 and - inside, at most 63"
+    elif kind == "too_short" and isinstance(value, list):
+        message = "is empty: it needs an entry"
     elif kind == "value":
         message = details["msg"]
     else:

@@ -8,34 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..cluster.plan import ComputeDtype, NodeWish, Objective
-from ..cluster.planning.expert_pins import ExpertPin
+from ..cluster.plan import ComputeDtype
 from ..cluster.spec import DeploymentSpec
-from ..errors import MagnetarError
-from ..fetcher.only import parse_only
 from ..fetcher.rates import RateLimits, parse_rate
 from ..settings import DEFAULT_HOST, DEFAULT_PORT, default_store
-from .facts import Facts, Part
+from .facts import Facts, Part, checked
+from .placement import Placement
 from .source import release_name, resolve_source
 
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 SOURCES = ("magnet", "catalogue", "torrent", "folder")
-
-
-def _checked(check: Callable[[str], object]) -> AfterValidator:
-    """A validator that keeps the text and turns what ``check`` raises into its message."""
-
-    def validate(text: str) -> str:
-        try:
-            check(text)
-        except (ValueError, MagnetarError) as error:
-            raise PydanticCustomError("value", "{reason}", {"reason": str(error)}) from error
-        return text
-
-    return AfterValidator(validate)
 
 
 def _check_magnet(text: str) -> None:
@@ -68,17 +53,17 @@ def _check_catalogue_name(text: str) -> None:
     find_release(text)
 
 
-Address = Annotated[str, _checked(_check_peer)]
-Rate = Annotated[str, _checked(parse_rate)]
+Address = Annotated[str, checked(_check_peer)]
+Rate = Annotated[str, checked(parse_rate)]
 
 
 class Source(Facts):
     """Where the release comes from, and facts that win over its own files and the catalogue."""
 
-    magnet: Annotated[str, _checked(_check_magnet)] | None = Field(
+    magnet: Annotated[str, checked(_check_magnet)] | None = Field(
         default=None, description="A magnet link; mangled ones are repaired."
     )
-    catalogue: Annotated[str, _checked(_check_catalogue_name)] | None = Field(
+    catalogue: Annotated[str, checked(_check_catalogue_name)] | None = Field(
         default=None, description="Name of a known release, such as mixtral-8x7b."
     )
     torrent: str | None = Field(
@@ -90,10 +75,10 @@ class Source(Facts):
     peers: list[Address] = Field(
         default_factory=list, description="HOST:PORT of peers to ask besides those of the swarm."
     )
-    trackers: list[Annotated[str, _checked(_check_tracker)]] = Field(
+    trackers: list[Annotated[str, checked(_check_tracker)]] = Field(
         default_factory=list, description="Trackers to ask besides those of the link."
     )
-    web_seeds: list[Annotated[str, _checked(_check_web_seed)]] = Field(
+    web_seeds: list[Annotated[str, checked(_check_web_seed)]] = Field(
         default_factory=list, description="HTTP servers that hold the files too (BEP 19)."
     )
     timeout_seconds: float | None = Field(
@@ -155,97 +140,6 @@ class Model(Part):
         description="Reproducible mode: what a request gets depends, to the last bit, on nothing "
         "but itself, not on other requests, chunks, the cache or the number of stages; slower "
         "where the compiled kernels cannot be used.",
-    )
-
-
-class ExpertsOnNode(Part):
-    """Experts for one node, whoever has their layers."""
-
-    node: str = Field(min_length=1, description="Label of the node, as `magnetar nodes` shows it.")
-    hold: Annotated[str, _checked(parse_only)] = Field(
-        description="LAYERS or LAYERS/EXPERTS, for example 0-31/4-7.",
-    )
-    is_copy: bool = Field(
-        default=False,
-        alias="copy",
-        description="Who holds them otherwise keeps them, and shares the work.",
-    )
-
-    def to_pin(self) -> ExpertPin:
-        """The same for the controller."""
-        hold = parse_only(self.hold)
-        experts = None if hold.experts is None else tuple(sorted(hold.experts))
-        return ExpertPin(
-            host=self.node,
-            layers=tuple(sorted(hold.layers)),
-            experts=experts,
-            is_copy=self.is_copy,
-        )
-
-
-class NodeUse(Part):
-    """What one node may be used for."""
-
-    node: str = Field(min_length=1, description="Label of the node, as `magnetar nodes` shows it.")
-    exclude: bool = Field(default=False, description="It gets nothing.")
-    memory_gigabytes: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
-        default=None, description="At most so much of each of its devices, in units of 1e9 bytes."
-    )
-    layers: Annotated[str, Field(pattern=r"^\d{1,4}(-\d{1,4})?$")] | None = Field(
-        default=None, description="It holds these layers and no others, for example 0-7."
-    )
-
-    def to_wish(self) -> NodeWish:
-        """The same for the planner."""
-        memory = None if self.memory_gigabytes is None else int(self.memory_gigabytes * 1e9)
-        first, _, last = (self.layers or "").partition("-")
-        layers = (int(first), int(last or first) + 1) if self.layers else None
-        return NodeWish(host=self.node, exclude=self.exclude, memory_bytes=memory, layers=layers)
-
-
-class Placement(Part):
-    """Where it runs."""
-
-    stages: int | None = Field(
-        default=None,
-        ge=1,
-        le=1024,
-        description="Parts that the layers are split into; as few as fit.",
-    )
-    pipelines: int | None = Field(
-        default=None,
-        ge=1,
-        le=1024,
-        description="Times that the whole model is held, each on devices of its own, for a share "
-        "of the requests; one, or as many as are best for `throughput`.",
-    )
-    objective: Objective = Field(
-        default="latency",
-        description="What to be best at where the speeds of all nodes are known: `latency` for "
-        "one stream, `throughput` for all together, `fit` for few nodes.",
-    )
-    experts: list[ExpertsOnNode] = Field(
-        default_factory=list,
-        description="Experts for certain nodes: each computes those of layers that others have.",
-    )
-    nodes: list[NodeUse] = Field(
-        default_factory=list, description="What single nodes may be used for; others for all."
-    )
-    ray_address: str | None = Field(
-        default=None,
-        min_length=1,
-        description="An existing Ray cluster; one is started by default.",
-    )
-    store: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Folder for releases on every node, `{host}` for the node's label; relative "
-        "to the manifest.",
-    )
-    wan_mbps: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
-        default_factory=dict,
-        description="Mbit/s that nodes get from outside, by host label, so that the faster ones "
-        "bring more, also for others; 0: that node has no way out, and others bring what it needs.",
     )
 
 

@@ -5,9 +5,14 @@ from collections.abc import Iterator
 from ...errors import InventoryError
 from ..plan import Device, Inventory, Link, Node
 
-MOST_BYTES = 1 << 50
-MOST_RATE = 1e9
-"""Of gigabytes or billions of operations per second."""
+MOST_BYTES = 1 << 47
+"""Of memory: 140 terabytes. Whoever has more probably gave bytes for gigabytes."""
+MOST_DISK_BYTES = 1 << 63
+"""Network file systems say what they like."""
+MOST_GBPS = 1e5
+"""Gigabytes per second: ten times the fastest card there is."""
+MOST_GFLOPS = 1e9
+"""Billions of operations per second."""
 MOST_RTT_S = 60.0
 MOST_OVERHEAD_S = 1.0
 _MOST_TOLD = 8
@@ -43,8 +48,10 @@ def _node(node: Node) -> Iterator[str]:
     if not node.devices:
         yield f"{node.host}: no device; name its processor, or leave the node out"
     for name, amount in (("free disk", node.disk_free_bytes), ("held", node.held_bytes)):
-        if not 0 <= amount <= MOST_BYTES:
-            yield f"{node.host}: {amount} bytes {name}; it must be 0 to {MOST_BYTES}"
+        if not 0 <= amount <= MOST_DISK_BYTES:
+            yield f"{node.host}: {amount} bytes {name}; it must be 0 to {MOST_DISK_BYTES}"
+    if (count := sum(device.kind == "cpu" for device in node.devices)) > 1:
+        yield f"{node.host}: {count} devices are its cpu; join them into one"
     seats = [(device.kind, device.index) for device in node.devices]
     for kind, index in sorted({seat for seat in seats if seats.count(seat) > 1}):
         yield f"{node.host}: {seats.count((kind, index))} devices are {kind}:{index}; number them"
@@ -59,15 +66,15 @@ def _device(device: Device, where: str) -> Iterator[str]:
             "what is free, or leave the device out"
         )
     rates = (
-        ("read", "GB/s", device.read_gbps, device.dtype_read_gbps),
-        ("compute", "GFLOP/s", device.gemm_gflops, device.dtype_gemm_gflops),
+        ("read", "GB/s", MOST_GBPS, device.read_gbps, device.dtype_read_gbps),
+        ("compute", "GFLOP/s", MOST_GFLOPS, device.gemm_gflops, device.dtype_gemm_gflops),
     )
-    for verb, unit, rate, by_dtype in rates:
+    for verb, unit, most, rate, by_dtype in rates:
         for said, each in (("", rate), *((f" {dtype}", one) for dtype, one in by_dtype)):
-            if each is not None and not 0 < each <= MOST_RATE:
+            if each is not None and not 0 < each <= most:
                 yield (
                     f"{where}: {verb}s{said} at {each:g} {unit}; it must be above 0 and at most "
-                    f"{MOST_RATE:g}: measure it (magnetar nodes), or leave it out"
+                    f"{most:g}: measure it (magnetar nodes), or leave it out"
                 )
     for what, seconds in (
         ("a layer", device.layer_overhead_s),
@@ -86,8 +93,8 @@ def _link(link: Link, hosts: list[str]) -> Iterator[str]:
         yield f"{where}: a round trip of {link.rtt_s:g} s; it must be 0 to {MOST_RTT_S:g}"
     if not 0 <= link.overhead_s <= MOST_OVERHEAD_S:
         yield f"{where}: messages take {link.overhead_s:g} s; it must be 0 to {MOST_OVERHEAD_S:g}"
-    if not 0 < link.gbps <= MOST_RATE:
+    if not 0 < link.gbps <= MOST_GBPS:
         yield (
-            f"{where}: {link.gbps:g} GB/s; it must be above 0 and at most {MOST_RATE:g}: where "
+            f"{where}: {link.gbps:g} GB/s; it must be above 0 and at most {MOST_GBPS:g}: where "
             "nothing gets through, leave one of the two nodes out"
         )

@@ -19,7 +19,8 @@ from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node
 from magnetar.cluster.runtime.survey import rounds
 from magnetar.commands.nodes import nodes_table
 from magnetar.errors import StageLostError
-from magnetar.manifests.inventory import inventory_document, load_inventory
+from magnetar.manifests.inventory import load_inventory
+from magnetar.manifests.inventory_document import inventory_document
 
 
 class FixedGauge:

@@ -10,7 +10,7 @@ from magnetar.cluster.planning.workload import MIN_CONTEXT_TOKENS, workload_of
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.errors import UsageError
 from magnetar.fetcher.config import ModelConfig
-from magnetar.manifests.schema import NodeUse
+from magnetar.manifests.placement import NodeUse
 
 CONFIG = ModelConfig(
     dim=64,

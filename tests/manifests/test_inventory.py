@@ -8,7 +8,8 @@ import yaml
 from magnetar.cluster.inventory.profiles import profiles
 from magnetar.cluster.plan import Device, Inventory, Link, Node
 from magnetar.errors import ManifestError, NotFoundError
-from magnetar.manifests.inventory import inventory_document, load_inventory
+from magnetar.manifests.inventory import load_inventory
+from magnetar.manifests.inventory_document import inventory_document
 
 HEAD = "apiVersion: magnetar/v1\nkind: Inventory\n"
 
@@ -68,9 +69,11 @@ def test_a_profile_has_overheads_until_the_file_says_others(tmp_path: Path) -> N
     found = load(
         tmp_path,
         "nodes: [{host: a, devices: [{profile: t4}, {profile: t4, layerOverheadMicroseconds: 0}, "
-        "{profile: ddr4-2ch, stepOverheadMicroseconds: 20}, {kind: cpu, memoryGigabytes: 1}]}]\n",
+        "{profile: ddr4-2ch, stepOverheadMicroseconds: 20}]}, "
+        "{host: b, devices: [{kind: cpu, memoryGigabytes: 1}]}]\n",
     )
-    card, lean, host, plain = found.nodes[0].devices
+    card, lean, host = found.nodes[0].devices
+    (plain,) = found.nodes[1].devices
     assert card.layer_overhead_s == profiles()["t4"].device.layer_overhead_s > 0
     assert (lean.layer_overhead_s, lean.step_overhead_s) == (0.0, card.step_overhead_s)
     assert (host.step_overhead_s, host.helper_overhead_s) == (20e-6, card.helper_overhead_s)
@@ -85,8 +88,9 @@ def test_devices_of_a_kind_are_numbered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("nodes: []\n", "nodes: "),
-        ("nodes: [{host: a, devices: []}]\n", "devices"),
+        ("nodes: []\n", "nodes: is empty: it needs an entry"),
+        ("nodes: [{host: a, devices: []}]\n", "devices: is empty"),
+        ("nodes: [{host: a, devices: [{profile: a100}]}]\n", "mean 'a100-40' or 'a100-80'?"),
         ("nodes: [{host: a, devices: [{profile: a100-4}]}]\n", "did you mean 'a100-40'"),
         ("nodes: [{host: a, devices: [{kind: cpu}]}]\n", "needs memoryGigabytes or a profile"),
         ("nodes: [{host: a, devices: [{memoryGigabytes: 1}]}]\n", "needs a kind or a profile"),
@@ -100,12 +104,31 @@ def test_devices_of_a_kind_are_numbered(tmp_path: Path) -> None:
         ("nodes: [{host: a, dev: []}]\n", "unknown key 'dev'"),
         (
             "nodes: [{host: a, devices: [{profile: t4}]}, {host: a, devices: [{profile: t4}]}]\n",
-            "two nodes are called a",
+            "cluster.yaml:3:53: nodes.1.host: a is a node already; give each a name",
         ),
         (
             "nodes: [{host: a, devices: [{profile: t4}]}]\n"
             "links: [{source: a, target: z, rttMilliseconds: 1, gigabytesPerSecond: 1}]\n",
-            "names z, which is no node",
+            "cluster.yaml:4:29: links.0.target: 'z' is no node; nodes: a",
+        ),
+        (
+            "nodes: [{host: a, count: 2, devices: [{profile: t4}]}]\n"
+            "links: [{source: a-0, target: a-1, rttMilliseconds: 1, gigabytesPerSecond: 1},\n"
+            "  {source: a-0, target: a-1, rttMilliseconds: 9, gigabytesPerSecond: 1}]\n",
+            "cluster.yaml:5:12: links.1.source: a-0 to a-1 is there already; keep one of the two",
+        ),
+        (
+            "nodes: [{host: a, devices: [{profile: t4}]}]\n"
+            "defaultLink: {rttMilliseconds: 1, gigabytesPerSecond: 0}\n",
+            "nothing gets through at 0: say how fast",
+        ),
+        (
+            "nodes: [{host: a, devices: [{profile: ddr4-2ch}, {kind: cpu, memoryGigabytes: 1}]}]\n",
+            "cluster.yaml:3:50: nodes.0.devices.1: there is a cpu already; join them",
+        ),
+        (
+            "nodes: [{host: a, devices: [{profile: t4, readGigabytesPerSecond: 1.2e12}]}]\n",
+            "less than or equal to 100000",
         ),
         (
             "nodes: [{host: a, devices: [{profile: t4}]}]\n"

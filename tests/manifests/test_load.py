@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from magnetar.errors import ManifestError, NotFoundError
 from magnetar.manifests.load import MAX_REPORTED, load_deployment, parse_deployment
-from magnetar.manifests.schema import Deployment, Placement, Serve
+from magnetar.manifests.placement import Placement
+from magnetar.manifests.schema import Deployment, Serve
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "manifests" / "examples"
 HEAD = "apiVersion: magnetar/v1\nkind: Deployment\nmetadata: {name: x}\n"
@@ -146,6 +147,38 @@ def test_relative_paths_start_at_the_manifest(tmp_path: Path) -> None:
     assert (spec.num_stages, spec.num_pipelines) == (2, 3)
     assert spec.model_name == "release"
     assert deployment.spec.placement.ray_address == "10.0.0.1:6379"
+
+
+@pytest.mark.parametrize(
+    ("placement", "complaint"),
+    [
+        ("nodes: [{node: a, layers: abc}]", "nodes.0.layers: 'abc' is no range of layers: write"),
+        ("nodes: [{node: a, layers: 9-4}]", "nodes.0.layers: '9-4' ends before it begins"),
+        ("nodes: [{node: a}, {node: a}]", "nodes.1.node: a is there already"),
+        ("nodes: [{node: a, exclude: true, layers: 0-3}]", "a is excluded, and may have no layers"),
+        (
+            "nodes: [{node: a, layers: 0-3}, {node: b, layers: 3-5}]",
+            "nodes.1.layers: a has layer 3 already",
+        ),
+        (
+            "{nodes: [{node: a, exclude: true}], experts: [{node: a, hold: 0-3/1}]}",
+            "experts.0.node: a is excluded, and can hold no experts",
+        ),
+    ],
+)
+def test_wishes_that_contradict_stand_where_they_are_in_the_file(
+    placement: str, complaint: str
+) -> None:
+    placement = placement if placement.startswith("{") else f"{{{placement}}}"
+    (first, line, caret) = complaints(MINIMAL + f"  placement: {placement}\n")
+    assert complaint in first
+    assert f"x.yaml:7:{caret.index('^') - 3}: " in first
+    assert line.strip().startswith("placement:")
+
+
+def test_a_file_of_the_other_kind_is_told_where_it_goes() -> None:
+    found = complaints(MINIMAL.replace("Deployment", "Inventory"))
+    assert "'Inventory' is not 'Deployment'; machines to plan with are given by" in found[0]
 
 
 def report(text: str) -> str:
