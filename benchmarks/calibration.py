@@ -40,8 +40,9 @@ from magnetar.benchmarks.rounds_gauge import Moment, RoundsGauge
 from magnetar.benchmarks.synthetic import write_model
 from magnetar.benchmarks.up import machine
 from magnetar.cluster.inventory.inventory import probe_node
-from magnetar.cluster.inventory.link_probe import probe_itself, undisturbed_s
+from magnetar.cluster.inventory.link_probe import probe_itself
 from magnetar.cluster.inventory.measure import measure_speeds
+from magnetar.cluster.inventory.pieces import lower_quartile
 from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node, Workload
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.cost import (
@@ -199,7 +200,7 @@ def calibrate_spread(link: Link, number: int) -> Iterator[dict[str, Any]]:
         found = {}
         for rows in ROWS:
             for name, seconds in spread.measure(pipelines, rows, SPREAD_STEPS).items():
-                found[f"{rows}-rows-{name.replace(' ', '-')}"] = undisturbed_s(seconds)
+                found[f"{rows}-rows-{name.replace(' ', '-')}"] = lower_quartile(seconds)
         return found
 
     def predict(seen: Moment) -> dict[str, float]:

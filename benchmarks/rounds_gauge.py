@@ -34,7 +34,10 @@ class RoundsGauge:
         import torch
 
         self._node, self._dtype = node, dtype
-        self._weights, self._layers = WeightReader(dtype, "cpu"), SmallLayers(dtype, "cpu")
+        self._weights, self._layers = (
+            WeightReader(dtype, "cpu", node.num_cpus),
+            SmallLayers(dtype, "cpu"),
+        )
         self._values = torch.ones(PLAIN_VALUES)
 
     def measure(self) -> Moment:

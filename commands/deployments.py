@@ -15,6 +15,7 @@ from .option_groups import (
     add_source,
 )
 from .serving import serving, status_table
+from .stopping import stopping_at_once
 from .verb import Verbs
 from .wishes import wanted
 
@@ -68,7 +69,8 @@ def status(args: argparse.Namespace, console: Console, stop: threading.Event) ->
     """Prints what is deployed."""
     from ..serve.launch import status as ask
 
-    found = ask(args.name, ray_address=args.ray_address)
+    with stopping_at_once():
+        found = ask(args.name, ray_address=args.ray_address)
     if args.output == "json":
         console.data(json_text(found if args.name is None else found[0]))
     elif found:

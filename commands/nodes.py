@@ -9,6 +9,7 @@ from ..settings import default_store
 from .console import Console, json_text
 from .option_groups import add_ray_address
 from .serving import need_importable_package
+from .stopping import stopping_at_once
 from .verb import Verbs
 
 if TYPE_CHECKING:
@@ -42,17 +43,12 @@ def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
     from ..cluster.inventory.link_cache import remember_links
     from ..manifests.inventory_document import inventory_document
 
-    console.note("measuring takes some seconds; what was measured before is taken from the cache")
-    if args.ray_address is None:
-        inventory = _here(again=args.again)
-    else:
-        need_importable_package()
-        from ..cluster.runtime.ray_runtime import joined_ray, ray_nodes
-        from ..cluster.runtime.survey import survey
-        from ..serve.gauge import ModelGauge
-
-        with joined_ray(args.ray_address):
-            inventory = survey(ray_nodes(), ModelGauge, again=args.again)
+    with stopping_at_once():
+        console.note("measuring takes seconds; what was measured before is taken from the cache")
+        if args.ray_address is None:
+            inventory = _here(again=args.again)
+        else:
+            inventory = _of_ray(args.ray_address, again=args.again)
     remember_links(inventory)
     if args.output == "table":
         console.data(nodes_table(inventory))
@@ -125,3 +121,13 @@ def _here(*, again: bool) -> "Inventory":
     measured = measure_speeds(node, ModelGauge(), again=again)
     links = () if again else remembered_links((node,))
     return Inventory(nodes=(measured,), links=links or (probe_itself(node.host, node.address),))
+
+
+def _of_ray(address: str, *, again: bool) -> "Inventory":
+    need_importable_package()
+    from ..cluster.runtime.ray_runtime import joined_ray, ray_nodes
+    from ..cluster.runtime.survey import survey
+    from ..serve.gauge import ModelGauge
+
+    with joined_ray(address):
+        return survey(ray_nodes(), ModelGauge, again=again)

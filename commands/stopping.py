@@ -1,12 +1,17 @@
-"""Ctrl-C and SIGTERM: the first one asks a command to stop, the second one ends it."""
+"""Ctrl-C and SIGTERM: the first one asks a command to stop, the second one ends it.
+
+What only looks, and leaves nothing half done, does not wait to be asked: see `stopping_at_once`.
+"""
 
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from .console import Console
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -22,10 +27,29 @@ def stopping(stop: threading.Event, console: Console) -> Iterator[None]:
         text = "stopping; once more ends it at once"
         threading.Thread(target=console.note, args=(text,), name="stop-note", daemon=True).start()
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handle) for number in numbers]
+    with _handling(handle):
+        yield
+
+
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Makes Ctrl-C and SIGTERM raise `KeyboardInterrupt` where the main thread is; the second one
+    ends the process, whatever is still being closed."""
+
+    def handle(_number: int, _frame: object) -> None:
+        for number in _NUMBERS:
+            signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    with _handling(handle):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(handle: Callable[[int, object], None]) -> Iterator[None]:
+    before = [signal.signal(number, handle) for number in _NUMBERS]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(_NUMBERS, before, strict=True):
             signal.signal(number, handler)

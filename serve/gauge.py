@@ -4,15 +4,14 @@ Weights are read as decoding reads them: one token's vector times matrices that 
 a layer takes whatever its size (calls, threads that wait for each other, matrices that end before
 reading is at its rate) is what small layers take beside their bytes.
 
-Whatever else a machine does must not show. Everything is therefore measured in pieces of about a
-millisecond, two after every pause: who has slept is served first, so that most pieces run on all
-cores at once even where others want them. Of the pieces the lower quartile counts. Beside four busy
-processes on two cores 256 MB at a time were read at 7 GB/s, and such pieces at 26, as without them.
+Whatever else a machine does must not show: everything is measured in pieces of about a millisecond,
+of which those count that nothing disturbed (`cluster.inventory.pieces`). No figure takes longer
+than a fixed time, however busy the machine is.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,8 +19,10 @@ from itertools import count, cycle
 from typing import TYPE_CHECKING, Final
 
 from ..cluster.footprint import form_bytes
-from ..cluster.inventory.link_probe import loopback_s, undisturbed_s
+from ..cluster.inventory.caches import last_level_cache_bytes
+from ..cluster.inventory.link_probe import PAUSE_S, loopback_s
 from ..cluster.inventory.measure import Overheads
+from ..cluster.inventory.pieces import Piece, timed_pieces, undisturbed_s
 from ..cluster.plan import ComputeDtype
 from .model.threads import end_team, prepare_threads
 from .small_model import small_layer_bytes, small_stage, small_step
@@ -31,19 +32,22 @@ if TYPE_CHECKING:
 
     from .engine.stage import Stage
 
-SLICE_S: Final = 0.3
-"""How long each figure is measured for."""
-PAUSE_S: Final = 0.004
-"""Before every two pieces."""
-FEWEST: Final = 16
-"""Pieces that each figure is of, however long they take."""
-READ_BYTES: Final = 256 << 20
-"""Weights that take turns; larger than the caches of a processor."""
-READ_WIDTH: Final = 4096
-GEMM_ROWS: Final = 512
-GEMM_WIDTH: Final = 2048
+READ_BYTES: Final = 128 << 20
+"""Weights that take turns, at least, and more where caches are large."""
+MOST_READ_BYTES: Final = 1 << 30
+READ_PIECE_BYTES: Final = 8 << 20
+"""Of one matrix for each thread: some tenths of a millisecond, far more than calling it takes."""
+CUDA_PIECE_BYTES: Final = 256 << 20
+READ_INPUTS: Final = 4096
+GEMM_ROWS: Final = 256
+GEMM_WIDTH: Final = 1024
+"""For two threads; its square grows with their number."""
+CUDA_GEMM: Final = (2048, 8192)
+"""Rows and width."""
 NUM_LAYERS: Final = (1, 4)
 """Of the two small models."""
+_OUTPUTS: Final = 256
+"""Matrices have a multiple of these."""
 
 
 class ModelGauge:
@@ -54,25 +58,30 @@ class ModelGauge:
 
     def read_gbps(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
         """Gigabytes of weights per second, as they are held at this dtype."""
-        return WeightReader(dtype, device).gbps(num_threads)
+        return WeightReader(dtype, device, num_threads).gbps(num_threads)
 
     def gemm_gflops(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
         """Billions of operations per second with as many rows as a chunk of a prompt has."""
         import torch
 
-        (product,) = _products(dtype, device, GEMM_WIDTH, 1)
+        num_rows, width = CUDA_GEMM
+        if device == "cpu":
+            num_rows, width = GEMM_ROWS, GEMM_WIDTH * math.ceil(math.sqrt(num_threads / 2))
+        (product,) = _products(dtype, device, (width, width), 1)
         with _threads(num_threads), torch.inference_mode():
-            rows = torch.ones(GEMM_ROWS, GEMM_WIDTH, dtype=_compute_dtype(dtype), device=device)
+            rows = torch.ones(num_rows, width, dtype=_compute_dtype(dtype), device=device)
             seconds = _seconds([partial(product, rows)], device)
-        return 2 * GEMM_ROWS * GEMM_WIDTH**2 / seconds / 1e9
+        return 2 * num_rows * width**2 / seconds / 1e9
 
-    def overheads(self, dtype: ComputeDtype, device: str, num_threads: int) -> Overheads:
+    def overheads(
+        self, dtype: ComputeDtype, device: str, num_threads: int, *, read_gbps: float
+    ) -> Overheads:
         """What a small layer, its step and asking a helper take beside the bytes of the layer."""
         from .hand_overs import helper_s, worker_s
 
         way_s, layers = loopback_s(), SmallLayers(dtype, device)
         layer_s = layers.layer_s(num_threads)
-        read_s = small_layer_bytes(dtype) / self.read_gbps(dtype, device, num_threads) / 1e9
+        read_s = small_layer_bytes(dtype) / read_gbps / 1e9
         end_team()  # the thread of the worker computes, as in a stage
         with _threads(num_threads):
             around_s = worker_s(layers.few, way_s=way_s)
@@ -87,18 +96,24 @@ class ModelGauge:
 class WeightReader:
     """Weights larger than any cache, to be read again and again."""
 
-    def __init__(self, dtype: ComputeDtype, device: str) -> None:
+    def __init__(self, dtype: ComputeDtype, device: str, num_threads: int) -> None:
         self._dtype, self._device = dtype, device
-        self._held_bytes = form_bytes(dtype, (READ_WIDTH, READ_WIDTH))
-        num = max(1, int(READ_BYTES / self._held_bytes))
-        self._products = _products(dtype, device, READ_WIDTH, num)
+        piece_bytes = CUDA_PIECE_BYTES
+        if device == "cpu":
+            piece_bytes = min(CUDA_PIECE_BYTES, READ_PIECE_BYTES * num_threads)
+        at_once = (_OUTPUTS, READ_INPUTS)
+        shape = (_OUTPUTS * max(1, piece_bytes // form_bytes(dtype, at_once)), READ_INPUTS)
+        self._held_bytes = form_bytes(dtype, shape)
+        whole_bytes = min(max(READ_BYTES, 2 * last_level_cache_bytes()), MOST_READ_BYTES)
+        num = max(2, math.ceil(whole_bytes / self._held_bytes))
+        self._products = _products(dtype, device, shape, num)
 
     def gbps(self, num_threads: int) -> float:
         """Gigabytes per second while one token is computed."""
         import torch
 
         with _threads(num_threads), torch.inference_mode():
-            token = torch.ones(1, READ_WIDTH, dtype=_compute_dtype(self._dtype))
+            token = torch.ones(1, READ_INPUTS, dtype=_compute_dtype(self._dtype))
             calls = [partial(each, token.to(self._device)) for each in self._products]
             return self._held_bytes / _seconds(calls, self._device) / 1e9
 
@@ -117,8 +132,7 @@ class SmallLayers:
         few, many = self._steps
         with _threads(num_threads):
             found = _timed([few, few, many], self._device)
-        # Layers are called for, not read: only the quickest were on all cores all the time.
-        few_s, many_s = min(found[::2]), min(found[1::2])
+        few_s, many_s = undisturbed_s(found[::2]), undisturbed_s(found[1::2])
         return max(0.0, (many_s - few_s) / (NUM_LAYERS[1] - NUM_LAYERS[0]))
 
 
@@ -141,9 +155,9 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _products(
-    dtype: ComputeDtype, device: str, width: int, num: int
+    dtype: ComputeDtype, device: str, shape: tuple[int, int], num: int
 ) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """Matrices as stages hold them, ready to multiply."""
+    """Matrices [N, K] as stages hold them, ready to multiply."""
     import torch
 
     from .model.linear import LINEAR_KERNELS, WeightFormat, default_linear_kernel
@@ -152,8 +166,10 @@ def _products(
     kernel = default_linear_kernel(
         dtype=_compute_dtype(dtype), device=torch.device(device), weights=weights
     )
-    plain = torch.ones(width, width, dtype=_compute_dtype(dtype), device=device)
-    return [LINEAR_KERNELS[kernel](plain.clone()) for _ in range(num)]
+    plain = torch.ones(*shape, dtype=_compute_dtype(dtype), device=device)
+    # The plain kernel alone multiplies with the weight itself; the others lay out a copy.
+    weights_of = [plain.clone() if kernel == "plain" else plain for _ in range(num)]
+    return [LINEAR_KERNELS[kernel](each) for each in weights_of]
 
 
 def _compute_dtype(dtype: ComputeDtype) -> torch.dtype:
@@ -167,20 +183,17 @@ def _seconds(calls: Sequence[Callable[[], object]], device: str) -> float:
     return undisturbed_s(_timed(calls, device))
 
 
-def _timed(calls: Sequence[Callable[[], object]], device: str) -> list[float]:
-    """Seconds of calls that take turns, two after every pause; one before them, which wakes the
-    threads, does not count."""
+def _timed(calls: Sequence[Callable[[], object]], device: str) -> list[Piece]:
+    """Calls that take turns, two after every pause and one that does not count."""
     import torch
 
-    found: list[float] = []
-    turns, began = cycle(calls), time.perf_counter()
-    while len(found) < FEWEST or time.perf_counter() - began < SLICE_S:
-        time.sleep(PAUSE_S)
-        for number in range(3):
-            call, before = next(turns), time.perf_counter()
-            call()
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-            if number:
-                found.append(time.perf_counter() - before)
-    return found
+    turns = cycle(calls)
+
+    def work() -> None:
+        next(turns)()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+
+    return timed_pieces(
+        work, pause_s=PAUSE_S, warm=1, counted=2, num_threads=torch.get_num_threads()
+    )

@@ -8,14 +8,15 @@ they take by themselves, `way_s` (`loopback_s` measures it), is subtracted.
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Final
 
-from ..cluster.inventory.link_probe import PAUSE_S, undisturbed_s
+from ..cluster.inventory.link_probe import PAUSE_S
+from ..cluster.inventory.pieces import timed_pieces, undisturbed_s
 from ..cluster.links.dial import dial
 from ..cluster.links.frame import Frame
 from ..cluster.links.link import TcpLink
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from ..cluster.plan import ComputeDtype
     from .engine.stage import Stage
 
-NUM_STEPS: Final = 24
 _LAYERS: Final = 2
 _SECRET: Final = bytes(32)
 _TIMEOUT_S: Final = 10.0
@@ -45,13 +45,16 @@ def worker_s(stage: Stage, *, way_s: float) -> float:
         worker = StageWorker(stage, upstream=its_upstream, downstream=its_downstream)
         worker.start()
 
-        def once(position: int) -> None:
+        positions = count()
+
+        def once() -> None:
+            position = next(positions)
             body = encode_plan(small_step(position))
             ours.send(Frame(kind="step", epoch=0, step_id=position, body=body))
             while back.receive(_TIMEOUT_S).kind != "result":
                 pass
 
-        step_s = _paused_step_s(once)
+        step_s = undisturbed_s(timed_pieces(once, pause_s=PAUSE_S))
         worker.stop()
     return max(0.0, step_s - way_s)
 
@@ -70,14 +73,14 @@ def helper_s(*, dtype: ComputeDtype, device: str, way_s: float) -> float:
         none_here = dict.fromkeys(experts, ())
         stage = small_stage(_LAYERS, dtype=dtype, device=device, held_experts=none_here)
         stage.join_helpers([(asked, experts)])
-        paused: list[float] = []
+        positions = count()
 
-        def once(position: int) -> None:
+        def once() -> None:
             asked.paused_s = 0.0
-            stage.step(small_step(position), None)
-            paused.append(asked.paused_s)
+            stage.step(small_step(next(positions)), None)
 
-        step_s = _paused_step_s(once) - statistics.median(paused)
+        pieces = timed_pieces(once, pause_s=PAUSE_S, less_s=lambda: asked.paused_s)
+        step_s = undisturbed_s(pieces)
         worker.stop()
     return max(0.0, step_s / _LAYERS - way_s)
 
@@ -102,17 +105,6 @@ class _Paced:
     def receive(self) -> torch.Tensor:
         """See `RemoteExperts.receive`."""
         return self._helper.receive()
-
-
-def _paused_step_s(once: Callable[[int], None]) -> float:
-    """Of some steps after pauses; the first two warm up."""
-    found = []
-    for position in range(NUM_STEPS + 2):
-        time.sleep(PAUSE_S)
-        began = time.perf_counter()
-        once(position)
-        found.append(time.perf_counter() - began)
-    return undisturbed_s(found[2:])
 
 
 @contextmanager

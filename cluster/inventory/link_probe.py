@@ -1,10 +1,8 @@
 """What lies between two nodes: round trip and bandwidth of the links that stages talk over."""
 
 import secrets
-import statistics
 import threading
 import time
-from collections.abc import Sequence
 from typing import Final
 
 from ...errors import StageLostError
@@ -13,8 +11,8 @@ from ..links.frame import Frame
 from ..links.link import TcpLink
 from ..links.listener import LinkListener
 from ..plan import Link
+from .pieces import timed_pieces, undisturbed_s
 
-ECHOES: Final = 30
 PAUSE_S: Final = 0.01
 """Between two messages, as between two steps: who waits for long wakes late."""
 BULK_S: Final = 0.3
@@ -71,12 +69,12 @@ def probe_link(source: str, target: str, address: str, *, secret: bytes) -> Link
         rtt_s = _round_trip_s(link)
         bulk = Frame(kind="step", epoch=1, step_id=0, tensor=torch.zeros(_BULK_VALUES).half())
         link.send(bulk)
-        _echo_s(link)
+        _echo(link)
         began, num_frames = time.perf_counter(), 0
         while time.perf_counter() - began < BULK_S:
             link.send(bulk)
             num_frames += 1
-        _echo_s(link)  # all of it has been read now
+        _echo(link)  # all of it has been read now
         seconds = max(time.perf_counter() - began - rtt_s, 1e-6)
     finally:
         link.close()
@@ -111,22 +109,11 @@ def loopback_s() -> float:
         echo.close()
 
 
-def undisturbed_s(seconds: Sequence[float]) -> float:
-    """The lower quartile: other work on the machine makes hand-overs longer, and often."""
-    return statistics.quantiles(seconds, n=4)[0]
-
-
 def _round_trip_s(link: TcpLink) -> float:
     """A message there and its answer back, after pauses such as steps make."""
-    found = []
-    for _ in range(ECHOES):
-        time.sleep(PAUSE_S)
-        found.append(_echo_s(link))
-    return undisturbed_s(found)
+    return undisturbed_s(timed_pieces(lambda: _echo(link), pause_s=PAUSE_S))
 
 
-def _echo_s(link: TcpLink) -> float:
-    began = time.perf_counter()
+def _echo(link: TcpLink) -> None:
     link.send(Frame(kind="step", epoch=1, step_id=0))
     link.receive(_TIMEOUT_S)
-    return time.perf_counter() - began

@@ -13,7 +13,7 @@ from ...settings import data_dir
 from ..plan import ComputeDtype, Device, DeviceKind, Node
 from .other_work import OtherWork
 
-VERSION: Final = 4
+VERSION: Final = 5
 """Of the method; figures of another one are measured again."""
 DTYPES: Final[Mapping[DeviceKind, tuple[ComputeDtype, ...]]] = {
     "cpu": ("bf16", "fp32", "int8", "int4"),
@@ -44,8 +44,11 @@ class Gauge(Protocol):
         """Billions of operations per second with hundreds of tokens."""
         ...
 
-    def overheads(self, dtype: ComputeDtype, device: str, num_threads: int) -> Overheads:
-        """What a layer, a step and asking a helper take when nothing is computed."""
+    def overheads(
+        self, dtype: ComputeDtype, device: str, num_threads: int, *, read_gbps: float
+    ) -> Overheads:
+        """What a layer, a step and asking a helper take when nothing is computed, on a device that
+        was just seen to read weights of this dtype at `read_gbps`."""
         ...
 
 
@@ -83,9 +86,10 @@ def measure_speeds(node: Node, gauge: Gauge, *, again: bool = False) -> Node:
 def _measure(device: Device, num_threads: int, gauge: Gauge) -> dict[str, Any]:
     where = "cpu" if device.kind == "cpu" else f"cuda:{device.index}"
     dtypes, others = DTYPES[device.kind], OtherWork()
-    overheads = gauge.overheads("bf16", where, num_threads)
+    read = {dtype: gauge.read_gbps(dtype, where, num_threads) for dtype in reversed(dtypes)}
+    overheads = gauge.overheads("bf16", where, num_threads, read_gbps=read["bf16"])
     row = {
-        "read_gbps": {dtype: gauge.read_gbps(dtype, where, num_threads) for dtype in dtypes},
+        "read_gbps": read,
         "gemm_gflops": {dtype: gauge.gemm_gflops(dtype, where, num_threads) for dtype in dtypes},
         "layer_overhead_s": overheads.layer_s,
         "step_overhead_s": overheads.step_s,

@@ -60,15 +60,13 @@ def survey(nodes: Sequence[RayNode], gauge: type[Gauge], *, again: bool = False)
     import ray
 
     actor = ray.remote(NodeProbe)
-    probes: dict[str, Any] = {
-        node.host: actor.options(num_cpus=0, label_selector=node.selector).remote(
-            node, str(default_store()), gauge
-        )
-        for node in nodes
-    }
-    hosts = list(probes)
+    hosts = [node.host for node in nodes]
     who = f"the probe on {', '.join(hosts)}"
+    probes: dict[str, Any] = {}
     try:
+        for node in nodes:
+            options = {"num_cpus": 0, "label_selector": node.selector}
+            probes[node.host] = actor.options(**options).remote(node, str(default_store()), gauge)
         found = gather(
             [probe.measure.remote(again=again) for probe in probes.values()],
             who=who,

@@ -36,7 +36,10 @@ class FixedGauge:
     def gemm_gflops(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
         return 100.0 * num_threads
 
-    def overheads(self, dtype: ComputeDtype, device: str, num_threads: int) -> Overheads:
+    def overheads(
+        self, dtype: ComputeDtype, device: str, num_threads: int, *, read_gbps: float
+    ) -> Overheads:
+        assert read_gbps == self.read_gbps(dtype, device, num_threads)
         return Overheads(layer_s=0.001, step_s=0.002, helper_s=0.003)
 
 

@@ -1,0 +1,57 @@
+"""`magnetar nodes` in a process of its own: it measures, and stops when it is told to."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from magnetar.tests.command import END_S, magnetar
+
+# Says when it is in the middle of measuring, and stays there.
+MEASURING = """
+import sys, threading, time
+from magnetar import cli
+from magnetar.serve import gauge
+def read_gbps(*args):
+    print("measuring", flush=True)
+    while True:
+        time.sleep(60)
+gauge.ModelGauge.read_gbps = read_gbps
+sys.exit(cli.main(["nodes", "--again", "--progress", "plain"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_ends_measuring(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAGNETAR_HOME", str(tmp_path))
+    with subprocess.Popen(
+        [sys.executable, "-c", MEASURING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "measuring\n"
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=END_S)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "magnetar: interrupted"
+    assert not any(child.is_running() for child in children)
+    assert not (tmp_path / "speeds.json").exists()
+
+
+def test_the_first_signal_ends_it_while_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAGNETAR_HOME", str(tmp_path))
+    with magnetar("nodes", "--again") as nodes:
+        assert "measuring" in nodes.until("note")["message"]
+        nodes.process.send_signal(signal.SIGINT)
+        assert nodes.until("error")["exit_code"] == 130
+        assert nodes.process.wait(END_S) == 130
