@@ -8,11 +8,12 @@ The machine is measured as `magnetar nodes` does, the plan is made as `magnetar 
 makes it, and the engine then decodes as deployed: a process a stage, joined by links. Helpers are
 those of `spread.py`, with one thread each.
 
-Memory may be twice as fast a minute later where others share it, so that a prediction and a run see
-two machines. Therefore the gauge of the planner measures again before and after every round: what
-holds or not is the prediction for the machine that the rounds ran on; `before` has the one of the
-machine as it was measured first. Prints a table on stderr and one JSON object per case on stdout; a
-ratio is predicted over measured, GB/s are those of a plain sum and of the gauge.
+The gauge of the planner measures again before and after every round: what holds or not is the
+prediction for the machine that the rounds ran on, by the rounds in which it stayed the same and
+was ours (`steady_rounds.py`). With too few of these a case is open: it neither holds nor fails.
+`before` has the prediction for the machine as it was measured first. Prints a table and every
+round on stderr and one JSON object per case on stdout; a ratio is predicted over measured, GB/s
+are those of a plain sum and of the gauge.
 """
 
 import argparse
@@ -21,8 +22,8 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from magnetar.benchmarks.cases import Engine
 from magnetar.benchmarks.engine_process import Runner, command, model_folder
 from magnetar.benchmarks.peers.runner import Task
 from magnetar.benchmarks.rounds_gauge import Moment, RoundsGauge
+from magnetar.benchmarks.steady_rounds import Round, median_ratio, rounds_of, steady
 from magnetar.benchmarks.synthetic import write_model
 from magnetar.benchmarks.up import machine
 from magnetar.cluster.inventory.inventory import probe_node
@@ -65,42 +67,13 @@ GOAL = 0.2
 NUM_TOKENS = 32
 CONTEXT_TOKENS = 64
 """About what a task has in use; the planner counts half of it."""
+MOST = 4
+"""Rounds, for each that shall be steady."""
+LEAST_STEADY = 3
+"""Rounds that a verdict needs."""
 ROWS = (1, 8)
 SPREAD_STEPS = 12
 """Of every placement in a round."""
-
-Predict = Callable[[Moment], Mapping[str, float]]
-"""Seconds of a step by case, on a machine as it was then."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Round:
-    """What one round saw."""
-
-    told_s: Mapping[str, float]
-    seen_s: Mapping[str, float]
-    plain_gbps: float
-    gauge_gbps: float
-
-
-def rounds_of(
-    gauge: RoundsGauge, predict: Predict, measure: Callable[[], Mapping[str, float]], number: int
-) -> list[Round]:
-    """Rounds between measurements of the machine, of which each takes the mean of both sides."""
-    found, before = [], gauge.measure()
-    for _ in range(number):
-        seen, after = measure(), gauge.measure()
-        sides = [predict(before), predict(after)]
-        found.append(
-            Round(
-                told_s={case: (sides[0][case] + sides[1][case]) / 2 for case in seen},
-                seen_s=seen,
-                plain_gbps=(before.plain_gbps + after.plain_gbps) / 2,
-                gauge_gbps=(before.gauge_gbps + after.gauge_gbps) / 2,
-            )
-        )
-        before = after
-    return found
 
 
 def stages_predicted(folder: Path, link: Link, num_stages: int, node: Node) -> dict[str, float]:
@@ -119,7 +92,7 @@ def stages_predicted(folder: Path, link: Link, num_stages: int, node: Node) -> d
 
 
 def calibrate_stages(
-    model: str, counts: Sequence[int], node: Node, link: Link, number: int
+    model: str, counts: Sequence[int], node: Node, link: Link, enough: int
 ) -> Iterator[dict[str, Any]]:
     """A model through rings of processes: the time between two tokens of one stream."""
     folder, gauge = model_folder(model), RoundsGauge(node, DTYPE)
@@ -138,7 +111,8 @@ def calibrate_stages(
             runner.loaded()
             measure()
             told = stages_predicted(folder, link, num_stages, node)
-            yield from compared(model, told, rounds_of(gauge, predict, measure, number))
+            rounds = rounds_of(gauge, predict, measure, enough=enough, most=MOST * enough)
+            yield from compared(model, told, rounds)
         finally:
             runner.close()
 
@@ -182,7 +156,7 @@ def _both_needed(here: int, config: ModelConfig, rows: int) -> float:
     return 1 - sum(chance**rows for chance in one_side)
 
 
-def calibrate_spread(link: Link, number: int) -> Iterator[dict[str, Any]]:
+def calibrate_spread(link: Link, enough: int) -> Iterator[dict[str, Any]]:
     """Stages of one thread without a helper, and with one that has all or half of the experts."""
     import torch
 
@@ -208,7 +182,8 @@ def calibrate_spread(link: Link, number: int) -> Iterator[dict[str, Any]]:
 
     gauge = RoundsGauge(node, DTYPE)
     told = spread_predicted(link, node, gauge.measure().both_gbps)
-    yield from compared("spread", told, rounds_of(gauge, predict, measure, number))
+    rounds = rounds_of(gauge, predict, measure, enough=enough, most=MOST * enough)
+    yield from compared("spread", told, rounds)
     for process, asked in helpers.values():
         asked.close()
         process.join()
@@ -218,31 +193,49 @@ def compared(
     name: str, before_s: Mapping[str, float], rounds: Sequence[Round]
 ) -> Iterator[dict[str, Any]]:
     """Rows of the results; `before_s` was predicted before there were rounds."""
+    calm = steady(rounds)
     for case, told_s in before_s.items():
-        ratio = statistics.median(each.told_s[case] / each.seen_s[case] for each in rounds)
-        early = told_s / statistics.median(each.seen_s[case] for each in rounds)
-        plain, gauge = (
-            [getattr(each, key) for each in rounds] for key in ("plain_gbps", "gauge_gbps")
+        shown = calm or rounds
+        ratio, seen_s = (
+            median_ratio(shown, case),
+            statistics.median(each.seen_s[case] for each in shown),
         )
+        holds = abs(ratio - 1) <= GOAL if len(calm) >= LEAST_STEADY else None
         row = {
             "case": f"{name}-{case}",
-            "ours": _ms(statistics.median(each.told_s[case] for each in rounds)),
-            "reference": _ms(statistics.median(each.seen_s[case] for each in rounds)),
+            "ours": _ms(statistics.median(each.told_s(case) for each in shown)),
+            "reference": _ms(seen_s),
             "unit": "ms a step",
             "ratio": round(ratio, 3),
             "goal": GOAL,
-            "holds": abs(ratio - 1) <= GOAL,
-            "before": {"ours": _ms(told_s), "ratio": round(early, 3)},
-            "rounds": [round(each.told_s[case] / each.seen_s[case], 3) for each in rounds],
-            "plain_gbps": [round(min(plain), 1), round(max(plain), 1)],
-            "gauge_gbps": [round(min(gauge), 1), round(max(gauge), 1)],
+            "holds": holds,
+            "before": {"ours": _ms(told_s), "ratio": round(told_s / seen_s, 3)},
+            "steady": len(calm),
+            "rounds": [
+                {
+                    "ratio": round(each.ratio(case), 3),
+                    "measured": _ms(each.seen_s[case]),
+                    "plain_gbps": [round(gbps, 1) for gbps in each.plain_gbps],
+                    "gauge_gbps": [round(gbps, 1) for gbps in each.gauge_gbps],
+                    "waited": round(each.waited_share, 3),
+                    "left_out": each.left_out,
+                }
+                for each in rounds
+            ],
         }
+        verdict = "open" if holds is None else "yes" if holds else "no"
         print(
             f"{row['case']:<26} {row['ours']:9.2f} {row['reference']:9.2f} {ratio:6.2f}"
-            f"  {'yes' if row['holds'] else 'no':<5} {early:6.2f}"
-            f"  {min(gauge):5.1f} to {max(gauge):5.1f}",
+            f"  {verdict:<5} {told_s / seen_s:6.2f}  {len(calm)} of {len(rounds)}",
             file=sys.stderr,
         )
+        for each in rounds:
+            before, after = each.gauge_gbps
+            print(
+                f"    {each.ratio(case):.2f}, {before:.1f} and {after:.1f} GB/s"
+                + (f"; left out: {each.left_out}" if each.left_out else ""),
+                file=sys.stderr,
+            )
         yield row
 
 
@@ -256,7 +249,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the demo model alone")
     parser.add_argument("--case", choices=CASES, help="one of them alone")
     parser.add_argument("--stages", type=int, action="append", help="only so many stages")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="steady ones to wait for")
     parser.add_argument("--output", type=Path, help="add the objects to a file")
     args = parser.parse_args()
     about = machine() | {"benchmark": "calibration"}
@@ -270,7 +263,7 @@ def main() -> None:
         print(json.dumps(about), file=keep, flush=True)
     print(
         f"{'case':<26} {'predicted':>9} {'measured':>9} {'ratio':>6}  {'holds':<5} {'before':>6}"
-        "  GB/s of the gauge",
+        "  steady rounds",
         file=sys.stderr,
     )
     for case in [args.case] if args.case else ["demo"] if args.quick else CASES:
