@@ -19,7 +19,7 @@ from .request_body import read_body
 from .served_model import ServedModel
 from .sse import EventStream
 from .structured_output import compile_grammar
-from .usage import UsageCount, finite
+from .usage import UsageCount, chunk_usage, finite
 
 _Json = dict[str, Any]
 
@@ -134,15 +134,11 @@ async def _stream(
             "logprobs": _logprobs(model, body, (delta,)),
             "finish_reason": delta.finish_reason,
         }
-        message = {**envelope, "choices": [choice]}
+        message = {**envelope, "choices": [choice], **chunk_usage(body, usage)}
         if body.return_token_ids:
             choice["token_ids"] = [delta.event.token_id]
             if first:
                 message["prompt_token_ids"] = list(jobs[index].prompt_ids)
-        if body.usage_in_chunks:
-            message["usage"] = usage.body
-        elif body.usage_at_end:
-            message["usage"] = None
         return message
 
     waiting = set(range(len(jobs)))

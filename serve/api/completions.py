@@ -10,14 +10,14 @@ from starlette.responses import JSONResponse, Response
 
 from ..engine.step import ScoredToken
 from .disconnect import unless_client_leaves
-from .generation import Delta, Job, encode_off_loop, generate_all, plan_jobs
+from .generation import Delta, Job, encode_each, generate_all, plan_jobs
 from .logprobs import by_name, by_token_id, offsets
 from .protocol import CompletionBody, parse_body
 from .request_body import read_body
 from .served_model import ServedModel
 from .sse import EventStream
 from .structured_output import compile_grammar
-from .usage import UsageCount, finite
+from .usage import UsageCount, chunk_usage, finite
 
 _Json = dict[str, Any]
 
@@ -27,8 +27,7 @@ async def answer_completion(request: Request) -> Response:
     model: ServedModel = request.app.state.model
     body = parse_body(await read_body(request), CompletionBody)
     model.check_name(body.model)
-    num_chars = sum(len(prompt) for prompt in body.prompt if isinstance(prompt, str))
-    prompts = await encode_off_loop(num_chars, _encode_prompts, model, body)
+    prompts = await encode_each(model, body.prompt, add_bos=body.add_special_tokens)
     jobs = plan_jobs(
         model,
         body,
@@ -58,17 +57,6 @@ async def answer_completion(request: Request) -> Response:
         return EventStream(_stream(model, body, jobs, usage, envelope))
     choices = await unless_client_leaves(request.receive, _collect(model, body, jobs, usage))
     return JSONResponse({**envelope, "choices": choices, "usage": usage.body})
-
-
-def _encode_prompts(model: ServedModel, body: CompletionBody) -> list[tuple[int, ...]]:
-    return [
-        tuple(
-            model.tokenizer.encode(prompt, add_bos=body.add_special_tokens)
-            if isinstance(prompt, str)
-            else prompt
-        )
-        for prompt in body.prompt
-    ]
 
 
 async def _collect(
@@ -126,12 +114,7 @@ async def _stream(
             if first:
                 choice["prompt_token_ids"] = list(jobs[index].prompt_ids)
             choice["token_ids"] = [delta.event.token_id for delta in deltas]
-        message = {**envelope, "choices": [choice]}
-        if body.usage_in_chunks:
-            message["usage"] = usage.body
-        elif body.usage_at_end:
-            message["usage"] = None
-        return message
+        return {**envelope, "choices": [choice], **chunk_usage(body, usage)}
 
     waiting = set(range(len(jobs)))
     if body.max_tokens == 0 and body.num_prompt_logprobs is None:

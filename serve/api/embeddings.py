@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from ..engine.request import GenerationParams
 from ..engine.step import Pooling, SamplingParams
 from .disconnect import unless_client_leaves
-from .generation import Job, encode_off_loop, generate_all, room_for_answer
+from .generation import Job, encode_each, generate_all, room_for_answer
 from .protocol import Body, as_prompts, parse_body
 from .request_body import read_body
 from .served_model import ServedModel
@@ -43,8 +43,7 @@ async def answer_embeddings(request: Request) -> Response:
     model: ServedModel = request.app.state.model
     body = parse_body(await read_body(request), EmbeddingsBody)
     model.check_name(body.model)
-    num_chars = sum(len(text) for text in body.input if isinstance(text, str))
-    prompts = await encode_off_loop(num_chars, _encode_inputs, model, body)
+    prompts = await encode_each(model, body.input, add_bos=body.add_special_tokens)
     jobs = [_job(model, prompt_ids, body.pooling) for prompt_ids in prompts]
     vectors = await unless_client_leaves(request.receive, _embed(model, jobs))
     num_tokens = sum(map(len, prompts))
@@ -65,17 +64,6 @@ async def answer_embeddings(request: Request) -> Response:
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
     )
-
-
-def _encode_inputs(model: ServedModel, body: EmbeddingsBody) -> list[tuple[int, ...]]:
-    return [
-        tuple(
-            model.tokenizer.encode(text, add_bos=body.add_special_tokens)
-            if isinstance(text, str)
-            else text
-        )
-        for text in body.input
-    ]
 
 
 def _job(model: ServedModel, prompt_ids: tuple[int, ...], pooling: Pooling) -> Job:

@@ -56,6 +56,25 @@ async def encode_off_loop(
     return await asyncio.to_thread(encode, *args, **kwargs)
 
 
+async def encode_each(
+    model: ServedModel, prompts: Sequence[str | list[int]], *, add_bos: bool
+) -> list[tuple[int, ...]]:
+    """The token ids of texts; what is token ids already stays as it is."""
+
+    def encode() -> list[tuple[int, ...]]:
+        return [
+            tuple(
+                model.tokenizer.encode(prompt, add_bos=add_bos)
+                if isinstance(prompt, str)
+                else prompt
+            )
+            for prompt in prompts
+        ]
+
+    num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    return await encode_off_loop(num_chars, encode)
+
+
 def plan_jobs(
     model: ServedModel,
     body: GenerationBody,

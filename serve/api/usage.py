@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..engine.request import TokenEvent
+from .protocol import GenerationBody
 
 _LOWEST_LOGPROB = -9999.0
 
@@ -31,6 +32,13 @@ class UsageCount:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+
+
+def chunk_usage(body: GenerationBody, usage: UsageCount) -> dict[str, object]:
+    """The field that each chunk of a stream has of it, where one was asked for."""
+    if body.usage_in_chunks:
+        return {"usage": usage.body}
+    return {"usage": None} if body.usage_at_end else {}
 
 
 def finite(logprob: float | None) -> float | None:
