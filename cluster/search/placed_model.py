@@ -72,6 +72,10 @@ class PlacedModel:
     ) -> None:
         self.places, self.dtypes = tuple(places), tuple(dtypes)
         self.workload, self.kv_bytes = workload, kv_bytes
+        self._begin()
+
+    def _begin(self) -> None:
+        """Know nothing yet of these places together."""
         self.attention_L = cache(self._attention_L)
 
     def part(self, numbers: Sequence[int], streams: int) -> Self:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ..footprint import STEP_TOKENS
-from ..plan import ComputeDtype, Workload
+from ..plan import ComputeDtype
 from .cost import (
     TOKEN_ID_BYTES,
     ModelCost,
@@ -31,7 +31,6 @@ from .expert_cost import (
     one_expert_s,
 )
 from .expert_split import Split, in_turn, spreads
-from .place import Place
 from .placed_model import PlacedModel, prefix_sums
 from .problem import Least, Matrix, Problem, Site, helpers_of
 
@@ -39,14 +38,8 @@ from .problem import Least, Matrix, Problem, Site, helpers_of
 class Placing(PlacedModel):
     """The placement problems of one model on some places, one per number of sequences in a step."""
 
-    def _sit(
-        self,
-        places: Sequence[Place],
-        dtypes: Sequence[ComputeDtype],
-        workload: Workload,
-        kv_bytes: int,
-    ) -> None:
-        super()._sit(places, dtypes, workload, kv_bytes)
+    def _begin(self) -> None:
+        super()._begin()
         self.problem = cache(self._problem)
         self.split = cache(self._split)
         self.least_layer_L = cache(self._least_layer_L)

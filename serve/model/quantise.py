@@ -22,11 +22,9 @@ _ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Int8Matrix:
-    """``w = q * scale * unit``."""
+class _ScaledMatrix:
+    """Groups of weights with a scale each, which is counted in a unit of its row."""
 
-    q_NK: torch.Tensor
-    """int8, -127 to 127."""
     scales_NG: torch.Tensor
     """uint8."""
     units_N: torch.Tensor
@@ -35,6 +33,14 @@ class Int8Matrix:
     def group_scales(self) -> torch.Tensor:
         """[N, G] in fp32: scale times unit."""
         return self.scales_NG * self.units_N.unsqueeze(1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Matrix(_ScaledMatrix):
+    """``w = q * scale * unit``."""
+
+    q_NK: torch.Tensor
+    """int8, -127 to 127."""
 
     def dequantise(self) -> torch.Tensor:
         """What the matrix stands for, [N, K] in bf16."""
@@ -43,19 +49,11 @@ class Int8Matrix:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _MatrixWithZeros:
+class _MatrixWithZeros(_ScaledMatrix):
     """``w = (q - middle) * scale * unit + zero * ZERO_STEP * unit``."""
 
-    scales_NG: torch.Tensor
-    """uint8."""
     zeros_NG: torch.Tensor
     """int8."""
-    units_N: torch.Tensor
-    """fp32."""
-
-    def group_scales(self) -> torch.Tensor:
-        """[N, G] in fp32: scale times unit."""
-        return self.scales_NG * self.units_N.unsqueeze(1)
 
     def group_zeros(self) -> torch.Tensor:
         """[N, G] in fp32: what the middle level stands for."""
