@@ -1,6 +1,6 @@
 """One pipeline where speeds are known: the search over the cost model for the best route."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from ..plan import ComputeDtype, Inventory, Pipeline
@@ -19,6 +19,8 @@ from .unused_hosts import unused_hosts, used_places
 
 _NEAR = 0.07
 """Share of the best score that a route may lack and still be looked at more closely."""
+_HOPEFUL = 0.2
+"""Share of the best score that a route may lack and still be a start for small steps."""
 _LONGER = (0.01, 0.03)
 """Shares by which a round trip may be longer where that makes the slowest stage quicker."""
 _MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64)
@@ -51,22 +53,15 @@ class SpeedPlanner:
         if not self.places:
             return None
         if self._workload.objective == "throughput":
-            problems = [self.placing.problem(tokens) for tokens in self._batches()]
-            near = contenders(problems, num_stages=asked, within=_NEAR, floor=self.floor)
-            best = improved(
-                problems,
-                near[0] if near else None,
-                throughput=True,
-                num_stages=asked,
-                floor=self.floor,
-            )
-            if best is None:
-                return None
-            return self._in_lumps([best, *(each for each in near if each[1] != best[1])])
-        problem = self.placing.problem(1)
-        route = fastest(problem, num_stages=asked)
-        start = None if route is None else (problem, route)
-        return improved([problem], start, throughput=False, num_stages=asked)
+            searches = [Search(self.placing.problem(tokens)) for tokens in self._batches()]
+            starts = contenders(searches, num_stages=asked, within=_HOPEFUL, floor=self.floor)
+            found = improved(searches, starts, throughput=True, num_stages=asked, floor=self.floor)
+            return self._in_lumps(searches, found) if found else None
+        search = Search(self.placing.problem(1))
+        route = fastest(search.problem, num_stages=asked)
+        start = [] if route is None else [(search.problem, route)]
+        found = improved([search], start, throughput=False, num_stages=asked)
+        return found[0] if found else None
 
     @cached_property
     def score(self) -> float:
@@ -97,7 +92,9 @@ class SpeedPlanner:
         calm, chunks = self.placing.calm.problem(tokens), self.placing.chunks(tokens)
         return tokens_per_s_in_lumps(problem, route, calm, chunks)
 
-    def _in_lumps(self, found: list[tuple[Problem, Route]]) -> tuple[Problem, Route]:
+    def _in_lumps(
+        self, searches: Sequence[Search], found: Sequence[tuple[Problem, Route]]
+    ) -> tuple[Problem, Route]:
         """Of the first route and those nearly as good the one that prompts hold up least; of each
         it may be the evener cuts, too."""
         problem, route = found[0]
@@ -107,10 +104,10 @@ class SpeedPlanner:
             for problem, route in found
             if route.tokens_per_s(problem) >= self._score * (1 - _NEAR)
         ]
-        searches = [(Search(problem), route) for problem, route in near]
+        search_of = {id(search.problem): search for search in searches}
         near += [
-            (search.problem, search.evened(route, route.round_trip_s * (1 + share)))
-            for search, route in searches
+            (problem, search_of[id(problem)].evened(route, route.round_trip_s * (1 + share)))
+            for problem, route in near
             for share in _LONGER
         ]
         return max(near, key=lambda each: self._lumpy(*each))

@@ -1,12 +1,14 @@
 """Improve a route by small steps where an exact search would take too long. Deterministic.
 
-From the route found along orders of devices, and from each of the fastest devices alone with the
-helpers that pay, one change at a time is kept when it makes the score better: a helper or a stage
-more or less, another home, a stage merged into its neighbour. A budget of routes ends it.
+From the routes found without helpers for every number of micro-batches, and from each of the
+fastest devices alone with the helpers that pay, one change at a time is kept when it makes the
+score better: a helper or a stage more or less, another home, a stage merged into its neighbour. A
+budget of routes ends it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,6 +18,8 @@ from .problem import Problem, Route, helpers_of
 from .search import EXACT_PLACES, Search
 
 Order = tuple[Stage, ...]
+Found = tuple[Problem, Route]
+"""A route with the problem it was found for."""
 MOST_ROUTES = 120
 """Routes that are tried from one start."""
 _MOST_STARTS = 3
@@ -25,91 +29,74 @@ _NEAREST = 4
 
 
 def improved(
-    problems: Sequence[Problem],
-    start: tuple[Problem, Route] | None,
+    searches: Sequence[Search],
+    starts: Sequence[Found],
     *,
     throughput: bool,
     num_stages: int | None = None,
     floor: float = 0.0,
-) -> tuple[Problem, Route] | None:
-    """The best route that small steps reach from `start`; `start` itself where the search over
-    these problems was exact. `start` belongs to one of `problems`; None: nothing was found yet,
-    or nothing better than `floor`, which somebody else has: then a third as much is tried.
+) -> list[Found]:
+    """The best routes that small steps reach, one of each problem at most, the best first; the
+    starts themselves where the search over these problems was exact.
+
+    `searches` are over one placement at several numbers of sequences per step, and `starts` what
+    was found for some of them, the best first. Which of these is best says little of what helpers
+    make of them, so that steps go from each. None may come back where nothing was found yet, or
+    nothing better than `floor`, which somebody else has: then a third as much is tried.
     """
-    first = problems[0]
-    if Search(first).is_exact:
-        return start
-    best = start
+    if searches[0].is_exact:
+        return list(starts)
+    most_routes = MOST_ROUTES // (3 if floor else 1)
     climbs = [
-        _Climb(
-            problem,
-            throughput=throughput,
-            num_stages=num_stages,
-            most_routes=MOST_ROUTES // (3 if floor else 1),
-        )
-        for problem in problems
+        _Climb(search, throughput=throughput, num_stages=num_stages, most_routes=most_routes)
+        for search in searches
     ]
-    for climb in climbs if start is None and not floor else climbs[:1]:
+    for climb in climbs[:1] if starts or floor else climbs:
         for order in climb.seeds() if num_stages in (None, 1) else ():
-            best = _better(best, climb, climb.climb(order))
-    if start is not None:
-        problem, route = start
-        climb = next(c for c in climbs if c.problem is problem)
-        best = _better(best, climb, climb.climb(_order(route)))
-    if best is not None and throughput:
-        # What one number of micro-batches found may be better still with another.
-        order = _order(best[1])
-        for climb in climbs:
-            best = _better(best, climb, climb.route(order))
-    return best
+            climb.climb(order)
+    for problem, route in starts:
+        next(each for each in climbs if each.problem is problem).climb(_order(route))
+    # What one number of micro-batches found may be better still with another.
+    orders = dict.fromkeys(_order(each.best) for each in climbs if each.best is not None)
+    for climb in climbs if throughput else ():
+        for order in orders:
+            climb.look_at(order)
+    found = [(each.problem, each.best) for each in climbs if each.best is not None]
+    return sorted(found, key=lambda each: -_score(*each, throughput=throughput))
+
+
+def _score(problem: Problem, route: Route, *, throughput: bool) -> float:
+    """More is better."""
+    return route.tokens_per_s(problem) if throughput else -route.round_trip_s
 
 
 def _order(route: Route) -> Order:
     return tuple(Stage(*each) for each in zip(route.sites, route.members, strict=True))
 
 
-def _better(
-    best: tuple[Problem, Route] | None, climb: _Climb, route: Route | None
-) -> tuple[Problem, Route] | None:
-    if route is None:
-        return best
-    if best is None or climb.score(route) > climb.scored(*best):
-        return climb.problem, route
-    return best
-
-
 class _Climb:
-    """Steps over one problem."""
+    """Steps over one problem, and the best route they came to."""
 
     def __init__(
-        self, problem: Problem, *, throughput: bool, num_stages: int | None, most_routes: int
+        self, search: Search, *, throughput: bool, num_stages: int | None, most_routes: int
     ) -> None:
-        self.problem, self._most_routes = problem, most_routes
+        self.problem, self._search = search.problem, search
+        self.best: Route | None = None
+        self._most_routes = most_routes
         self._throughput, self._num_stages = throughput, num_stages
-        self._search = Search(problem)
-        self._routes: dict[Order, Route | None] = {}
         self._tried: set[Order] = set()
-        seconds = np.array([site.seconds_L[-1] for site in problem.sites])
+        sites = self.problem.sites
+        seconds = np.array([site.seconds_L[-1] for site in sites])
         self._by_speed = [int(n) for n in np.argsort(seconds, kind="stable")]
         self._near = [
-            sorted(self._by_speed, key=lambda other: problem.hop_s[site, other])
-            for site in range(len(problem.sites))
+            sorted(self._by_speed, key=lambda other: self.problem.hop_s[site, other])
+            for site in range(len(sites))
         ]
 
-    def score(self, route: Route) -> float:
-        """More is better."""
-        return self.scored(self.problem, route)
-
-    def scored(self, problem: Problem, route: Route) -> float:
-        """Of a route that was found for another problem."""
-        return route.tokens_per_s(problem) if self._throughput else -route.round_trip_s
-
-    def route(self, order: Order) -> Route | None:
-        """The best cut of an order, remembered."""
-        if order not in self._routes:
-            found = self._search.best_in_order(order, throughput=self._throughput)
-            self._routes[order] = found
-        return self._routes[order]
+    def look_at(self, order: Order) -> None:
+        """Keeps the best cut of an order if it is better than all before."""
+        route = self._better_than(self.best, order)
+        self.best = route or self.best
 
     def seeds(self) -> Iterator[Order]:
         """Each of the fastest devices alone, with helpers until the model fits."""
@@ -118,38 +105,46 @@ class _Climb:
         for home in self._by_speed[:_MOST_STARTS]:
             stage = Stage.alone(home)
             for other in (n for n in self._by_speed if n != home and self.problem.may_help(n)):
-                if self.route((stage,)) is not None or stage.members.bit_count() >= _MOST_MEMBERS:
+                if self._fits(stage) or stage.members.bit_count() >= _MOST_MEMBERS:
                     break
                 stage = Stage(home, stage.members | 1 << other)
-            if self.route((stage,)) is not None:
+            if self._fits(stage):
                 yield (stage,)
 
-    def climb(self, order: Order) -> Route | None:
-        """The end of a climb that takes every step up at once."""
-        best, left = self.route(order), self._most_routes
-        is_rising = best is not None
+    def _fits(self, stage: Stage) -> bool:
+        return bool(np.isfinite(self._search.stage_LL(stage)[0, -1]))
+
+    def climb(self, order: Order) -> None:
+        """Goes from the best cut of an order to where no step leads up; takes each that does."""
+        now, left = self._better_than(None, order), self._most_routes
+        is_rising = now is not None
         while is_rising and left > 0:
             is_rising = False
             for step in self._steps(order):
-                if step in self._tried or step in self._routes:
+                if step in self._tried:
                     continue
                 left -= 1
                 self._tried.add(step)
-                route = self._search.best_in_order(
-                    step,
-                    throughput=self._throughput,
-                    floor=0.0 if best is None else self.score(best),
-                )
-                if route is not None and (best is None or self._rises(route, best)):
-                    best, order, is_rising = route, step, True
+                route = self._better_than(now, step)
+                if route is not None:
+                    now, order, is_rising = route, step, True
                     break
                 if left <= 0:
                     break
-        return best
+        if now is not None and (self.best is None or self._score(now) > self._score(self.best)):
+            self.best = now
 
-    def _rises(self, route: Route, best: Route) -> bool:
-        now = self.score(best)
-        return self.score(route) > now + 1e-9 * abs(now)
+    def _better_than(self, route: Route | None, order: Order) -> Route | None:
+        """The best cut of an order, if it is better than a route."""
+        least = -math.inf
+        if route is not None:
+            least = self._score(route) + 1e-9 * abs(self._score(route))
+        floor = max(0.0, least)
+        found = self._search.best_in_order(order, throughput=self._throughput, floor=floor)
+        return found if found is not None and self._score(found) > least else None
+
+    def _score(self, route: Route) -> float:
+        return _score(self.problem, route, throughput=self._throughput)
 
     def _steps(self, order: Order) -> Iterator[Order]:
         used = 0

@@ -49,12 +49,13 @@ def busiest(
     `problems` are one placement at several numbers of sequences per step. Each is a search of its
     own, cut short by what the others found.
     """
-    found = contenders(problems, num_stages=num_stages, floor=floor)
+    searches = [Search(problem) for problem in problems]
+    found = contenders(searches, num_stages=num_stages, floor=floor)
     return found[0] if found else None
 
 
 def contenders(
-    problems: Iterable[Problem],
+    searches: Sequence[Search],
     *,
     num_stages: int | None = None,
     within: float = 0.0,
@@ -62,7 +63,6 @@ def contenders(
 ) -> list[tuple[Problem, Route]]:
     """The best route of every problem that has one `within` a share of the best of all, which is
     the first of them. Where the best has no more than `floor`, there may be none."""
-    searches = [Search(problem) for problem in problems]
     best: dict[int, tuple[float, Route]] = {}
 
     def least(number: int) -> float:
@@ -254,8 +254,23 @@ class Search:
         most tokens per second, if more than `floor`. None: it does not fit."""
         if not throughput:
             return self.along(order, math.inf)
+        if floor and not self._may_beat(floor, order):
+            return None
         routes = list(self.improvements(floor, lambda limit, _: self.along(order, limit), order))
         return routes[-1] if routes else None
+
+    def _may_beat(self, floor: float, order: Sequence[Stage]) -> bool:
+        """Whether any cut of an order yields more tokens per second: one programme tells."""
+        limit_s = float(np.nextafter(self.problem.step_tokens / floor, 0))
+        within, hops = self._within(limit_s, order)
+        front: Front | None = Front.root(self.problem.num_layers)
+        for stage in order:
+            if front is not None:
+                front = Front.extended([front], stage, within[stage], hops)
+        if front is None:
+            return False
+        back_s = float(self.problem.return_s[order[-1].home, order[0].home])
+        return float(front.cost_L[-1]) + back_s < self.problem.streams / floor
 
     def evened(self, route: Route, round_trip_s: float) -> Route:
         """The same stages in the same order, cut so that the slowest of them and of the transfers
