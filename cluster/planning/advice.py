@@ -1,16 +1,17 @@
 """What would be enough: the least change of each wish or memory that makes a placement possible."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
 from ...settings import KV_BLOCK_TOKENS
-from ..footprint import Footprint, footprint
-from ..plan import ComputeDtype, Inventory, Workload
-from ..search.place import MARGIN, places_of
+from ..footprint import footprint
+from ..plan import ComputeDtype, Device, Inventory, Workload
+from ..search.place import Place, places_of
 from ..units import gigabytes
+from .fill import fits
 
 Knob = Literal["dtype", "context", "concurrency", "pipelines", "memory", "memory everywhere"]
 DTYPE_LADDER: tuple[ComputeDtype, ...] = tuple(
@@ -21,6 +22,21 @@ _MEMORY_STEP = 100_000_000
 _MOST_MEMORY = 16 * 10**12
 
 
+PROBED_PLACES = 4
+"""Devices up to which the planner itself looks for the border of what is enough."""
+_FINENESS = 16
+"""Share of a change to which that border is found."""
+
+_ABOUT = 1.15
+"""Times the least memory that must be added anywhere, within which more is as good on another
+device."""
+_DOUBLINGS = 12
+"""Of what is enough without pins, until what is enough with them is given up."""
+
+Request = tuple[Inventory, Workload]
+CanPlan = Callable[[Inventory, Workload], bool]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
     """One change that suffices by itself."""
@@ -29,6 +45,19 @@ class Change:
     amount: int
     """Tokens, sequences, or bytes to add; of a dtype its bits."""
     text: str
+    host: str | None = None
+    """Of ``memory``: whose."""
+    device: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Turn:
+    """A knob that can be turned by 1 to `most` steps: the further, the more fits."""
+
+    most: int
+    request: Callable[[int], Request]
+    """What is then asked for."""
+    change: Callable[[int], Change]
 
 
 def sufficient_changes(
@@ -37,123 +66,165 @@ def sufficient_changes(
     inventory: Inventory,
     workload: Workload,
     dtype: ComputeDtype,
+    can_plan: CanPlan | None = None,
 ) -> tuple[Change, ...]:
     """The least sufficient change of every knob that has one, what costs nothing first.
 
-    Each is found by bisection over a fill of the devices in order of memory, which is never
-    more hopeful than the planner: what is said to be enough is enough.
+    Each is found by bisection over a fill of the devices in order of memory, which is never more
+    hopeful than the planner where no layers are pinned: what is said to be enough is enough. With
+    `can_plan`, which says whether a request has a plan, few devices are asked for less than that,
+    and nothing is said of pinned layers that does not hold. `inventory` and `workload` are as
+    `node_wishes.without_limits` leaves them.
     """
-    weights = footprint(config, index, dtype)
-    memories = [place.usable_bytes for place in places_of(inventory)]
+    footprints = {dtype: footprint(config, index, dtype)}
+    has_pins = any(wish.layers for wish in workload.nodes)
+    asked = replace(workload, dtype=dtype)
 
-    def fits_with(wishes: Workload, held: Footprint = weights) -> bool:
-        return fits(held, memories, wishes)
+    def is_filled(machines: Inventory, wishes: Workload) -> bool:
+        held = wishes.dtype or dtype
+        if held not in footprints:
+            footprints[held] = footprint(config, index, held)
+        memories = [place.usable_bytes for place in places_of(machines)]
+        return fits(footprints[held], memories, wishes)
 
-    found: list[Change] = []
-    for lower in DTYPE_LADDER[DTYPE_LADDER.index("bf16" if dtype == "fp16" else dtype) + 1 :]:
-        if fits_with(workload, footprint(config, index, lower)):
-            bits = {"bf16": 16, "int8": 8, "int4": 4}[lower]
-            found.append(Change(knob="dtype", amount=bits, text=f"--dtype {lower}"))
-            break
-    blocks = most(
-        lambda n: fits_with(replace(workload, max_context_tokens=n * KV_BLOCK_TOKENS)),
-        (workload.max_context_tokens - 1) // KV_BLOCK_TOKENS,
+    def steps(turn: _Turn) -> int | None:
+        enough = least(lambda n: is_filled(*turn.request(n)), turn.most)
+        if can_plan is None or not (has_pins or len(places_of(inventory)) <= PROBED_PLACES):
+            return enough
+        return _probed(turn, enough, can_plan, may_miss=has_pins)
+
+    turns = (*_wishes(inventory, asked, dtype), *_memory(inventory, asked, is_filled))
+    changes = [turn.change(count) for turn in turns if (count := steps(turn)) is not None]
+    alone = min((each.amount for each in changes if each.knob == "memory"), default=0)
+    return tuple(each for each in changes if each.knob != "memory" or each.amount == alone)
+
+
+def _probed(turn: _Turn, enough: int | None, can_plan: CanPlan, *, may_miss: bool) -> int | None:
+    """The least number of steps that the planner can do with, at most `enough` unless that `may`
+    not be enough at all."""
+    high = min(enough or turn.most, turn.most)
+    if enough is None or may_miss:
+        tries = [each for n in range(_DOUBLINGS) if 0 < (each := high << n) <= turn.most]
+        high = next((each for each in tries if can_plan(*turn.request(each))), 0)
+    low = 0
+    while high - low > max(1, high // _FINENESS):
+        middle = (low + high) // 2
+        low, high = (low, middle) if can_plan(*turn.request(middle)) else (middle, high)
+    return high or None
+
+
+def _wishes(inventory: Inventory, workload: Workload, dtype: ComputeDtype) -> Iterator[_Turn]:
+    """What may be asked for less of."""
+    lower = DTYPE_LADDER[DTYPE_LADDER.index("bf16" if dtype == "fp16" else dtype) + 1 :]
+    bits = {"bf16": 16, "int8": 8, "int4": 4}
+    yield _Turn(
+        most=len(lower),
+        request=lambda n: (inventory, replace(workload, dtype=lower[n - 1])),
+        change=lambda n: Change(
+            knob="dtype", amount=bits[lower[n - 1]], text=f"--dtype {lower[n - 1]}"
+        ),
     )
-    if blocks:
-        tokens = blocks * KV_BLOCK_TOKENS
-        found.append(Change(knob="context", amount=tokens, text=f"a context of {tokens} tokens"))
-    sequences = most(
-        lambda n: fits_with(replace(workload, max_concurrency=n)), workload.max_concurrency - 1
+    blocks = (workload.max_context_tokens - 1) // KV_BLOCK_TOKENS
+
+    def tokens(n: int) -> int:
+        return (blocks + 1 - n) * KV_BLOCK_TOKENS
+
+    yield _Turn(
+        most=blocks,
+        request=lambda n: (inventory, replace(workload, max_context_tokens=tokens(n))),
+        change=lambda n: Change(
+            knob="context", amount=tokens(n), text=f"a context of {tokens(n)} tokens"
+        ),
     )
-    if sequences:
-        text = f"{sequences} sequence{'s' * (sequences > 1)} at once"
-        found.append(Change(knob="concurrency", amount=sequences, text=text))
-    if pipelines := most(
-        lambda n: fits_with(replace(workload, num_pipelines=n)), (workload.num_pipelines or 1) - 1
-    ):
-        text = f"--pipelines {pipelines}"
-        found.append(Change(knob="pipelines", amount=pipelines, text=text))
-    found += _memory(inventory, lambda grown: fits(weights, grown, workload))
-    return tuple(found)
+    yield from _fewer(inventory, workload)
 
 
-def _memory(inventory: Inventory, is_enough: Callable[[Sequence[int]], bool]) -> list[Change]:
-    """More memory on the one device where least must be added, or on all alike."""
+def _fewer(inventory: Inventory, workload: Workload) -> Iterator[_Turn]:
+    sequences, pipelines = workload.max_concurrency, workload.num_pipelines or 1
+    yield _Turn(
+        most=sequences - 1,
+        request=lambda n: (inventory, replace(workload, max_concurrency=sequences - n)),
+        change=lambda n: Change(
+            knob="concurrency",
+            amount=sequences - n,
+            text=f"{sequences - n} sequence{'s' * (sequences - n > 1)} at once",
+        ),
+    )
+    yield _Turn(
+        most=pipelines - 1,
+        request=lambda n: (inventory, replace(workload, num_pipelines=pipelines - n)),
+        change=lambda n: Change(
+            knob="pipelines", amount=pipelines - n, text=f"--pipelines {pipelines - n}"
+        ),
+    )
+
+
+def _memory(inventory: Inventory, workload: Workload, is_filled: CanPlan) -> Iterator[_Turn]:
+    """More memory on the one device where least must be added, or on all alike.
+
+    Where layers are pinned a fill cannot tell which device that is, and several are named.
+    """
     places = places_of(inventory)
-    memories = [place.usable_bytes for place in places]
-    found: list[Change] = []
-
-    def grown(number: int | None, steps: int) -> list[int]:
-        more = int(steps * _MEMORY_STEP * (1 - MARGIN))
-        return [m + more * (number in (None, at)) for at, m in enumerate(memories)]
-
-    kinds: dict[int, int] = {}
-    for number, memory in enumerate(memories):
-        kinds.setdefault(memory, number)
-    best: tuple[int, int] | None = None
-    for number in kinds.values():
-        steps = least(lambda n, at=number: is_enough(grown(at, n)), _MOST_MEMORY // _MEMORY_STEP)  # type: ignore[misc]
-        if steps is not None and (best is None or steps < best[0]):
-            best = (steps, number)
-    if best is not None:
-        amount, place = best[0] * _MEMORY_STEP, places[best[1]]
-        where = f"{place.node.host} ({place.device_name})"
-        found.append(
-            Change(knob="memory", amount=amount, text=f"{gigabytes(amount)} more on {where}")
-        )
+    pinned = {wish.host for wish in workload.nodes if wish.layers}
+    if pinned:
+        few = len(places) <= PROBED_PLACES
+        for place in places:
+            if few or place.node.host in pinned:
+                yield _more(inventory, workload, place)
+    else:
+        yield from _easiest(inventory, workload, is_filled)
     if len(places) > 1:
-        steps = least(lambda n: is_enough(grown(None, n)), _MOST_MEMORY // _MEMORY_STEP)
-        if steps is not None:
-            amount = steps * _MEMORY_STEP
-            text = f"{gigabytes(amount)} more on every device"
-            found.append(Change(knob="memory everywhere", amount=amount, text=text))
-    return found
+        yield _more(inventory, workload, None)
 
 
-def fits(weights: Footprint, memories: Sequence[int], workload: Workload) -> bool:
-    """Whether the layers fill the devices, one stage each, the largest first; of several pipelines
-    those of each, with devices dealt out as where memory alone counts.
-
-    True is certain. With a number of stages that is asked for, stages share devices as evenly as
-    their workspaces ask for.
-    """
-    if (times := workload.num_pipelines or 1) > 1:
-        groups: list[list[int]] = [[] for _ in range(times)]
-        for memory in sorted(memories, reverse=True):
-            min(groups, key=sum).append(memory)
-        fewer = replace(workload, num_pipelines=1)
-        streams = [-(-(workload.max_concurrency - n) // times) for n in range(times)]
-        return all(
-            count > 0 and fits(weights, group, replace(fewer, max_concurrency=count))
-            for group, count in zip(groups, streams, strict=True)
+def _easiest(inventory: Inventory, workload: Workload, is_filled: CanPlan) -> Iterator[_Turn]:
+    """The largest device of those where about the least must be added."""
+    kinds = {place.usable_bytes: place for place in reversed(places_of(inventory))}
+    turns = [_more(inventory, workload, place) for _, place in sorted(kinds.items(), reverse=True)]
+    needed = [least(lambda n, at=turn: is_filled(*at.request(n)), turn.most) for turn in turns]  # type: ignore[misc]
+    if few := [steps for steps in needed if steps is not None]:
+        border = min(few) * _ABOUT
+        yield next(
+            turn
+            for turn, steps in zip(turns, needed, strict=True)
+            if steps is not None and steps <= border
         )
-    tokens = -(-workload.max_context_tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
-    kv_bytes = workload.max_concurrency * tokens * weights.kv_bytes_per_token
-    overhead = weights.workspace_bytes(workload.max_context_tokens)
-    needs = [each + kv_bytes for each in weights.layer_bytes]
-    needs[0] += weights.embeddings_bytes
-    needs[-1] += weights.output_bytes
-    asked = workload.num_stages
-    counts = [1] * len(memories)
-    order = sorted(memories, reverse=True)
-    if asked is not None:
-        order = order[:asked]
-        counts = [1] * len(order)
-        for _ in range(asked - len(order)):
-            shares = [m / (count + 1) for m, count in zip(order, counts, strict=True)]
-            counts[shares.index(max(shares))] += 1
-    layer, left = 0, asked
-    for memory, count in zip(order, counts, strict=True):
-        room, placed = memory - count * overhead, 0
-        later = 0 if left is None else left - count
-        while layer < len(needs) - later and needs[layer] <= room:
-            room -= needs[layer]
-            layer, placed = layer + 1, placed + 1
-        if left is not None:
-            if placed < count:
-                return False
-            left -= count
-    return layer == len(needs)
+
+
+def _more(inventory: Inventory, workload: Workload, place: Place | None) -> _Turn:
+    def change(steps: int) -> Change:
+        amount = steps * _MEMORY_STEP
+        if place is None:
+            text = f"{gigabytes(amount)} more on every device"
+            return Change(knob="memory everywhere", amount=amount, text=text)
+        return Change(
+            knob="memory",
+            amount=amount,
+            text=f"{gigabytes(amount)} more on {place.node.host} ({place.device_name})",
+            host=place.node.host,
+            device=place.device_name,
+        )
+
+    return _Turn(
+        most=_MOST_MEMORY // _MEMORY_STEP,
+        request=lambda steps: (grown(inventory, place, steps * _MEMORY_STEP), workload),
+        change=change,
+    )
+
+
+def grown(inventory: Inventory, place: Place | None, more_bytes: int) -> Inventory:
+    """The inventory with more memory on one device; None: on all."""
+
+    def device(host: str, old: Device) -> Device:
+        if place is not None and (host, old) != (place.node.host, place.device):
+            return old
+        return replace(old, memory_bytes=old.memory_bytes + more_bytes)
+
+    nodes = (
+        replace(node, devices=tuple(device(node.host, each) for each in node.devices))
+        for node in inventory.nodes
+    )
+    return replace(inventory, nodes=tuple(nodes))
 
 
 def least(holds: Callable[[int], bool], highest: int) -> int | None:
@@ -165,11 +236,3 @@ def least(holds: Callable[[int], bool], highest: int) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
     return low
-
-
-def most(holds: Callable[[int], bool], highest: int) -> int | None:
-    """The greatest number from 1 to `highest` for which `holds`, which is true up to there."""
-    failing = least(lambda n: not holds(n), highest)
-    if failing is None:
-        return highest if highest >= 1 else None
-    return failing - 1 or None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ...errors import InfeasiblePlanError
 from ...fetcher.config import ModelConfig
@@ -14,9 +15,10 @@ from ..search.search import EXACT_PLACES
 from ..units import gigabytes
 from .advice import sufficient_changes
 from .dtype_ladder import lower_dtypes
+from .node_wishes import without_limits
 from .plan_diff import needed_bytes
+from .planner import can_plan, predicted
 from .planner import plan as place
-from .planner import predicted
 
 WORTH = 1.1
 """Times the present rate, from which on a change is worth a line."""
@@ -145,9 +147,14 @@ def _memory(
     if not plan.concessions:
         return
     stored = workload.dtype or stored_dtype(model[1])
-    for change in sufficient_changes(*model, inventory, workload, stored):
+    conceded = {each.knob for each in plan.concessions}
+    effects = {"dtype": f"all in {stored}", "context": "the whole context"}
+    effect = ", ".join(effects[knob] for knob in effects if knob in conceded)
+    allowed, wanted = without_limits(model[0], inventory, workload)
+    enough = sufficient_changes(*model, allowed, wanted, stored, partial(can_plan, *model))
+    for change in enough:
         if change.knob in ("memory", "memory everywhere"):
-            yield Improvement(change=change.text, effect=f"all in {stored}, the whole context")
+            yield Improvement(change=change.text, effect=effect)
 
 
 def _faster_device(

@@ -29,6 +29,17 @@ def allowed_nodes(config: ModelConfig, inventory: Inventory, workload: Workload)
     return replace(inventory, nodes=nodes)
 
 
+def without_limits(
+    config: ModelConfig, inventory: Inventory, workload: Workload
+) -> tuple[Inventory, Workload]:
+    """The same request with nothing of nodes left but pins: nodes and memory that may not be used
+    are taken out of the inventory. Raises as `allowed_nodes`."""
+    pins = tuple(
+        NodeWish(host=wish.host, layers=wish.layers) for wish in workload.nodes if wish.layers
+    )
+    return allowed_nodes(config, inventory, workload), replace(workload, nodes=pins)
+
+
 def _limited(node: Node, wish: NodeWish | None) -> Node:
     if wish is None or wish.memory_bytes is None:
         return node

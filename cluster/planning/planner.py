@@ -7,7 +7,7 @@ bytes, not by memory size: a large memory is not a fast one.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from ...errors import InfeasiblePlanError, UsageError
 from ...fetcher.config import ModelConfig
@@ -17,6 +17,7 @@ from ..plan import (
     ComputeDtype,
     Concession,
     Inventory,
+    Objective,
     Plan,
     StagePlan,
     UnusedNode,
@@ -35,7 +36,7 @@ from .memory_plan import (
     smallest_stage_bytes,
     unused_by_memory,
 )
-from .node_wishes import allowed_nodes
+from .node_wishes import without_limits
 from .pipelines_plan import PipelinesPlanner
 from .refusal import pins_refused, refused
 from .soundness import check_inventory
@@ -68,23 +69,37 @@ def plan(config: ModelConfig, index: TensorIndex, inventory: Inventory, workload
     """
     check_inventory(inventory)
     _check(config, inventory, workload)
-    allowed = allowed_nodes(config, inventory, workload)
+    allowed, wanted = without_limits(config, inventory, workload)
     stored = workload.dtype or stored_dtype(index)
     ladder = (stored,) if workload.dtype else (stored, *lower_dtypes(stored))
     for rung in range(len(ladder)):
         model = _Model(config, index, ladder[rung])
-        found = _best(model, ladder[: rung + 1], allowed, workload)
+        found = _best(model, ladder[: rung + 1], allowed, wanted)
         if found is None and workload.min_context_tokens is not None:
-            shorter = shorten(model.weights, allowed, workload, workload.min_context_tokens)
-            if shorter is not None:
-                found = _best(model, ladder[: rung + 1], allowed, shorter)
+            floor = workload.min_context_tokens
+            # Whole layers alone may not fit at any length, and experts apart still do.
+            shorter = shorten(model.weights, allowed, wanted, floor) or replace(
+                wanted, max_context_tokens=floor
+            )
+            found = _best(model, ladder[: rung + 1], allowed, shorter)
         if found is not None:
             return _told(found, stored, index, config, inventory, workload)
-    if any(wish.layers for wish in workload.nodes):
-        freed = tuple(replace(wish, layers=None) for wish in workload.nodes)
-        if _best(model, ladder, allowed, replace(workload, nodes=freed)) is not None:
-            raise pins_refused(model.weights, allowed, workload)
-    raise refused(config, index, ladder[-1], allowed, workload)
+    said = (config, index, ladder[-1], allowed, wanted, partial(can_plan, config, index))
+    if wanted.nodes and _best(model, ladder, allowed, replace(wanted, nodes=())) is not None:
+        raise pins_refused(*said)
+    raise refused(*said)
+
+
+def can_plan(
+    config: ModelConfig, index: TensorIndex, inventory: Inventory, workload: Workload
+) -> bool:
+    """Whether there is a plan with all layers in the dtype of the workload and with its whole
+    context; `inventory` and `workload` are as `without_limits` leaves them."""
+    # All that decides is memory, and one stream is the least to look through.
+    objective: Objective = "fit" if workload.objective == "fit" else "latency"
+    model = _Model(config, index, workload.dtype or stored_dtype(index))
+    asked = replace(workload, objective=objective)
+    return _best(model, (model.dtype,), inventory, asked) is not None
 
 
 def predicted(

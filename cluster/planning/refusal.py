@@ -11,7 +11,7 @@ from ..footprint import Footprint, footprint, stored_dtype
 from ..plan import ComputeDtype, Inventory, Workload
 from ..search.place import MARGIN, places_of
 from ..units import gigabytes
-from .advice import sufficient_changes
+from .advice import CanPlan, Change, sufficient_changes
 from .memory_plan import kv_bytes_of, smallest_stage_bytes
 
 _MOST_LINES = 8
@@ -26,10 +26,12 @@ def refused(
     dtype: ComputeDtype,
     inventory: Inventory,
     workload: Workload,
+    can_plan: CanPlan,
 ) -> InfeasiblePlanError:
     """The model does not fit: what it needs, what there is, and every change that suffices.
 
-    `dtype` is the one that was asked for, or the last that was tried.
+    `dtype` is the one that was asked for, or the last that was tried; `inventory` and `workload`
+    are as `without_limits` leaves them; `can_plan` as of `sufficient_changes`.
     """
     weights, stored = footprint(config, index, dtype), stored_dtype(index)
     context = workload.min_context_tokens or workload.max_context_tokens
@@ -39,7 +41,7 @@ def refused(
     num_stages = times * (workload.num_stages or 1)
     workspace = weights.workspace_bytes(least.max_context_tokens) * num_stages
     held = times * weights.weights_bytes
-    changes = sufficient_changes(config, index, inventory, least, dtype)
+    changes = sufficient_changes(config, index, inventory, least, dtype, can_plan)
     as_stored = ""
     if dtype != stored:
         whole = footprint(config, index, stored).weights_bytes
@@ -52,11 +54,19 @@ def refused(
         f"    {gigabytes(workspace)} of workspace",
         f"  usable ({MARGIN:.0%} stays free):",
         *_devices(inventory),
-        "  any one of these is enough, the cheapest first:",
-        *(f"    {change.text}" for change in changes),
+        *_enough(changes),
     ]
+    return _error(lines, changes)
+
+
+def _enough(changes: Sequence[Change]) -> list[str]:
     if not changes:
-        lines[-1] = "  no single change is enough: add nodes, and ask for less"
+        return ["  no single change is enough: add nodes, and ask for less"]
+    told = [f"    {change.text}" for change in changes]
+    return ["  any one of these is enough, the cheapest first:", *told]
+
+
+def _error(lines: Sequence[str], changes: Sequence[Change]) -> InfeasiblePlanError:
     return InfeasiblePlanError("\n".join(lines), changes=[asdict(change) for change in changes])
 
 
@@ -109,9 +119,17 @@ def _listed(names: Sequence[str], shown: int) -> str:
 
 
 def pins_refused(
-    weights: Footprint, inventory: Inventory, workload: Workload
+    config: ModelConfig,
+    index: TensorIndex,
+    dtype: ComputeDtype,
+    inventory: Inventory,
+    workload: Workload,
+    can_plan: CanPlan,
 ) -> InfeasiblePlanError:
-    """What each pin needs; without them the model fits."""
+    """What each pin needs, and what would be enough; without pins the model fits. The arguments
+    are those of `refused`."""
+    weights = footprint(config, index, dtype)
+    changes = sufficient_changes(config, index, inventory, workload, dtype, can_plan)
     lines = ["the pins leave no placement, and without them the model fits:"]
     room = {
         node.host: max(int(each.memory_bytes * (1 - MARGIN)) for each in node.devices)
@@ -130,4 +148,4 @@ def pins_refused(
                 f"{gigabytes(room[wish.host])} can be used there"
             )
     lines.append("  pin fewer layers there, or leave layers to nodes without a pin")
-    return InfeasiblePlanError("\n".join(lines))
+    return _error([*lines, *(_enough(changes) if changes else ())], changes)

@@ -6,12 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.cluster.plan import Device, Inventory, Node, Workload
-from magnetar.cluster.planning.advice import least, most, sufficient_changes
-from magnetar.cluster.planning.planner import plan
+from magnetar.cluster.plan import Device, Inventory, Node, NodeWish, Workload
+from magnetar.cluster.planning.advice import least, sufficient_changes
+from magnetar.cluster.planning.explanation import explained
+from magnetar.cluster.planning.node_wishes import without_limits
+from magnetar.cluster.planning.planner import can_plan, plan
 from magnetar.errors import InfeasiblePlanError
 from magnetar.settings import KV_BLOCK_TOKENS
-from magnetar.tests.planning import GB, MIXTRAL, SMALL
+from magnetar.tests.planning import GB, MIXTRAL, SMALL, model
 
 
 def cluster(*gigabytes: float) -> Inventory:
@@ -24,6 +26,19 @@ def cluster(*gigabytes: float) -> Inventory:
                 devices=(Device(kind="cpu", memory_bytes=int(size * GB)),),
             )
             for number, size in enumerate(gigabytes)
+        )
+    )
+
+
+def timed(inventory: Inventory) -> Inventory:
+    """With speeds, so that the search plans."""
+    return Inventory(
+        nodes=tuple(
+            dataclasses.replace(
+                node,
+                devices=tuple(dataclasses.replace(d, read_gbps=100.0) for d in node.devices),
+            )
+            for node in inventory.nodes
         )
     )
 
@@ -45,10 +60,7 @@ def grown(inventory: Inventory, host: str | None, more: int) -> Inventory:
 def test_bisection_finds_the_border_and_says_when_there_is_none() -> None:
     assert least(lambda n: n >= 17, 100) == 17
     assert least(lambda n: n > 100, 100) is None
-    assert most(lambda n: n <= 17, 100) == 17
-    assert most(lambda _: True, 100) == 100
-    assert most(lambda _: False, 100) is None
-    assert most(lambda _: True, 0) is None
+    assert least(lambda _: True, 0) is None
 
 
 def test_every_change_is_enough_by_itself() -> None:
@@ -116,3 +128,68 @@ def test_what_is_said_to_be_enough_is_enough(
             host = change.text.rpartition(" on ")[2].partition(" ")[0]
             machines = grown(inventory, host, change.amount)
         plan(*SMALL, machines, wishes)
+
+
+def test_advice_keeps_to_nodes_that_may_be_used_and_to_pins() -> None:
+    inventory = cluster(50, 20, 60)
+    open_to_all = dataclasses.replace(asked(4096, 8), dtype=None)
+    for wishes in (
+        (NodeWish(host="n2", exclude=True),),
+        (NodeWish(host="n2", layers=(0, 8)),),
+        (NodeWish(host="n0", memory_bytes=50 * GB), NodeWish(host="n2", memory_bytes=10 * GB)),
+    ):
+        workload = dataclasses.replace(open_to_all, nodes=wishes)
+        fast = timed(inventory)
+        found = plan(*MIXTRAL, fast, workload)
+        assert found.concessions
+        told = explained(*MIXTRAL, fast, workload, found).improvements
+        enough = [each for each in told if each.effect == "all in bf16"]
+        assert enough
+        free, pinned = without_limits(MIXTRAL[0], fast, workload)
+        for each in enough:
+            size, _, where = each.change.partition(" GB more on ")
+            host = where.partition(" (")[0] if where != "every device" else None
+            more = int((float(size) + 0.05) * GB)
+            assert can_plan(*MIXTRAL, grown(free, host, more), pinned)
+            assert not can_plan(*MIXTRAL, grown(free, host, more * 3 // 4), pinned)
+
+
+def test_pins_without_a_placement_are_told_what_is_enough() -> None:
+    inventory = timed(cluster(60, 150))
+    workload = dataclasses.replace(asked(512, 2), nodes=(NodeWish(host="n0", layers=(0, 30)),))
+    with pytest.raises(InfeasiblePlanError, match="pins leave no placement") as refused:
+        plan(*MIXTRAL, inventory, workload)
+    changes = {each["knob"]: each for each in refused.value.changes}
+    assert changes["memory"]["text"] in str(refused.value)
+    assert changes["memory"]["host"] == "n0"
+    plan(*MIXTRAL, grown(inventory, "n0", changes["memory"]["amount"]), workload)
+    assert changes["dtype"]["text"] == "--dtype int8"
+    plan(*MIXTRAL, inventory, dataclasses.replace(workload, dtype="int8"))
+
+
+def test_a_context_may_shrink_where_whole_layers_fit_at_no_length() -> None:
+    devices = (0.848663751,), (0.581474657, 0.593594225)
+    nodes = tuple(
+        Node(
+            host=f"n{number}",
+            address="",
+            num_cpus=8,
+            devices=tuple(
+                Device(kind="cuda", index=at, memory_bytes=int(size * GB), read_gbps=300.0)
+                for at, size in enumerate(sizes)
+            ),
+        )
+        for number, sizes in enumerate(devices)
+    )
+    least = Workload(
+        max_context_tokens=1024,
+        max_concurrency=8,
+        dtype="int4",
+        num_stages=2,
+        separate_experts=True,
+    )
+    machines = Inventory(nodes=nodes)
+    lean = model(n_layers=8, dim=1024, num_experts=4)
+    assert plan(*lean, machines, least).max_context_tokens == 1024
+    longer = dataclasses.replace(least, max_context_tokens=8192, min_context_tokens=1024)
+    assert plan(*lean, machines, longer).max_context_tokens >= 1024

@@ -31,9 +31,11 @@ def test_where_no_dtype_was_asked_for_what_is_missing_is_that_of_the_narrowest()
     assert "of int4 weights (93.4 GB as they are stored, in bf16)" in str(refused)
     (more,) = (each for each in refused.changes if each["knob"] == "memory")
     assert more["amount"] < 40 * GB
-    assert more["text"].endswith(" on beta (cpu)")
-    device = replace(nodes[1].devices[0], memory_bytes=8 * GB + more["amount"])
-    grown = Inventory(nodes=(nodes[0], replace(nodes[1], devices=(device,))))
+    # About as much would be enough on either: the larger one is named.
+    assert (more["host"], more["device"]) == ("alpha", "cpu")
+    assert more["text"].endswith(" on alpha (cpu)")
+    device = replace(nodes[0].devices[0], memory_bytes=16 * GB + more["amount"])
+    grown = Inventory(nodes=(replace(nodes[0], devices=(device,)), nodes[1]))
     found = plan(*MIXTRAL, grown, Workload(max_context_tokens=4096, max_concurrency=1))
     assert {stage.dtype for stage in found.stages} == {"int4"}
 
