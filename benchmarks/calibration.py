@@ -217,7 +217,7 @@ def compared(
                     "measured": _ms(each.seen_s[case]),
                     "plain_gbps": [round(gbps, 1) for gbps in each.plain_gbps],
                     "gauge_gbps": [round(gbps, 1) for gbps in each.gauge_gbps],
-                    "waited": round(each.waited_share, 3),
+                    "others": round(each.others_share, 3),
                     "left_out": each.left_out,
                 }
                 for each in rounds
@@ -232,7 +232,8 @@ def compared(
         for each in rounds:
             before, after = each.gauge_gbps
             print(
-                f"    {each.ratio(case):.2f}, {before:.1f} and {after:.1f} GB/s"
+                f"    {each.ratio(case):.2f}, {before:.1f} and {after:.1f} GB/s, "
+                f"{each.others_share:.0%} others"
                 + (f"; left out: {each.left_out}" if each.left_out else ""),
                 file=sys.stderr,
             )

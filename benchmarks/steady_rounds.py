@@ -11,15 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
-
 from magnetar.benchmarks.rounds_gauge import Moment, RoundsGauge
-from magnetar.cluster.inventory.own_threads import Waits
+from magnetar.cluster.inventory.other_work import OtherWork
 
 CHANGE = 0.1
 """Share by which the predictions before and after a steady round differ at most."""
-WAITED = 0.05
-"""Share of a steady round that our threads waited for processors, at most."""
+OTHERS = 0.1
+"""Share of the processors that other work took in a steady round, at most."""
 SPENT_S = 60.0
 """Seconds after which no round begins any more."""
 
@@ -35,8 +33,8 @@ class Round:
     after_s: Mapping[str, float]
     """Predicted for the machine as it was before and after, by case."""
     seen_s: Mapping[str, float]
-    waited_share: float
-    """Of its time, that threads waited for processors, all together."""
+    others_share: float
+    """Of the processors, that other work took meanwhile."""
     plain_gbps: tuple[float, float]
     gauge_gbps: tuple[float, float]
     """Before and after."""
@@ -58,8 +56,8 @@ class Round:
         )
         if change > CHANGE:
             return f"the machine changed by {change:.0%}"
-        if self.waited_share > WAITED:
-            return f"threads waited {self.waited_share:.0%} of the time"
+        if self.others_share > OTHERS:
+            return f"other work took {self.others_share:.0%} of the processors"
         return None
 
 
@@ -79,18 +77,16 @@ def rounds_of(
         and len(found) < most
         and time.monotonic() - began < SPENT_S
     ):
-        with Waits(_own_processes()) as waits:
-            waited_s, round_began = waits.total_s(), time.perf_counter()
-            seen_s = measure()
-            seconds = time.perf_counter() - round_began
-            waited_s = waits.total_s() - waited_s
+        others = OtherWork()
+        seen_s = measure()
+        others_share = others.share()
         after = gauge.measure()
         found.append(
             Round(
                 before_s=predict(before),
                 after_s=predict(after),
                 seen_s=seen_s,
-                waited_share=waited_s / seconds,
+                others_share=others_share,
                 plain_gbps=(before.plain_gbps, after.plain_gbps),
                 gauge_gbps=(before.gauge_gbps, after.gauge_gbps),
             )
@@ -107,8 +103,3 @@ def steady(rounds: Sequence[Round]) -> list[Round]:
 def median_ratio(rounds: Sequence[Round], case: str) -> float:
     """Predicted over measured."""
     return statistics.median(each.ratio(case) for each in rounds)
-
-
-def _own_processes() -> list[int]:
-    own = psutil.Process()
-    return [own.pid, *(child.pid for child in own.children(recursive=True))]

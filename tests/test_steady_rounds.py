@@ -8,7 +8,7 @@ import pytest
 from magnetar.benchmarks import steady_rounds
 from magnetar.benchmarks.rounds_gauge import Moment, RoundsGauge
 from magnetar.benchmarks.steady_rounds import Round, median_ratio, rounds_of, steady
-from magnetar.cluster.inventory.own_threads import Waits
+from magnetar.cluster.inventory.other_work import OtherWork
 from magnetar.cluster.plan import Node
 
 
@@ -35,7 +35,7 @@ def rounds(*gbps: float, seen_s: float = 0.05, enough: int = 2, most: int = 6) -
 
 @pytest.fixture(autouse=True)
 def _calm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Waits, "total_s", lambda _: 0.0)
+    monkeypatch.setattr(OtherWork, "share", lambda _: 0.0)
 
 
 def test_rounds_end_when_enough_were_steady() -> None:
@@ -50,12 +50,10 @@ def test_a_round_in_which_the_machine_changed_is_left_out() -> None:
     assert steady(found) == found[1:]
 
 
-def test_a_round_that_waited_for_processors_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited_s = iter(range(100))
-    monkeypatch.setattr(Waits, "total_s", lambda _: float(next(waited_s)))
+def test_a_round_beside_other_work_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OtherWork, "share", lambda _: 0.25)
     found = rounds(20.0, most=3)
-    assert len(found) == 3
-    assert all("threads waited" in (each.left_out or "") for each in found)
+    assert [each.left_out for each in found] == 3 * ["other work took 25% of the processors"]
 
 
 @pytest.mark.parametrize("seen_s", [1e-6, 0.05, 1e3])
@@ -73,7 +71,7 @@ def test_rounds_end_where_the_machine_is_never_steady(monkeypatch: pytest.Monkey
 def test_a_round_is_told_for_the_machine_between_both_sides() -> None:
     about: Mapping[str, Any] = {
         "seen_s": {"step": 2.0},
-        "waited_share": 0.0,
+        "others_share": 0.0,
         "plain_gbps": (1.0, 1.0),
         "gauge_gbps": (1.0, 1.0),
     }

@@ -55,18 +55,15 @@ def apart(threads: Sequence[int]) -> Iterator[None]:
 
 
 class Waits:
-    """How long the threads that there are at its beginning wait for processors from then on: of
-    this process, or of others of this user."""
+    """How long the threads that there are at its beginning wait for processors from then on."""
 
-    def __init__(self, processes: Sequence[int] = ()) -> None:
-        self._folders = [Path(f"/proc/{each}/task") for each in processes] or [_TASKS]
+    def __init__(self) -> None:
         self._files: list[int] = []
 
     def __enter__(self) -> Self:
-        for folder in self._folders:
-            for file in folder.glob("*/schedstat"):
-                with suppress(OSError):
-                    self._files.append(os.open(file, os.O_RDONLY))
+        for file in _TASKS.glob("*/schedstat"):
+            with suppress(OSError):
+                self._files.append(os.open(file, os.O_RDONLY))
         return self
 
     def __exit__(

@@ -71,7 +71,7 @@ def test_other_work_is_what_neither_idles_nor_is_ours(monkeypatch: pytest.Monkey
     every = namedtuple("every", "user system idle iowait steal guest")
     own = namedtuple("own", "user system")
     now = [every(100.0, 10.0, 50.0, 5.0, 1.0, 40.0), own(3.0, 1.0)]
-    process = SimpleNamespace(cpu_times=lambda: now[1])
+    process = SimpleNamespace(cpu_times=lambda: now[1], children=lambda recursive: [])
     monkeypatch.setattr(psutil, "cpu_times", lambda: now[0])
     monkeypatch.setattr(psutil, "Process", lambda: process)
     others = OtherWork()
