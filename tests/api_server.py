@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 from openai import DefaultHttpxClient, OpenAI
@@ -125,3 +126,13 @@ def serving(
     ):
         yield Service(server=server, engine=engine, http=http, openai=openai)
     assert engine.num_running == 0
+
+
+def error_of(answer: Any, status: int) -> dict[str, Any]:
+    """The error of an answer, which must have OpenAI's shape."""
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    return dict(body["error"])

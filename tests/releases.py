@@ -7,9 +7,7 @@ the tokenizers are real ones with 512 pieces. Everything is a function of the se
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from magnetar.fetcher.config import ReleaseHints
+from magnetar.tests.release_tokenizers import sentencepiece_model, write_huggingface_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,26 +47,6 @@ HINTS = ReleaseHints(
 these as `known`: the file wins)."""
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-CORPUS = """\
-The lighthouse keeper counted the ships that passed before breakfast and wrote their names down.
-A small boat needs a steady hand, a patient crew and a wind that blows from behind the harbour.
-Nobody in the village could remember a winter with so much snow on the northern road.
-She opened the window, looked at the grey morning and decided to bake bread instead of walking.
-Magnetic fields of neutron stars are the strongest that astronomers have measured anywhere.
-Every packet that arrives late is sent again, and every byte is counted once and only once.
-Wherever the river bends there is a mill, and wherever there is a mill there are stories.
-The teacher asked how many apples were left: 12, 345 or 6789? Nobody knew the right answer!
-Questions about time are questions about clocks; questions about clocks are about springs.
-Our grandfather kept bees in seven wooden boxes painted yellow, green, orange and white.
-To build a bridge you measure twice, cut once, and listen to the people who cross the river.
-def add(first, second):
-    return first + second  # plain addition of two numbers
-They travelled through mountains, forests and meadows without meeting a single other traveller.
-What is written quickly is read slowly, and what is written slowly is read with pleasure.
-The capital of the province has three theatres, two railway stations and one excellent bakery.
-It rained on Monday, on Tuesday and on Wednesday; on Thursday the children played outside again.
-"""
 
 
 def write_release(
@@ -107,7 +86,7 @@ def write_release(
         shard = "200KB" if layout == "huggingface-sharded" else "5GB"
         stored.save_pretrained(folder, max_shard_size=shard)
         if tokenizer:
-            _write_huggingface_tokenizer(folder, vocab_size)
+            write_huggingface_tokenizer(folder, vocab_size, max_tokens=MAX_CONTEXT_TOKENS)
         return model
     tensors = {
         name: tensor.to(TORCH_DTYPES[dtype]).contiguous()
@@ -218,70 +197,6 @@ def _renamed_params(model: PreTrainedModel) -> dict[str, Any]:
     if hasattr(config, "num_local_experts"):
         params |= {"num_experts_per_tok": 2, "num_local_experts": NUM_EXPERTS}
     return params
-
-
-@functools.cache
-def sentencepiece_model(vocab_size: int = 512) -> bytes:
-    """A small sentencepiece BPE model with the options of the release's tokenizer."""
-    import sentencepiece
-
-    raw = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()),
-        model_writer=raw,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return raw.getvalue()
-
-
-@functools.cache
-def huggingface_tokenizer(vocab_size: int = 512) -> str:
-    """The text of a small tokenizer.json: byte-level BPE with the tokens of ChatML (ids 0-2)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
-    return str(tokenizer.to_str())
-
-
-CHATML_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
-    "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def _write_huggingface_tokenizer(folder: Path, vocab_size: int) -> None:
-    (folder / "tokenizer.json").write_text(huggingface_tokenizer(vocab_size), encoding="utf-8")
-    described = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-        "unk_token": "<|endoftext|>",
-        "chat_template": CHATML_TEMPLATE,
-        "model_max_length": MAX_CONTEXT_TOKENS,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
 
 
 def _random_model(

@@ -9,7 +9,6 @@ import pytest
 
 from magnetar.errors import PortInUseError, ReleaseError
 from magnetar.fetcher.torrent.add_params import read_resume
-from magnetar.fetcher.torrent.addresses import is_local, own_interfaces
 from magnetar.fetcher.torrent.create import create_torrent
 from magnetar.fetcher.torrent.events import (
     BadPiece,
@@ -348,16 +347,3 @@ def test_announces_itself_to_nobody(session: LibtorrentSession) -> None:
     assert settings["enable_outgoing_utp"] is False
     assert settings["upload_rate_limit"] > 0
     assert settings["download_rate_limit"] == 0
-
-
-def test_listens_only_where_the_peers_are() -> None:
-    assert own_interfaces([("127.0.0.1", 5), ("127.0.0.1", 6)], reaches_out=False) == "127.0.0.1:0"
-    assert "0.0.0.0" not in own_interfaces([], reaches_out=True)
-
-
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [("127.0.0.1", True), ("192.168.1.2", True), ("fe80::1", True), ("8.8.8.8", False)],
-)
-def test_knows_local_addresses(address: str, expected: bool) -> None:
-    assert is_local(address) is expected
