@@ -6,17 +6,16 @@ It knows every peer that announced, by the address that it came from, and says s
 import argparse
 import json
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 from magnetar.fetcher.torrent.bencode import Bencoded, encode
+from magnetar.tests.lab.http_server import NamelessServer
 
 INTERVAL_S = 2
 
 
-class Tracker(ThreadingHTTPServer):
+class Tracker(NamelessServer):
     """Keeps one swarm for each info-hash."""
-
-    daemon_threads = True
 
     def __init__(self, address: tuple[str, int]) -> None:
         super().__init__(address, _Handler)

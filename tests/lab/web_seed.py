@@ -6,16 +6,16 @@ What BEP 19 asks of a web seed and no more. ``/sent`` says how many bytes of fil
 import argparse
 import re
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+
+from magnetar.tests.lab.http_server import NamelessServer
 
 _CHUNK_BYTES = 1 << 16
 
 
-class WebSeed(ThreadingHTTPServer):
+class WebSeed(NamelessServer):
     """Serves what lies below `root`."""
-
-    daemon_threads = True
 
     def __init__(self, address: tuple[str, int], root: Path) -> None:
         super().__init__(address, _Handler)
