@@ -143,6 +143,8 @@ class ExpertHost:
     free_bytes: int
     """Memory of the device left after everything that the plan puts there."""
     experts: ExpertIds
+    workspace_bytes: int = 0
+    """What it needs beside weights: its process and buffers."""
     step_s: float | None = None
     """Predicted time of its experts in one decode step, all layers; None: no speed is known."""
     hop_s: float | None = None
@@ -168,7 +170,10 @@ class StagePlan:
     weights_bytes: int
     kv_bytes: int
     free_bytes: int
-    """Memory of the device left after weights, keys and values, and workspace."""
+    """Memory of the device left after the weights, keys and values and workspace of all stages on
+    it; a tenth of the device, or more, always is."""
+    workspace_bytes: int = 0
+    """What the stage needs whatever its layers: its process, buffers, one gathered sequence."""
     step_s: float | None = None
     """Predicted time of one decode step; None where no speed is known."""
     hop_s: float | None = None
@@ -177,6 +182,11 @@ class StagePlan:
     """Those on the stage's own device; None: all of every layer."""
     helpers: tuple[ExpertHost, ...] = ()
     """Other devices with experts of these layers. An expert that two devices hold is a replica."""
+
+    @property
+    def seat(self) -> tuple[str, str]:
+        """Host and device."""
+        return self.host, self.device
 
     def holders(self, layer: int, expert: int) -> tuple[int, ...]:
         """Who has one expert of a global layer: -1 the stage's own device, else its helpers."""
@@ -240,10 +250,17 @@ class Pipeline:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnusedNode:
-    """A node without a stage, and why."""
+    """A node without a part in the plan, or a device of one with a part, and why."""
 
     host: str
     reason: str
+    device: str | None = None
+    """Of a node with other devices in use; None: the node as a whole is not used."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.host if self.device is None else f"{self.host} {self.device}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -107,8 +107,8 @@ def shown_plan(preview: "PlanPreview", *, name: str, output: PlanOutput) -> str:
     if output == "table":
         # Whoever parses lines gets them whole.
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        return plan_table(preview.plan, preview.explanation, width=width)
-    return _document(plan_json(preview.plan, preview.explanation), output)
+        return plan_table(preview.plan, preview.explanation, width=width, name=name)
+    return _document(plan_json(preview.plan, preview.explanation, name=name), output)
 
 
 def _document(told: dict[str, Any], output: PlanOutput) -> str:
@@ -116,5 +116,14 @@ def _document(told: dict[str, Any], output: PlanOutput) -> str:
         return json_text(told)
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        """With the ids of experts of a layer on one line."""
+
+    def sequence(dumper: Dumper, values: list[Any]) -> yaml.Node:
+        is_flat = all(isinstance(value, int) for value in values)
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=is_flat)
+
+    Dumper.add_representer(list, sequence)
     # By way of JSON, for YAML would mark tuples.
-    return yaml.safe_dump(json.loads(json.dumps(told)), sort_keys=False).rstrip()
+    plain = json.loads(json.dumps(told))
+    return yaml.dump(plain, Dumper=Dumper, sort_keys=False, width=100).rstrip()

@@ -4,14 +4,15 @@ import contextlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..cluster.deployment.agent_group import AgentGroup
 from ..cluster.deployment.source_fetch import fetch_of
 from ..cluster.inventory.inventory import host_label, probe_node
 from ..cluster.inventory.link_cache import remembered_links
-from ..cluster.plan import Inventory, Plan
-from ..cluster.planning.expert_pins import pin_experts
+from ..cluster.plan import Inventory, Plan, Workload
+from ..cluster.planning.expert_pins import ExpertPin, pin_experts
 from ..cluster.planning.explanation import Explanation, explained
 from ..cluster.planning.plan_diff import with_memory_of
 from ..cluster.planning.planner import plan as place_model
@@ -24,6 +25,7 @@ from ..errors import NotFoundError
 from ..fetcher.checkpoint.release import ReleaseFacts
 from ..fetcher.config import ModelConfig
 from ..fetcher.progress import ProgressSink
+from ..fetcher.tensors import TensorIndex
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,15 +97,29 @@ def plan_only(
     if running is not None and from_traffic:
         workload = replace(workload, popularity=_popularity(running, facts.config))
     model = (facts.config, facts.index, inventory, workload)
-    plan = place_model(*model)
-    plan = pin_experts(plan, spec.expert_pins, facts.config, facts.index, inventory)
+    place = partial(_placed, spec.expert_pins) if spec.expert_pins else place_model
+    plan = place(*model)
     return PlanPreview(
         facts=facts,
         inventory=inventory,
         plan=plan,
-        explanation=explained(*model, plan),
+        explanation=explained(*model, plan, place=place),
         running=None if running is None else predicted(running.plan, *model),
     )
+
+
+def _placed(
+    pins: tuple[ExpertPin, ...],
+    config: ModelConfig,
+    index: TensorIndex,
+    inventory: Inventory,
+    workload: Workload,
+) -> Plan:
+    """A plan with experts where a user wants them; times go by how often each is needed."""
+    plan = place_model(config, index, inventory, workload)
+    plan = pin_experts(plan, pins, config, index, inventory)
+    popularity = workload.popularity or popularity_of({}, config)
+    return predicted(plan, config, index, inventory, replace(workload, popularity=popularity))
 
 
 def _popularity(running: Running, config: ModelConfig) -> tuple[tuple[float, ...], ...]:

@@ -352,3 +352,28 @@ def test_plans_for_machines_of_an_inventory_file(release: Path, tmp_path: Path) 
     assert [stage["host"] for stage in plan["pipelines"][0]["stages"]] == ["card"]
     assert plan["prediction"]["tokens_per_s"] > 0
     assert [idle["host"] for idle in plan["unused"]] == ["board"]
+
+
+def test_experts_that_a_manifest_places_have_times_too(release: Path, tmp_path: Path) -> None:
+    machines, file = tmp_path / "machines.yaml", tmp_path / "x.yaml"
+    machines.write_text(
+        "apiVersion: magnetar/v1\nkind: Inventory\nnodes:\n"
+        "- {host: card, count: 2, cpus: 4, devices: [{profile: t4}]}\n"
+    )
+    file.write_text(
+        "apiVersion: magnetar/v1\nkind: Deployment\nmetadata: {name: x}\nspec:\n"
+        f"  source: {{folder: {release}, ropeTheta: {ROPE_THETA}, slidingWindow: none,\n"
+        f"           maxContextTokens: {MAX_CONTEXT_TOKENS}}}\n"
+        "  placement: {experts: [{node: card-1, hold: 0-3/6-7}]}\n"
+    )
+    asked = ["plan", "-f", str(file), f"--inventory={machines}"]
+    (line,) = [row for row in data_of(*asked).splitlines() if "card-1" in row and "6-7" in row]
+    assert line.count(" ms") == 2
+    text = data_of(*asked, "-o", "yaml")
+    assert "- [6, 7]\n" in text
+    (pipeline,) = yaml.safe_load(text)["pipelines"]
+    (stage,) = pipeline["stages"]
+    (helper,) = stage["helpers"]
+    assert helper["experts"] == [[6, 7]] * 4
+    # A token needs one of the two in 13 of 28 cases, and then waits for the way there and back.
+    assert stage["step_s"] > helper["hop_s"] * 4 * 13 / 28

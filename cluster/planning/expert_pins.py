@@ -10,7 +10,7 @@ from ...fetcher.config import ModelConfig
 from ...fetcher.only import Only
 from ...fetcher.tensors import TensorIndex
 from ..footprint import footprint, held_bytes
-from ..plan import ExpertHost, ExpertIds, Inventory, Plan, StagePlan
+from ..plan import ExpertHost, ExpertIds, Inventory, Plan, StagePlan, UnusedNode
 from ..search.place import MARGIN, Place
 from ..units import gigabytes
 
@@ -71,11 +71,23 @@ def pin_experts(
     pinned = replace(
         pinned,
         pipelines=tuple(replace(each, prediction=None) for each in pinned.pipelines),
-        unused=tuple(node for node in plan.unused if node.host not in pinned.hosts),
+        unused=tuple(_beside(idle) for idle in plan.unused if not _is_used(idle, pinned)),
         best_possible=None,
     )
-    overhead = footprint(config, index, plan.stages[0].dtype).workspace_bytes(0)
-    return _accounted(plan, pinned, inventory, overhead)
+    return _accounted(plan, pinned, inventory)
+
+
+def _beside(idle: UnusedNode) -> UnusedNode:
+    """What a plan with it would do was told of one without pinned experts."""
+    if not idle.reason.startswith("not needed"):
+        return idle
+    return replace(idle, reason="not needed: the others hold the whole model")
+
+
+def _is_used(idle: UnusedNode, plan: Plan) -> bool:
+    if idle.device is None:
+        return idle.host in plan.hosts
+    return (idle.host, idle.device) in {(member.host, member.device) for member in _members(plan)}
 
 
 def _each_stage(plan: Plan, change: Callable[[StagePlan], StagePlan]) -> Plan:
@@ -140,6 +152,7 @@ def _with_helpers(
             num_threads=1,
             weights_bytes=weight(experts),
             free_bytes=0,
+            workspace_bytes=footprint(config, index, stage.dtype).workspace_bytes(0),
             experts=experts,
         )
         for (host, device), experts in others
@@ -156,7 +169,7 @@ def _with_helpers(
     )
 
 
-def _accounted(before: Plan, after: Plan, inventory: Inventory, overhead_bytes: int) -> Plan:
+def _accounted(before: Plan, after: Plan, inventory: Inventory) -> Plan:
     """Free memory and threads of everything on every device, which share what there is."""
     nodes = {node.host: node for node in inventory.nodes}
     memory = {
@@ -170,15 +183,15 @@ def _accounted(before: Plan, after: Plan, inventory: Inventory, overhead_bytes: 
     for sign, plan in ((-1, before), (1, after)):
         for member in _members(plan):
             is_helper = isinstance(member, ExpertHost)
-            taken = member.weights_bytes + is_helper * overhead_bytes
+            taken = member.weights_bytes + is_helper * member.workspace_bytes
             change[member.host, member.device] += sign * taken
     for seat, more in change.items():
         free[seat] -= more
         if more > 0 and free[seat] < memory[seat] * MARGIN:
             raise InfeasiblePlanError(
                 f"the experts pinned to {seat[0]} take {gigabytes(more)} more of its {seat[1]}, "
-                f"which leaves {gigabytes(free[seat])} of {gigabytes(memory[seat])} ({MARGIN:.0%} "
-                "stays free); pin fewer there"
+                f"where {gigabytes(max(0, free[seat] + more))} of {gigabytes(memory[seat])} are "
+                f"free and {MARGIN:.0%} stays free; pin fewer there"
             )
     num_members = Counter(member.host for member in _members(after))
 

@@ -8,22 +8,35 @@ from ...errors import InfeasiblePlanError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
 from ..footprint import stored_dtype
-from ..plan import Device, Inventory, Link, Pipeline, Plan, Workload
-from ..search.cost import assumed_link, known_links
+from ..plan import (
+    ComputeDtype,
+    Device,
+    Inventory,
+    Link,
+    Objective,
+    Pipeline,
+    Plan,
+    Workload,
+)
+from ..search.cost import assumed_link, device_speed, known_links
 from ..search.place import places_of
 from ..search.search import EXACT_PLACES
-from ..units import gigabytes
 from .advice import sufficient_changes
 from .dtype_ladder import lower_dtypes
 from .node_wishes import without_limits
 from .plan_diff import needed_bytes
 from .planner import can_plan, predicted
-from .planner import plan as place
+from .planner import plan as best_plan
 
+_MOST_UNKNOWN = 3
+"""Devices without a speed that are named."""
 WORTH = 1.1
 """Times the present rate, from which on a change is worth a line."""
 _BETTER = Link(source="", target="", rtt_s=0.08e-3, gbps=1.17)
 """10 GbE with Linux sockets."""
+
+
+Placer = Callable[[ModelConfig, TensorIndex, Inventory, Workload], Plan]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,18 +63,43 @@ class Improvement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What the plan was made for."""
+
+    stored_bytes: int
+    """Of the release."""
+    stored_dtype: ComputeDtype
+    dtype: ComputeDtype | None
+    """That was asked for; None: any."""
+    objective: Objective
+    max_context_tokens: int
+    max_concurrency: int
+    num_nodes: int
+    """That there are, whether they may be used or not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
     """What is said of a plan besides itself."""
 
+    request: Request | None = None
+    notes: tuple[str, ...] = ()
+    """What of the request could not be followed, for want of measurements."""
     fetches: tuple[NodeFetch, ...] = ()
     improvements: tuple[Improvement, ...] = ()
     """What costs nothing first."""
 
 
 def explained(
-    config: ModelConfig, index: TensorIndex, inventory: Inventory, workload: Workload, plan: Plan
+    config: ModelConfig,
+    index: TensorIndex,
+    inventory: Inventory,
+    workload: Workload,
+    plan: Plan,
+    *,
+    place: Placer = best_plan,
 ) -> Explanation:
-    """Explain a plan that was made of these; pure. Plans anew only for few devices."""
+    """Explain a plan that `place` made of these; pure. Plans anew only for few devices."""
     held = {node.host: node.held_bytes for node in inventory.nodes}
     fetches = tuple(
         NodeFetch(host=host, needed_bytes=needed, held_bytes=held.get(host, 0))
@@ -69,12 +107,45 @@ def explained(
     )
     model = (config, index)
     improvements = (
-        *_narrower(model, inventory, workload, plan),
+        *_narrower(place, model, inventory, workload, plan),
         *_better_links(model, inventory, workload, plan),
         *_memory(model, inventory, workload, plan),
         *_faster_device(model, inventory, workload, plan),
     )
-    return Explanation(fetches=fetches, improvements=improvements)
+    return Explanation(
+        request=Request(
+            stored_bytes=sum(entry.num_bytes for entry in index),
+            stored_dtype=stored_dtype(index),
+            dtype=workload.dtype,
+            objective=workload.objective,
+            max_context_tokens=workload.max_context_tokens,
+            max_concurrency=workload.max_concurrency,
+            num_nodes=len(inventory.nodes),
+        ),
+        notes=tuple(_notes(inventory, workload, plan)),
+        fetches=fetches,
+        improvements=improvements,
+    )
+
+
+def _notes(inventory: Inventory, workload: Workload, plan: Plan) -> Iterator[str]:
+    if plan.prediction is not None:
+        return
+    dtype = workload.dtype or plan.stages[0].dtype
+    unknown = [
+        f"{place.node.host} {place.device_name}"
+        for place in places_of(inventory)
+        if device_speed(place.device, dtype) is None
+    ]
+    if unknown:
+        named = ", ".join(unknown[:_MOST_UNKNOWN])
+        named += f" and {len(unknown) - _MOST_UNKNOWN} more" * (len(unknown) > _MOST_UNKNOWN)
+        aim = "" if workload.objective == "fit" else f", and not for {workload.objective}"
+        yield (
+            f"placed by memory alone{aim}: nobody knows how fast {named} reads {dtype} weights; "
+            "`magnetar nodes` measures it, and an inventory file says it by a profile or by "
+            "readGigabytesPerSecond"
+        )
 
 
 _Model = tuple[ModelConfig, TensorIndex]
@@ -97,7 +168,7 @@ def _gain(change: str, now: Plan, then: Plan | None) -> Iterator[Improvement]:
 
 
 def _narrower(
-    model: _Model, inventory: Inventory, workload: Workload, plan: Plan
+    place: Placer, model: _Model, inventory: Inventory, workload: Workload, plan: Plan
 ) -> Iterator[Improvement]:
     """The next lower dtype everywhere, at a loss of quality."""
     lower = lower_dtypes(min((s.dtype for s in plan.stages), key=lambda d: len(lower_dtypes(d))))
@@ -197,11 +268,3 @@ def _with(
         for node in inventory.nodes
     )
     return replace(inventory, nodes=nodes)
-
-
-def fetch_text(fetch: NodeFetch) -> str:
-    """For people."""
-    if not fetch.missing_bytes:
-        return f"{fetch.host}: nothing, it has all {gigabytes(fetch.needed_bytes)}"
-    of = f" of {gigabytes(fetch.needed_bytes)}" if fetch.held_bytes else ""
-    return f"{fetch.host}: {gigabytes(fetch.missing_bytes)}{of}"

@@ -201,6 +201,7 @@ def _stages(
             weights_bytes=sum(costs[start:end]),
             kv_bytes=(end - start) * kv_bytes,
             free_bytes=place.device.memory_bytes - taken[place.node.host, place.device_name],
+            workspace_bytes=overhead,
         )
         for number, (place, start, end) in enumerate(zip(seats, starts, ends, strict=True))
     )
@@ -216,21 +217,34 @@ def smallest_stage_bytes(weights: Footprint, workload: Workload) -> int:
 
 
 def unused_by_memory(
-    weights: Footprint, inventory: Inventory, workload: Workload, hosts: Sequence[str]
+    weights: Footprint, inventory: Inventory, workload: Workload, pipelines: Sequence[Pipeline]
 ) -> tuple[UnusedNode, ...]:
-    """Why nodes that are not among `hosts` have no part."""
-    used = set(hosts)
+    """Why nodes, and devices of nodes with a part in `pipelines`, have none."""
+    stages = [stage for pipeline in pipelines for stage in pipeline.stages]
+    used = {stage.host for stage in stages}
+    seats = {(stage.host, stage.device) for stage in stages}
     smallest = smallest_stage_bytes(weights, workload)
+    whole = "all pipelines" if (workload.num_pipelines or 1) > 1 else "the whole model"
+
+    def reason(usable: int, others: Sequence[str]) -> str:
+        if usable < smallest:
+            return f"too small: {gigabytes(usable)} usable, one layer takes {gigabytes(smallest)}"
+        return f"not needed: {', '.join(others)} hold{'s' * (len(others) == 1)} {whole}"
+
     reasons = []
     for node in inventory.nodes:
-        if node.host in used:
+        rooms = {
+            p.device_name: p.usable_bytes
+            for p in (Place(node=node, device=d) for d in node.devices)
+        }
+        if node.host not in used:
+            told = reason(max(rooms.values(), default=0), sorted(used))
+            reasons.append(UnusedNode(host=node.host, reason=told))
             continue
-        usable = max((Place(node=node, device=dev).usable_bytes for dev in node.devices), default=0)
-        if usable < smallest:
-            reason = f"too small: {gigabytes(usable)} usable, one layer takes {gigabytes(smallest)}"
-        else:
-            others = ", ".join(sorted(used))
-            whole = "all pipelines" if (workload.num_pipelines or 1) > 1 else "the whole model"
-            reason = f"not needed: {others} hold{'s' * (len(used) == 1)} {whole}"
-        reasons.append(UnusedNode(host=node.host, reason=reason))
+        names = sorted(f"{host} {device}" for host, device in seats)
+        reasons += [
+            UnusedNode(host=node.host, device=device, reason=reason(room, names))
+            for device, room in rooms.items()
+            if (node.host, device) not in seats
+        ]
     return tuple(reasons)

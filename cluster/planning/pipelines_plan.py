@@ -189,15 +189,20 @@ class PipelinesPlanner:
         return max(bounds)
 
     def unused(self, smallest_bytes: int) -> tuple[UnusedNode, ...]:
-        """Why each node without a part has none: what the best pipeline with it would do."""
-        used = {place.node.host for planner in self.found for place in planner.used()}
-        reasons: dict[str, str] = {}
+        """Why each node without a part has none, and each device of the others: what the best
+        pipeline with it would do."""
+        used = {(p.node.host, p.device_name) for planner in self.found for p in planner.used()}
+        hosts = {host for host, _ in used}
+        reasons: dict[tuple[str, str | None], str] = {}
         for number, planner in enumerate(self.found):
             of = f" in pipeline {number}" if len(self.found) > 1 else ""
-            for host, reason in planner.unused(smallest_bytes).items():
-                reasons.setdefault(host, reason + of * reason.startswith("not needed"))
+            for (host, device), reason in planner.unused(smallest_bytes).items():
+                if (host, device) not in used:
+                    idle = (host, device if host in hosts else None)
+                    reasons.setdefault(idle, reason + of * reason.startswith("not needed"))
         return tuple(
-            UnusedNode(host=host, reason=reasons[host]) for host in sorted(reasons.keys() - used)
+            UnusedNode(host=host, device=device, reason=reason)
+            for (host, device), reason in sorted(reasons.items(), key=str)
         )
 
     def predicted(self, plan: Plan) -> Plan:

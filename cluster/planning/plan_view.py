@@ -7,20 +7,25 @@ from typing import Any
 
 from ..plan import ExpertHost, ExpertIds, Pipeline, Plan, Prediction, StagePlan
 from ..units import gigabytes, id_ranges, milliseconds, wrapped
-from .explanation import Explanation, fetch_text
+from .explanation import Explanation, NodeFetch
 
 _HEAD = (
-    *("stage", "node", "device", "layers", "experts", "dtype", "weights", "kv", "free"),
+    *("stage", "node", "device", "layers", "experts", "dtype", "weights", "kv", "work", "free"),
     *("threads", "step", "hop", ""),
 )
-_LEAST_NEEDED = ("threads", "hop", "free", "kv", "device")
+_LEAST_NEEDED = ("threads", "work", "hop", "free", "kv", "device")
 """Columns that a narrow terminal does without, in this order; `-o json` has all."""
 
 
 def plan_table(
-    plan: Plan, explanation: Explanation | None = None, *, width: int | None = None
+    plan: Plan,
+    explanation: Explanation | None = None,
+    *,
+    width: int | None = None,
+    name: str | None = None,
 ) -> str:
-    """The stages as aligned columns, their helpers below them, then what is to be said of them.
+    """The stages as aligned columns, their helpers below them, then what is to be said of them;
+    above them, where `name` is that of the model, what the plan is for.
 
     Lines are at most `width` long where the table can be made so narrow; None: as long as they are.
     """
@@ -32,20 +37,37 @@ def plan_table(
     if width is not None and max(map(len, lines)) > width:
         rows = _table(plan, with_ends=False)
         lines = _columns(rows, dropped)
-    for name in _LEAST_NEEDED:
+    says_nothing = all(row[4] == "all" for row in rows[1:])
+    for column in ("experts",) * says_nothing + _LEAST_NEEDED:
         if width is None or max(map(len, lines)) <= width:
             break
-        if name not in dropped:
-            left_out.append(name)
+        if column not in dropped:
+            left_out.append(column)
             lines = _columns(rows, (*dropped, *left_out))
-    for name in left_out[::-1]:  # what was wide made room for it
-        wider = _columns(rows, (*dropped, *(each for each in left_out if each != name)))
+    for column in left_out[::-1]:  # what was wide made room for it
+        wider = _columns(rows, (*dropped, *(each for each in left_out if each != column)))
         if width is not None and max(map(len, wider)) <= width:
-            left_out.remove(name)
+            left_out.remove(column)
             lines = wider
-    said = [*_said(plan, left_out), *_explained(explanation or Explanation())]
-    text = [line for each in said for line in wrapped(each, width)]
-    return "\n".join([*_grouped(plan, lines, width), *text])
+    told_of = explanation or Explanation()
+    said = [*_said(plan, left_out), *_explained(told_of)]
+    above = [_headline(plan, told_of, name)] if name is not None else []
+    head, text = (
+        [line for each in part for line in wrapped(each, width)] for part in (above, said)
+    )
+    return "\n".join([*head, *_grouped(plan, lines, width), *text])
+
+
+def _headline(plan: Plan, explanation: Explanation, name: str) -> str:
+    """What was asked for, and how much of what there is the plan uses."""
+    asked, used = explanation.request, len(plan.hosts)
+    if asked is None:
+        return f"plan for {name}"
+    return (
+        f"plan for {name} ({gigabytes(asked.stored_bytes)} in {asked.stored_dtype}), "
+        f"{asked.max_concurrency} x {asked.max_context_tokens} tokens, goal {asked.objective}: "
+        f"on {used} of {asked.num_nodes} node{'s' * (asked.num_nodes != 1)}"
+    )
 
 
 def _grouped(plan: Plan, lines: Sequence[str], width: int | None) -> Iterator[str]:
@@ -96,6 +118,7 @@ def _rows(stage: StagePlan, pipeline: Pipeline, *, with_ends: bool) -> Iterator[
         stage.dtype,
         gigabytes(stage.weights_bytes),
         gigabytes(stage.kv_bytes),
+        gigabytes(stage.workspace_bytes),
         gigabytes(stage.free_bytes),
         str(stage.num_threads),
         milliseconds(stage.step_s or 0),
@@ -115,6 +138,7 @@ def _helper_row(helper: ExpertHost, stage: StagePlan, layers: str) -> tuple[str,
         stage.dtype,
         gigabytes(helper.weights_bytes),
         "-",
+        gigabytes(helper.workspace_bytes),
         gigabytes(helper.free_bytes),
         str(helper.num_threads),
         milliseconds(helper.step_s or 0),
@@ -156,7 +180,7 @@ def _said(plan: Plan, left_out: Sequence[str]) -> Iterator[str]:
     yield from (f"conceded: {each.text}" for each in plan.concessions)
     alike = groupby(sorted(plan.unused, key=lambda node: node.reason), lambda node: node.reason)
     for reason, nodes in alike:
-        yield f"unused: {', '.join(node.host for node in nodes)}: {reason}"
+        yield f"unused: {', '.join(node.name for node in nodes)}: {reason}"
 
 
 def _predicted(prediction: Prediction, plan: Plan) -> Iterator[str]:
@@ -170,10 +194,40 @@ def _predicted(prediction: Prediction, plan: Plan) -> Iterator[str]:
         cut = f"; {plan.max_concurrency} sequences decode in {num_steps} steps by turns"
     several = " on the slowest pipeline" * (len(plan.pipelines) > 1)
     step = max(each.prediction.step_tokens for each in plan.pipelines if each.prediction)
-    yield (f"a step of {step} goes around in {milliseconds(prediction.round_trip_s)}{several}{cut}")
+    yield (
+        f"a step of {step} goes around in {milliseconds(prediction.round_trip_s)}{several}"
+        f"{_on_the_way(plan)}{cut}"
+    )
+    if busiest := _busiest(plan):
+        yield busiest
     if bound := bound_text(plan):
         yield f"bound: {bound}"
     yield from (f"assumed: {said}" for said in prediction.assumed)
+
+
+def _on_the_way(plan: Plan) -> str:
+    """How much of a round trip is spent between stages, of a single pipeline with several."""
+    if len(plan.pipelines) > 1 or len(plan.stages) == 1:
+        return ""
+    computing = sum(stage.step_s or 0 for stage in plan.stages)
+    between = sum(stage.hop_s or 0 for stage in plan.stages)
+    return f" ({milliseconds(computing)} in stages, {milliseconds(between)} between them)"
+
+
+def _busiest(plan: Plan) -> str | None:
+    """What holds up all streams together: a stage that always works, or too few of them."""
+    told = plan.prediction
+    if told is None or told.objective != "throughput" or len(plan.pipelines) > 1:
+        return None
+    (pipeline,) = plan.pipelines
+    assert pipeline.bottleneck is not None
+    stage = pipeline.stages[pipeline.bottleneck]
+    on_device = [each.step_s or 0 for each in pipeline.stages if each.seat == stage.seat]
+    share = min(1.0, told.tokens_per_s * sum(on_device) / told.step_tokens)
+    more = (
+        "" if share > 0.95 else ": more sequences at once (--max-concurrency) would use it better"
+    )
+    return f"bottleneck: {stage.host} {stage.device} works {share:.0%} of the time{more}"
 
 
 def bound_text(plan: Plan) -> str | None:
@@ -188,19 +242,43 @@ def bound_text(plan: Plan) -> str | None:
 
 
 def _explained(explanation: Explanation) -> Iterator[str]:
+    yield from (f"note: {note}" for note in explanation.notes)
     for better in explanation.improvements:
         yield f"to do better: {better.change}: {better.effect}"
     if any(fetch.needed_bytes for fetch in explanation.fetches):
-        yield "to fetch: " + "; ".join(map(fetch_text, explanation.fetches))
+        yield _to_fetch(explanation.fetches)
 
 
-def plan_json(plan: Plan, explanation: Explanation | None = None) -> dict[str, Any]:
+def _to_fetch(fetches: Sequence[NodeFetch]) -> str:
+    """The whole, and of several nodes each; those with the same to fetch together."""
+    alike: dict[str, list[str]] = {}
+    for fetch in fetches:
+        of = f" of {gigabytes(fetch.needed_bytes)}" if fetch.held_bytes else ""
+        said = f"{gigabytes(fetch.missing_bytes)}{of}"
+        if not fetch.missing_bytes:
+            said = f"nothing, for all {gigabytes(fetch.needed_bytes)} are there"
+        alike.setdefault(said, []).append(fetch.host)
+    each = [
+        f"{', '.join(hosts)} {'each ' * (len(hosts) > 1)}{said}" for said, hosts in alike.items()
+    ]
+    if len(fetches) == 1:
+        return f"to fetch: {each[0]}"
+    missing = sum(fetch.missing_bytes for fetch in fetches)
+    return f"to fetch: {gigabytes(missing)} in all: {'; '.join(each)}"
+
+
+def plan_json(
+    plan: Plan, explanation: Explanation | None = None, *, name: str | None = None
+) -> dict[str, Any]:
     """The whole plan with the field names of `Plan` and of its explanation; bytes, tokens."""
-    found = asdict(plan) | {"max_concurrency": plan.max_concurrency, "gap": plan.gap}
+    head = {} if name is None else {"name": name}
+    found = head | asdict(plan) | {"max_concurrency": plan.max_concurrency, "gap": plan.gap}
     for document, pipeline in zip(found["pipelines"], plan.pipelines, strict=True):
         document["bottleneck"] = pipeline.bottleneck
     found["prediction"] = None if plan.prediction is None else asdict(plan.prediction)
     if explanation is not None:
+        found["request"] = None if explanation.request is None else asdict(explanation.request)
+        found["notes"] = list(explanation.notes)
         found["improvements"] = [asdict(each) for each in explanation.improvements]
         found["fetches"] = [
             asdict(each) | {"missing_bytes": each.missing_bytes} for each in explanation.fetches

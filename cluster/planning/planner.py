@@ -159,8 +159,8 @@ def _best(
         pipelines=pipelines,
         max_context_tokens=workload.max_context_tokens,
     )
-    placed = replace(placed, unused=unused_by_memory(weights, inventory, workload, placed.hosts))
-    if workload.objective == "fit" or not speeds_known(inventory, model.dtype):
+    placed = replace(placed, unused=unused_by_memory(weights, inventory, workload, pipelines))
+    if not speeds_known(inventory, model.dtype):
         return placed
     return _speed_planner(model, inventory, workload, None).predicted(placed)
 
@@ -207,11 +207,10 @@ def _with_pins_alone(
         return None
     plan = _without_times(plan)
     pipelines = tuple(replace(each, num_micro_batches=None) for each in plan.pipelines)
-    used = {stage.host for stage in plan.stages}
     unused = tuple(
         UnusedNode(host=node.host, reason="not needed: the others hold the whole model")
         for node in inventory.nodes
-        if node.host not in used
+        if node.host not in plan.hosts
     )
     return replace(plan, pipelines=pipelines, unused=unused)
 
@@ -308,7 +307,7 @@ def _told(
         for wish in asked.nodes
         if wish.exclude
     )
-    unused = tuple(sorted((*plan.unused, *excluded), key=lambda node: node.host))
+    unused = tuple(sorted((*plan.unused, *excluded), key=lambda node: node.name))
     return replace(plan, concessions=tuple(concessions), unused=unused)
 
 

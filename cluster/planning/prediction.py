@@ -39,7 +39,7 @@ def predicted(placing: Placing, pipeline: Pipeline) -> Pipeline:
         evaluate(each, sites, ends, members, _popular(placing, pipeline, places, each.step_tokens))
         for each in (crowd, alone)
     )
-    shown, trip = (alone, single) if objective == "latency" else (crowd, together)
+    shown, trip = (crowd, together) if objective == "throughput" else (alone, single)
     stages = []
     for number, stage in enumerate(pipeline.stages):
         after = sites[(number + 1) % len(sites)]

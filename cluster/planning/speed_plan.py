@@ -15,7 +15,7 @@ from ..search.search import Search, busiest, contenders, fastest
 from .memory_plan import num_kv_blocks
 from .prediction import predicted
 from .stage_plans import stage_plans
-from .unused_hosts import unused_hosts, used_places
+from .unused_hosts import Seat, unused_hosts, used_places
 
 _NEAR = 0.07
 """Share of the best score that a route may lack and still be looked at more closely."""
@@ -157,7 +157,7 @@ class SpeedPlanner:
         )
         return predicted(self.placing, placed)
 
-    def unused(self, smallest_bytes: int) -> dict[str, str]:
+    def unused(self, smallest_bytes: int) -> dict[Seat, str]:
         """As `unused_hosts`, of the best route."""
         assert self.found is not None
         return unused_hosts(self.placing, *self.found, smallest_bytes)

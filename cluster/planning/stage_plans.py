@@ -61,6 +61,7 @@ def _stage(
                     num_threads=threads[there.node.host],
                     weights_bytes=taken,
                     free_bytes=free,
+                    workspace_bytes=placing.helper_overhead_bytes(home),
                     experts=experts,
                 )
             )
@@ -77,6 +78,7 @@ def _stage(
         weights_bytes=held,
         kv_bytes=kv_bytes,
         free_bytes=place.device.memory_bytes - held - kv_bytes - placing.overhead_bytes(home),
+        workspace_bytes=placing.overhead_bytes(home),
         experts=own if helpers else None,
         helpers=tuple(helpers),
     )

@@ -14,6 +14,10 @@ MAX_EXPLAINED = 8
 """Unused nodes of different kinds that are each planned with, to say what using them would do."""
 
 
+Seat = tuple[str, str]
+"""Host and device."""
+
+
 def used_places(placing: Placing, route: Route) -> list[Place]:
     """The devices with a part in a route."""
     spans = zip(route.sites, route.members, strict=True)
@@ -22,21 +26,21 @@ def used_places(placing: Placing, route: Route) -> list[Place]:
 
 def unused_hosts(
     placing: Placing, problem: Problem, now: Route, smallest_bytes: int
-) -> dict[str, str]:
-    """Why each host without a part in the best route, `now`, has none: what a route with it would
+) -> dict[Seat, str]:
+    """Why each device without a part in the best route, `now`, has none: what a route with it would
     do."""
     stages = [Stage(*each) for each in zip(now.sites, now.members, strict=True)]
-    hosts = {place.node.host for place in used_places(placing, now)}
+    used = {(place.node.host, place.device_name) for place in used_places(placing, now)}
     search = Search(problem)
     is_busy = placing.workload.objective == "throughput"
     told: dict[object, str] = {}
-    reasons: dict[str, str] = {}
+    reasons: dict[Seat, str] = {}
     for number, place in enumerate(placing.places):
-        host = place.node.host
-        if host in hosts or host in reasons:
+        idle = (place.node.host, place.device_name)
+        if idle in used:
             continue
         if place.usable_bytes < smallest_bytes:
-            reasons[host] = (
+            reasons[idle] = (
                 f"too small: {gigabytes(place.usable_bytes)} usable, one layer takes "
                 f"{gigabytes(smallest_bytes)}"
             )
@@ -52,7 +56,7 @@ def unused_hosts(
                 if len(told) < MAX_EXPLAINED
                 else _slower(number, now.sites, problem)
             )
-        reasons[host] = told[kind]
+        reasons[idle] = told[kind]
     return reasons
 
 

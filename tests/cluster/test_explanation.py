@@ -1,14 +1,28 @@
 """What is said of a plan: true amounts, changes that keep their promise, and lines that fit."""
 
+import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from magnetar.cluster.plan import Device, Inventory, Link, Node, Objective, Plan, Workload
+from magnetar.cluster.plan import (
+    Device,
+    ExpertHost,
+    Inventory,
+    Link,
+    Node,
+    Objective,
+    Plan,
+    StagePlan,
+    Workload,
+)
 from magnetar.cluster.planning.explanation import Explanation, explained
 from magnetar.cluster.planning.plan_view import plan_json, plan_table
 from magnetar.cluster.planning.planner import plan
+from magnetar.cluster.search.place import places_of
 from magnetar.cluster.units import id_ranges, wrapped
 from magnetar.manifests.inventory import load_inventory
 from magnetar.tests.planning import GB, MIXTRAL
@@ -42,8 +56,9 @@ def test_what_is_to_fetch_is_what_a_node_needs_and_does_not_have() -> None:
     assert by_host["a"].missing_bytes == by_host["a"].needed_bytes - 30 * GB
     assert by_host["b"].missing_bytes == by_host["b"].needed_bytes
     text = plan_table(found, said)
-    assert "to fetch: " in text
-    assert f"b: {by_host['b'].missing_bytes / 1e9:.1f} GB" in text
+    missing = sum(each.missing_bytes for each in said.fetches)
+    assert f"to fetch: {missing / 1e9:.1f} GB in all: " in text
+    assert f"b {by_host['b'].missing_bytes / 1e9:.1f} GB" in text
     everything = replace(nodes[0], held_bytes=100 * GB)
     _, said = both(Inventory(nodes=(everything, nodes[1])), asked())
     assert {each.host: each.missing_bytes for each in said.fetches}["a"] == 0
@@ -125,3 +140,91 @@ def test_amounts_stay_beside_their_units() -> None:
     assert wrapped("short", 80) == ["short"]
     assert wrapped("as long as it is", None) == ["as long as it is"]
     assert id_ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput", "fit"])
+@pytest.mark.parametrize("file", PLANNED, ids=lambda file: file.stem)
+def test_the_memory_of_every_device_is_accounted_for(file: Path, objective: Objective) -> None:
+    inventory = load_inventory(file, environment={})
+    found = plan(*MIXTRAL, inventory, replace(asked(objective), separate_experts=True))
+    taken: Counter[tuple[str, str]] = Counter()
+    free: dict[tuple[str, str], int] = {}
+    for stage in found.stages:
+        members: list[StagePlan | ExpertHost] = [stage, *stage.helpers]
+        for member in members:
+            seat = (member.host, member.device)
+            taken[seat] += member.weights_bytes + member.workspace_bytes
+            free[seat] = member.free_bytes
+        taken[stage.seat] += stage.kv_bytes
+    memory = {
+        (place.node.host, place.device_name): place.device.memory_bytes
+        for place in places_of(inventory)
+    }
+    assert {seat: taken[seat] + free[seat] for seat in taken} == {
+        seat: memory[seat] for seat in taken
+    }
+    # What is not used is accounted for too: a node by itself, or a device of one that is used.
+    idle = {(each.host, each.device) for each in found.unused}
+    for host, device in memory.keys() - taken.keys():
+        assert (host, device if host in found.hosts else None) in idle
+
+
+def test_the_headline_says_what_was_asked_for_and_what_is_used() -> None:
+    inventory = Inventory(nodes=(node("a", 200, 100), node("pi", 1, 5)))
+    found, said = both(inventory, asked("throughput"))
+    first = plan_table(found, said, name="mixtral").splitlines()[0]
+    assert first == (
+        "plan for mixtral (93.4 GB in bf16), 4 x 4096 tokens, goal throughput: on 1 of 2 nodes"
+    )
+    assert max(map(len, plan_table(found, said, width=60, name="mixtral").splitlines())) <= 60
+    assert plan_json(found, said, name="mixtral")["request"]["num_nodes"] == 2
+
+
+def test_a_goal_that_cannot_be_followed_for_want_of_speeds_is_said() -> None:
+    unknown = replace(node("b", 150, 1), devices=(Device(kind="cpu", memory_bytes=150 * GB),))
+    found, said = both(Inventory(nodes=(node("a", 70, 100), unknown)), asked("throughput"))
+    assert found.prediction is None
+    (note,) = said.notes
+    assert "memory alone, and not for throughput: nobody knows how fast b cpu reads" in note
+    assert f"note: {note}" in plan_table(found, said)
+    _, said = both(Inventory(nodes=(node("a", 200, 100),)), asked("throughput"))
+    assert said.notes == ()
+
+
+def test_what_holds_up_all_streams_together_is_said() -> None:
+    nodes = (node("a", 70, 1000), node("b", 70, 1000))
+    far = (Link(source="a", target="b", rtt_s=0.2, gbps=1.0),)
+    found, said = both(Inventory(nodes=nodes, links=far), asked("throughput"))
+    text = plan_table(found, said)
+    told = found.prediction
+    assert told is not None
+    between = sum(stage.hop_s or 0 for stage in found.stages)
+    assert between > 0.19
+    assert f"{between * 1000:.0f} ms between them" in text
+    slowest = max(stage.step_s or 0 for stage in found.stages)
+    share = told.tokens_per_s * slowest / told.step_tokens
+    assert share < 0.5
+    assert f"works {share:.0%} of the time: more sequences at once" in text
+    close = (replace(far[0], rtt_s=0.0001),)
+    found, said = both(
+        Inventory(nodes=nodes, links=close), replace(asked("throughput"), max_concurrency=64)
+    )
+    (line,) = [line for line in plan_table(found, said).splitlines() if "bottleneck" in line]
+    assert line.endswith("% of the time")
+
+
+def test_every_field_of_a_plan_is_documented() -> None:
+    inventory = load_inventory(SCENARIOS / "one-card-beside-a-large-host.yaml", environment={})
+    found, said = both(inventory, replace(asked("throughput"), separate_experts=True))
+    document = plan_json(found, said, name="mixtral")
+    text = (SCENARIOS.parent.parent / "docs" / "plans.md").read_text(encoding="utf-8")
+
+    def fields(value: object) -> Iterator[str]:
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            yield key
+            yield from fields(inner)
+        for inner in value if isinstance(value, list | tuple) else ():
+            yield from fields(inner)
+
+    assert {"request", "workspace_bytes", "missing_bytes"} <= set(fields(document))
+    assert [name for name in fields(document) if not re.search(rf"`{name}(\[\])?`", text)] == []
