@@ -23,6 +23,8 @@ class Device:
     memory_bytes: int
     """Free for us: of a CPU the available memory of the machine or its control group."""
     name: str = ""
+    assumed: str = ""
+    """For people: what of its figures nobody measured on it; empty: there is nothing to say."""
     read_gbps: float | None = None
     """Gigabytes (1e9) per second that computing one token reads weights with; None: unknown."""
     dtype_read_gbps: tuple[tuple[ComputeDtype, float], ...] = ()

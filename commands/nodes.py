@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
 from ..settings import default_store
 from .console import Console, json_text
 from .option_groups import add_ray_address
@@ -28,6 +29,11 @@ def add_nodes(verbs: Verbs) -> None:
     parser.add_argument(
         "--again", action="store_true", help="measure even what was measured before"
     )
+    parser.add_argument(
+        "--profiles",
+        action="store_true",
+        help="measure nothing: show the named devices that inventory files may have, with sources",
+    )
     add_ray_address(parser, "measure the nodes of this Ray cluster (this machine alone)")
     parser.add_argument(
         "-o",
@@ -40,6 +46,9 @@ def add_nodes(verbs: Verbs) -> None:
 
 def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Measures this machine, or every node of a Ray cluster and the links between them."""
+    if args.profiles:
+        console.data(shown_profiles(args.output))
+        return
     from ..cluster.inventory.link_cache import remember_links
     from ..manifests.inventory_document import inventory_document
 
@@ -99,6 +108,41 @@ def nodes_table(inventory: "Inventory") -> str:
         ]
         lines += ["", *_columns(wires)]
     return "\n".join(lines)
+
+
+def shown_profiles(output: str) -> str:
+    """The named devices as aligned columns and where their figures come from, or as a document.
+
+    Raises:
+        UsageError: another form than these.
+    """
+    from dataclasses import asdict
+
+    from ..cluster.inventory.profiles import profiles
+    from ..cluster.units import gigabytes, milliseconds
+
+    if output == "json":
+        return json_text({name: asdict(profile) for name, profile in profiles().items()})
+    if output != "table":
+        raise UsageError("profiles are no inventory; leave out -o yaml")
+    rows = [("profile", "kind", "memory", "reads", "by", "computes", "layer", "step")]
+    rows += [
+        (
+            name,
+            profile.device.kind,
+            gigabytes(profile.device.memory_bytes),
+            f"{profile.device.read_gbps:.1f} GB/s",
+            "measuring" if profile.is_measured else "data sheet",
+            f"{profile.device.gemm_gflops:.0f} GFLOP/s",
+            milliseconds(profile.device.layer_overhead_s),
+            milliseconds(profile.device.step_overhead_s),
+        )
+        for name, profile in profiles().items()
+    ]
+    sources = [f"{name}: {profile.source}" for name, profile in profiles().items()]
+    around = {each.device.kind: each.overheads_source for each in profiles().values()}
+    sources += [f"overheads of {kind}: {source}" for kind, source in around.items()]
+    return "\n".join([*_columns(rows), "", *sources])
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -115,6 +115,7 @@ class DeviceEntry(Part):
             index=index,
             memory_bytes=memory,
             name=self.name or self.profile or "",
+            assumed=profiles()[self.profile].device.assumed if self.profile is not None else "",
             read_gbps=reads,
             dtype_read_gbps=tuple(self.read_by_dtype.items()),
             gemm_gflops=computes,

@@ -1,5 +1,6 @@
 """`magnetar nodes` in a process of its own: it measures, and stops when it is told to."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from magnetar import cli
+from magnetar.cluster.inventory.profiles import profiles
 from magnetar.tests.command import END_S, magnetar
 
 # Says when it is in the middle of measuring, and stays there.
@@ -55,3 +58,15 @@ def test_the_first_signal_ends_it_while_it_begins(
         nodes.process.send_signal(signal.SIGINT)
         assert nodes.until("error")["exit_code"] == 130
         assert nodes.process.wait(END_S) == 130
+
+
+def test_profiles_are_shown_with_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["nodes", "--profiles", "--progress", "none"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name}: {profile.source}" in shown for name, profile in profiles().items())
+    assert "overheads of cuda: layer: " in shown
+    assert cli.main(["nodes", "--profiles", "--progress", "none", "-o", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["t4"]["device"]["read_gbps"] == profiles()["t4"].device.read_gbps
+    assert not told["h100"]["is_measured"]
+    assert cli.main(["nodes", "--profiles", "--progress", "none", "-o", "yaml"]) == 2

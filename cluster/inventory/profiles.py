@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..plan import Device
+from ..units import milliseconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,7 +16,12 @@ class Profile:
 
     device: Device
     source: str
-    """Where the figures come from, those that all devices of a kind share last."""
+    """Where its own figures come from."""
+    overheads_source: str
+    """Where those come from that all devices of a kind share."""
+    is_measured: bool
+    """Whether its reading rate was measured on such a device, by whoever; else the data sheet is
+    derated."""
 
 
 @functools.cache
@@ -32,16 +38,26 @@ def profiles() -> Mapping[str, Profile]:
 
 
 def _profile(name: str, row: Mapping[str, Any], around: Mapping[str, Any]) -> Profile:
+    is_measured = row["source"].startswith("measured")
+    layer_s, step_s = around["layerMicroseconds"] / 1e6, around["stepMicroseconds"] / 1e6
+    assumed = (
+        f"{name} is as fast as {'others measured' if is_measured else 'its data sheet, derated'}; "
+        f"{milliseconds(layer_s)} for a layer and {milliseconds(step_s)} for a step beside their "
+        f"bytes: {around['assumed']}"
+    )
     return Profile(
         device=Device(
             kind=row["kind"],
             memory_bytes=int(row["memoryGigabytes"] * 1e9),
             name=name,
+            assumed=assumed,
             read_gbps=float(row["readGigabytesPerSecond"]),
-            gemm_gflops=float(row["gemmGflops"]) if "gemmGflops" in row else None,
-            layer_overhead_s=around["layerMicroseconds"] / 1e6,
-            step_overhead_s=around["stepMicroseconds"] / 1e6,
+            gemm_gflops=float(row["gemmGflops"]),
+            layer_overhead_s=layer_s,
+            step_overhead_s=step_s,
             helper_overhead_s=around["helperMicroseconds"] / 1e6,
         ),
-        source=f"{row['source']}; {around['source']}",
+        source=row["source"],
+        overheads_source=around["source"],
+        is_measured=is_measured,
     )

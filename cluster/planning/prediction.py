@@ -118,14 +118,13 @@ def _assumed(placing: Placing, sites: list[int], members: list[int]) -> tuple[st
             + ", ".join(missing)
         )
     used = [
-        placing.places[site].node
-        for at in zip(sites, members, strict=True)
-        for site in sites_of(*at)
+        placing.places[site] for at in zip(sites, members, strict=True) for site in sites_of(*at)
     ]
+    nodes = {place.node.host: place.node for place in used}
     said += [
         f"{node.host} is as fast as it was measured, beside other work on "
         f"{node.busy_share * 100:.0f} % of its processors"
-        for node in {node.host: node for node in used}.values()
+        for node in nodes.values()
         if node.was_busy
     ]
-    return tuple(said)
+    return (*said, *dict.fromkeys(place.device.assumed for place in used if place.device.assumed))

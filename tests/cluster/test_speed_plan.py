@@ -6,6 +6,7 @@ import json
 import pytest
 
 from magnetar.cluster.footprint import footprint
+from magnetar.cluster.inventory.profiles import profiles
 from magnetar.cluster.plan import Device, Inventory, Link, Node, Plan, Workload
 from magnetar.cluster.planning.plan_picture import plan_svg
 from magnetar.cluster.planning.plan_view import plan_json, plan_table
@@ -161,6 +162,19 @@ def test_a_node_that_was_busy_when_it_was_measured_is_told_with_the_plan() -> No
     found = plan(*MIXTRAL, nodes, asked())
     assert found.prediction is not None
     assert any("a is as fast as it was measured, beside" in s for s in found.prediction.assumed)
+
+
+def test_figures_of_a_profile_are_said_to_be_assumed() -> None:
+    cards = [
+        Node(host=f"h{number}", address="", num_cpus=8, devices=(profiles()[name].device,))
+        for number, name in enumerate(("a100-80", "a100-80", "a100-40"))
+    ]
+    found = plan(*MIXTRAL, linked(*cards), asked(dtype="bf16"))
+    assert found.prediction is not None
+    used = {card.devices[0].assumed for card in cards if card.host in found.hosts}
+    assert used <= set(found.prediction.assumed)
+    told = "a100-80 is as fast as its data sheet, derated; 0.3 ms for a layer"
+    assert any(said.startswith(told) and "from 50 to 930 us" in said for said in used)
 
 
 def test_every_byte_fits_where_the_search_places_it() -> None:

@@ -1,5 +1,7 @@
 """Inventory files: strict, exact about what is wrong, and the inverse of what `nodes` writes."""
 
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -166,6 +168,21 @@ def test_every_profile_names_its_source_and_is_sane() -> None:
     assert {"t4", "l4", "a100-40", "a100-80", "h100", "rtx-4090"} <= set(profiles())
     for profile in profiles().values():
         assert profile.source
+        assert profile.overheads_source
+        assert profile.device.assumed
+        assert profile.device.gemm_gflops  # else prompts would cost no more than reading
         assert 1e10 < profile.device.memory_bytes < 1e12
         assert profile.device.read_gbps
         assert 20 < profile.device.read_gbps < 5000
+
+
+def test_profiles_differ_as_the_devices_do() -> None:
+    def ranked(figure: Callable[[Device], float | None], *names: str) -> bool:
+        values = [figure(profiles()[name].device) or 0.0 for name in names]
+        return all(slower < faster for slower, faster in pairwise(values))
+
+    assert ranked(lambda device: device.read_gbps, "t4", "l4", "rtx-4090", "a100-40", "a100-80")
+    assert ranked(lambda device: device.read_gbps, "ddr4-2ch", "ddr5-2ch", "m3-max", "m4-max")
+    assert ranked(lambda device: device.gemm_gflops, "t4", "l4", "rtx-4090", "a100-80", "h100")
+    assert ranked(lambda device: device.gemm_gflops, "ddr4-2ch", "ddr5-2ch", "ddr5-8ch", "t4")
+    assert ranked(lambda device: device.memory_bytes, "t4", "l4", "a100-40", "h100", "ddr5-8ch")
