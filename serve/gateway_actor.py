@@ -59,9 +59,6 @@ class GatewayActor:
 
     def connect(self, downstreams: Sequence[str]) -> None:
         """Close the rings and start the engines."""
-        import torch
-
-        torch.set_num_threads(1)  # the stages compute
         assert self._assignment is not None
         rings = self._assignment.rings
         joined = zip(rings, self._listeners, downstreams, strict=True)
