@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from openai import OpenAI
 
 from magnetar.tests.command import END_S, magnetar
@@ -144,90 +145,97 @@ def holds_weights(store: Path) -> bool:
     return any(s.st_blocks * 512 >= s.st_size > 100_000 for s in shards)
 
 
-def test_a_stage_on_each_node_and_one_that_dies_is_said(address: str, tmp_path: Path) -> None:
-    release = tmp_path / "tiny-moe"
-    write_release(release, layout="huggingface")
-    wanted = ["--stages=4", "--max-concurrency=4", "--name=four", "--port=0"]
-    with magnetar(
-        "up", str(release), f"--ray-address={address}", f"--store={tmp_path}/{{host}}", *wanted
-    ) as up:
-        ready = up.until("ready")
-        client = OpenAI(base_url=f"{ready['url']}/v1", api_key="none", max_retries=0, timeout=60)
-        reply = client.completions.create(model="four", prompt=[1, 2, 3], max_tokens=8)
-        assert reply.choices[0].finish_reason in ("stop", "length")
-        (found,) = status()
-        assert {stage["host"] for stage in found["plan"]["pipelines"][0]["stages"]} == set(MEMORIES)
-
-        ours = psutil.Process().children(recursive=True)
-        stages = [process for process in ours if "ray::StageActor" in "".join(process.cmdline())]
-        assert len(stages) == 4
-        stages[2].kill()
-        error = up.until("error")
-        assert "stage" in error["message"]
-        assert "died" in error["message"]
-        assert up.process.wait(END_S) == 1
-    assert status() == []
-    assert status(f"--ray-address={address}") == []
-
-
-def test_each_of_four_nodes_fetches_its_share_and_answers_as_one_node_does(
+def test_four_nodes_fetch_what_they_need_and_answer_as_transformers_until_one_dies(
     address: str, tmp_path: Path
 ) -> None:
     release = tmp_path / "tiny-moe"
-    write_release(release, layout="huggingface")
+    model = write_release(release, layout="huggingface")
+    prompt = [1, 2, 3]
+    with torch.inference_mode():
+        whole = model.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None
+        )
+    expected = whole[0, len(prompt) :].tolist()
     total = sum(path.stat().st_size for path in release.iterdir())
-    prompt = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 8, "temperature": 0}
-    answers = []
+    small = sum(p.stat().st_size for p in release.iterdir() if p.suffix != ".safetensors")
     # An address that no node has: nodes shut it out by that when they take from each other.
     with seeding(release, listen="127.0.0.99:0") as seed:
-        for stages, options in (("4", []), ("4", ["--full"]), ("1", [])):
+        for share in ("own", "full"):
             with magnetar(
                 "up",
                 seed.magnet,
                 f"--peer={seed.address}",
                 f"--ray-address={address}",
-                f"--store={tmp_path}/store-{stages}-{{host}}",
+                f"--store={tmp_path}/store-{share}-{{host}}",
                 "--max-concurrency=4",
-                f"--stages={stages}",
+                "--stages=4",
                 "--name=tiny",
                 "--port=0",
-                *options,
+                *(["--full"] if share == "full" else []),
             ) as up:
-                ready = up.until("ready")
-                with OpenAI(
-                    base_url=f"{ready['url']}/v1", api_key="none", max_retries=0, timeout=60
-                ) as client:
-                    reply = client.completions.create(**prompt)  # type: ignore[call-overload]
-                answers.append(reply.choices[0].text)
+                assert answer(up.until("ready")["url"], prompt, len(expected)) == expected
                 (found,) = status()
-            fetched = {share["host"]: share for share in found["fetched"]}
-            if stages == "1" or options:
-                assert {share["wanted_bytes"] for share in fetched.values()} == {total}
-                if options:
-                    # All want what each had a quarter of: they take it from each other.
-                    sent = sum(share["sent_bytes"] for share in fetched.values())
-                    assert sent > total / 2
-                    received = sum(share["received_bytes"] for share in fetched.values())
-                    assert received - sent <= 1.1 * total
-            else:
-                assert set(fetched) == set(MEMORIES)
-                shares = [share["wanted_bytes"] for share in fetched.values()]
-                small = sum(
-                    path.stat().st_size
-                    for path in release.iterdir()
-                    if path.suffix != ".safetensors"
-                )
-                # A layer each; embeddings, output head and whole pieces come to some more.
-                assert all(share < total * 0.35 + small for share in shares)
-                assert total - small <= sum(shares) - 4 * small <= 1.2 * (total - small)
-                # The home node had asked for the pieces that describe the release, too.
-                for share in fetched.values():
-                    assert (
-                        0
-                        <= share["received_bytes"] - share["wanted_bytes"]
-                        <= max(total * 0.05, small)
-                    )
-    assert len(set(answers)) == 1
+                if share == "full":
+                    assert not any("torch" in each for each in libraries("ray::GatewayActor"))
+                    processes = ray_processes("ray::StageActor")
+                    assert len(processes) == 4
+                    processes[2].kill()
+                    error = up.until("error")["message"]
+                    assert "stage" in error
+                    assert "died" in error
+                    assert up.process.wait(END_S) == 1
+            stages = found["plan"]["pipelines"][0]["stages"]
+            assert {stage["host"] for stage in stages} == set(MEMORIES)
+            fetched = {each["host"]: each for each in found["fetched"]}
+            assert set(fetched) == set(MEMORIES)
+            check = everything if share == "full" else shares
+            check(list(fetched.values()), total=total, small=small)
+    assert status() == []
+    assert status(f"--ray-address={address}") == []
+
+
+def answer(url: str, prompt: list[int], num_tokens: int) -> list[int]:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        reply = client.completions.create(
+            model="tiny",
+            prompt=prompt,
+            max_tokens=num_tokens,
+            temperature=0,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        )
+    found: list[int] = reply.choices[0].model_dump()["token_ids"]
+    return found
+
+
+def ray_processes(name: str) -> list[psutil.Process]:
+    ours = psutil.Process().children(recursive=True)
+    return [process for process in ours if name in "".join(process.cmdline())]
+
+
+def libraries(name: str) -> list[str]:
+    """What the one process of this name has mapped into its memory."""
+    (process,) = ray_processes(name)
+    return [mapped.path for mapped in process.memory_maps()]
+
+
+def shares(fetched: list[dict[str, Any]], *, total: int, small: int) -> None:
+    """A layer each; embeddings, output head and whole pieces come to some more."""
+    wanted = [each["wanted_bytes"] for each in fetched]
+    assert all(each < total * 0.35 + small for each in wanted)
+    assert total - small <= sum(wanted) - 4 * small <= 1.2 * (total - small)
+    # The home node had asked for the pieces that describe the release, too.
+    for each in fetched:
+        surplus = each["received_bytes"] - each["wanted_bytes"]
+        assert 0 <= surplus <= max(total * 0.05, small)
+
+
+def everything(fetched: list[dict[str, Any]], *, total: int, small: int) -> None:
+    """All want what each had a quarter of: they take it from each other."""
+    assert {each["wanted_bytes"] for each in fetched} == {total}
+    sent = sum(each["sent_bytes"] for each in fetched)
+    assert sent > total / 2
+    received = sum(each["received_bytes"] for each in fetched)
+    assert received - sent <= 1.1 * total
 
 
 def test_a_model_that_fits_nowhere_says_the_numbers_of_every_node(
