@@ -100,7 +100,10 @@ def shown_plan(preview: "PlanPreview", *, name: str, output: PlanOutput) -> str:
         if output == "svg":
             raise UsageError("there is no picture of a difference; leave out --diff or -o svg")
         diff = plan_diff(preview.running, preview.plan, preview.facts.index)
-        return diff_table(diff) if output == "table" else _document(diff_json(diff), output)
+        notes = preview.explanation.notes
+        if output == "table":
+            return diff_table(diff, notes)
+        return _document(diff_json(diff, notes), output)
     if output == "svg":
         num_experts = preview.facts.config.num_experts
         return plan_svg(preview.plan, num_experts=num_experts, title=name).rstrip()

@@ -234,6 +234,11 @@ class Store:
         """Holds what is about to be deleted, and what a crash kept from it."""
         return self.root / "trash"
 
+    def held_bytes(self, info_hash: str | None) -> int:
+        """What is here of one release, complete or not; 0 of none."""
+        of = (each.num_bytes for each in self.releases() if each.info_hash == info_hash)
+        return next(of, 0)
+
     def releases(self) -> tuple[StoredRelease, ...]:
         """Every release whose metainfo is there, complete or not, by name."""
         found = []

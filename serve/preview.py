@@ -25,6 +25,7 @@ from ..errors import NotFoundError
 from ..fetcher.checkpoint.release import ReleaseFacts
 from ..fetcher.config import ModelConfig
 from ..fetcher.progress import ProgressSink
+from ..fetcher.store import Store
 from ..fetcher.tensors import TensorIndex
 
 
@@ -70,6 +71,7 @@ def plan_only(
         NotFoundError: there was no traffic to plan from.
         MagnetarError: the release could not be read.
     """
+    is_imagined = inventory is not None
     if inventory is not None:
         facts, _ = _look_here(spec, on_progress, stop)
     elif ray_address is None:
@@ -91,6 +93,8 @@ def plan_only(
                 inventory = agents.inventory(info_hash)
             finally:
                 agents.stop()
+    if spec.source.kind == "folder" and not is_imagined:
+        inventory = _with_folder(inventory, facts)
     if running is not None:
         inventory = with_memory_of(running.plan, inventory)
     workload = workload_of(spec, facts.config)
@@ -139,5 +143,13 @@ def _look_here(
     with contextlib.closing(fetch_of(source, store, on_progress=on_progress, stop=stop)) as fetch:
         fetch.metadata()
         facts = fetch.facts(given=source.given, known=source.known)
-    nodes = (probe_node(host, "127.0.0.1", store),)
+        held = Store(store).held_bytes(fetch.info_hash)
+    nodes = (replace(probe_node(host, "127.0.0.1", store), held_bytes=held),)
     return facts, Inventory(nodes=nodes, links=remembered_links(nodes))
+
+
+def _with_folder(inventory: Inventory, facts: ReleaseFacts) -> Inventory:
+    """Every node reads a release folder where it lies: nobody has anything to fetch."""
+    whole = sum(entry.num_bytes for entry in facts.index)
+    nodes = (replace(node, held_bytes=whole) for node in inventory.nodes)
+    return replace(inventory, nodes=tuple(nodes))

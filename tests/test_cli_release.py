@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -224,7 +225,9 @@ def test_inspect_without_the_facts_names_the_flags(release: Path, tmp_path: Path
 
 def test_plan_prints_the_placement_as_a_table_and_as_json(release: Path, tmp_path: Path) -> None:
     wanted = [str(release), f"--store={tmp_path}", *FACTS, "--stages=2"]
-    assert "+ embeddings" in data_of("plan", *wanted)
+    table = data_of("plan", *wanted)
+    assert "+ embeddings" in table
+    assert re.search(r"^to fetch: \S+ nothing, for all .* are there$", table, re.MULTILINE)
     plan = json.loads(data_of("plan", *wanted, "-o", "json"))
     layers = [
         (stage["first_layer"], stage["end_layer"]) for stage in plan["pipelines"][0]["stages"]

@@ -79,12 +79,7 @@ class NodeAgent:
             memory_limit_bytes=self._memory_limit_bytes,
             cpu_limit=self._cpu_limit,
         )
-        held = (
-            release.num_bytes
-            for release in Store(self._store).releases()
-            if release.info_hash == info_hash
-        )
-        return replace(node, held_bytes=next(held, 0))
+        return replace(node, held_bytes=Store(self._store).held_bytes(info_hash))
 
     def identify(self, source: SourceSpec) -> str | None:
         """The info-hash of a release, which nobody is asked for; None for a plain folder."""

@@ -5,7 +5,7 @@ of the model. A unit moves when the devices that hold it differ between the plan
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -98,10 +98,11 @@ def needed_bytes(plan: Plan, index: TensorIndex) -> dict[str, int]:
     return {host: sum(sizes[name] for name in held[host]) for host in plan.hosts}
 
 
-def diff_table(diff: PlanDiff) -> str:
-    """For people: ``~`` moves, ``+`` and ``-`` what nodes gain and drop."""
+def diff_table(diff: PlanDiff, notes: Sequence[str] = ()) -> str:
+    """For people: ``~`` moves, ``+`` and ``-`` what nodes gain and drop, ``=`` the sum of both."""
+    said = [f"note: {note}" for note in notes]
     if diff.is_empty:
-        return "no changes: the plan is the one that runs"
+        return "\n".join(["no changes: the plan is the one that runs", *said])
     lines = []
     for move in diff.moves:
         layers = layers_text(move.first_layer, move.end_layer)
@@ -115,17 +116,21 @@ def diff_table(diff: PlanDiff) -> str:
             )
         if node.dropped_bytes:
             lines.append(f"- {node.host}: {gigabytes(node.dropped_bytes)} no longer loaded")
+    gained = gigabytes(sum(node.gained_bytes for node in diff.nodes))
+    dropped = gigabytes(sum(node.dropped_bytes for node in diff.nodes))
+    if len(diff.nodes) > 1:
+        lines.append(f"= {gained} to load and {dropped} no longer, in all")
     lines += [
         f"predicted {name}: {was:.1f} -> {now:.1f} ({now / was - 1:+.0%})"
         for name, was, now in diff.predicted
         if was > 0
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *said])
 
 
-def diff_json(diff: PlanDiff) -> dict[str, Any]:
+def diff_json(diff: PlanDiff, notes: Sequence[str] = ()) -> dict[str, Any]:
     """The same with the field names of `PlanDiff`."""
-    return asdict(diff) | {"is_empty": diff.is_empty}
+    return asdict(diff) | {"is_empty": diff.is_empty, "notes": list(notes)}
 
 
 def _holders(plan: Plan, index: TensorIndex) -> dict[_Unit, tuple[_Place, ...]]:
@@ -216,10 +221,11 @@ def with_memory_of(running: Plan, inventory: Inventory) -> Inventory:
     held: defaultdict[tuple[str, str], int] = defaultdict(int)
     free: dict[tuple[str, str], int] = {}
     for stage in running.stages:
-        held[stage.host, stage.device] += stage.weights_bytes + stage.kv_bytes
+        taken = stage.weights_bytes + stage.kv_bytes + stage.workspace_bytes
+        held[stage.host, stage.device] += taken
         free[stage.host, stage.device] = stage.free_bytes
         for helper in stage.helpers:
-            held[helper.host, helper.device] += helper.weights_bytes
+            held[helper.host, helper.device] += helper.weights_bytes + helper.workspace_bytes
             free[helper.host, helper.device] = helper.free_bytes
 
     def freed(host: str, device: Device) -> Device:
