@@ -80,7 +80,9 @@ class PipelinesPlanner:
         return Share((1 << len(self._placing.places)) - 1, self._workload.max_concurrency)
 
     def _planner(self, share: Share, *, floor: float = 0.0) -> SpeedPlanner:
-        if share not in self._planners or floor < self._planners[share].floor:
+        known = self._planners.get(share)
+        # What was found above a floor is found from any lower one, too.
+        if known is None or (floor < known.floor and known.score <= known.floor):
             part = self._placing.part(numbers(share.sites), share.streams)
             self._planners[share] = SpeedPlanner(part, floor=floor)
             self._share_of[self._planners[share]] = share

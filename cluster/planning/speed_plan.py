@@ -1,7 +1,7 @@
 """One pipeline where speeds are known: the search over the cost model for the best route."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 from ..plan import ComputeDtype, Inventory, Pipeline
 from ..search.bound import least_round_trip_s, most_tokens_per_s
@@ -11,7 +11,8 @@ from ..search.moves import improved
 from ..search.place import Place
 from ..search.placing import Placing
 from ..search.problem import Problem, Route
-from ..search.search import Search, busiest, contenders, fastest
+from ..search.search import Search, contenders, fastest
+from ..search.set_bounds import MOST_DEVICES, Outlook
 from .memory_plan import num_kv_blocks
 from .prediction import predicted
 from .stage_plans import stage_plans
@@ -45,6 +46,7 @@ class SpeedPlanner:
         self.floor = floor
         self.streams = placing.workload.max_concurrency
         self._score = 0.0
+        self._outlook = cache(partial(Outlook, placing))
 
     @cached_property
     def found(self) -> tuple[Problem, Route] | None:
@@ -53,12 +55,13 @@ class SpeedPlanner:
         if not self.places:
             return None
         if self._workload.objective == "throughput":
-            searches = [Search(self.placing.problem(tokens)) for tokens in self._batches()]
-            starts = contenders(searches, num_stages=asked, within=_HOPEFUL, floor=self.floor)
+            searches = self._searches()
+            within = _NEAR if searches[0].is_exact else _HOPEFUL
+            starts = contenders(searches, num_stages=asked, within=within, floor=self.floor)
             found = improved(searches, starts, throughput=True, num_stages=asked, floor=self.floor)
             return self._in_lumps(searches, found) if found else None
-        search = Search(self.placing.problem(1))
-        route = fastest(search.problem, num_stages=asked)
+        search = self._search(1)
+        route = fastest(search.problem, num_stages=asked, outlook=search.outlook)
         start = [] if route is None else [(search.problem, route)]
         found = improved([search], start, throughput=False, num_stages=asked)
         return found[0] if found else None
@@ -68,12 +71,27 @@ class SpeedPlanner:
         """Tokens per second of the best route, of the streams or of one alone; 0: nothing fits."""
         is_busy = self._workload.objective == "throughput"
         if is_busy and "found" not in self.__dict__ and Search(self.placing.problem(1)).is_exact:
-            problems = [self.placing.problem(tokens) for tokens in self._batches()]
-            best = busiest(problems, num_stages=self._workload.num_stages, floor=self.floor)
-            return 0.0 if best is None else best[1].tokens_per_s(best[0])
+            asked = self._workload.num_stages
+            best = contenders(self._searches(), num_stages=asked, floor=self.floor)
+            return best[0][1].tokens_per_s(best[0][0]) if best else 0.0
         if self.found is None:
             return 0.0
         return self._score if is_busy else 1 / self.found[1].round_trip_s
+
+    def _searches(self) -> list[Search]:
+        return [self._search(tokens) for tokens in self._batches()]
+
+    def _search(self, tokens: int) -> Search:
+        problem = self.placing.problem(tokens)
+        search = Search(problem)
+        # Without helpers, or where it is not exact, a search has no use for an outlook.
+        if problem.shared is None or not search.is_exact:
+            return search
+        return Search(problem, self._outlook(tokens))
+
+    @property
+    def _is_small(self) -> bool:
+        return len(self.places) <= MOST_DEVICES
 
     @property
     def is_exact(self) -> bool:
@@ -124,10 +142,15 @@ class SpeedPlanner:
             return score
         if is_busy:
             return self.bound(score)
+        if self._is_small:
+            return min(score, 1 / self._outlook(1).most)
         return least_round_trip_s(problem, score, num_stages=self._workload.num_stages)
 
     def bound(self, tokens_per_s: float) -> float:
         """What no pipeline goes beyond, or `tokens_per_s`, which some plan has, if that is more."""
+        if self._is_small:
+            most = (self._outlook(tokens).most for tokens in self._batches())
+            return max(tokens_per_s, *most)
         problems = [self.placing.problem(tokens) for tokens in self._batches()]
         return most_tokens_per_s(problems, tokens_per_s, num_stages=self._workload.num_stages)
 

@@ -26,6 +26,9 @@ Array: TypeAlias = "npt.NDArray[Any]"
 MOST_EXACT_EXPERTS = 12
 """Of a layer; with more of them, sets are too many, and every host is taken at its mean."""
 
+_NEVER = 1e-12
+"""Chances of sets that are not looked at: prompts need all experts but in one of 1e60 steps."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seat:
@@ -112,8 +115,11 @@ def hosts_s(
     return _of_means(model, layer, seats, held_OHE, tokens=tokens)
 
 
-def least_hosts_s(model: ModelCost, layer: int, seats: Sequence[Seat], *, tokens: int) -> float:
-    """Less than which no choice of hosts among `seats`, and of who holds what, can take.
+def least_hosts_s(
+    model: ModelCost, layer: int, seats: Sequence[Seat], present_MH: Array, *, tokens: int
+) -> Array:
+    """[M]: less than which no choice of hosts among the `seats` that are present, and of who holds
+    what, can take.
 
     Of d experts that a step needs, each is one more for some host; if every host had exactly those
     that suit it best, they would be done at the d-th of all moments at which a host is done with
@@ -124,13 +130,16 @@ def least_hosts_s(model: ModelCost, layer: int, seats: Sequence[Seat], *, tokens
     is_exact = model.num_experts <= MOST_EXACT_EXPERTS
     if not is_exact:
         each_H *= hit_chance(model, tokens)
-    done = away_H[:, None] + each_H[:, None] * np.arange(1, model.num_experts + 1)
-    done_D = np.sort(done.ravel())[: model.num_experts]
+    done_HD = away_H[:, None] + each_H[:, None] * np.arange(1, model.num_experts + 1)
+    done_MHD = np.where(present_MH[:, :, None], done_HD, np.inf)
+    done_MD = np.sort(done_MHD.reshape(len(present_MH), -1), axis=1)[:, : model.num_experts]
     if not is_exact:
-        return float(done_D[-1])
+        last: Array = done_MD[:, -1]
+        return last
     chance_S = hit_sets(model.num_experts, model.experts_per_token, tokens)
     chance_D = np.bincount(_bits(model.num_experts), weights=chance_S)[1:]
-    return float(chance_D @ done_D)
+    found: Array = done_MD @ chance_D
+    return found
 
 
 def hit_chance(model: ModelCost, tokens: int) -> float:
@@ -176,7 +185,7 @@ def _over_sets(
     masks_OH = held_OHE @ (1 << np.arange(num_experts))
     within_S = within_sets(num_experts, per_token, weights)
     chance_S = hit_sets(num_experts, per_token, tokens, weights)
-    likely = np.flatnonzero(chance_S > 0)
+    likely = np.flatnonzero(chance_S > _NEVER)
     bits_S = _bits(num_experts)
     # A token needs a host unless all of its experts lie outside of it.
     reach_OH = 1 - within_S[(1 << num_experts) - 1 - masks_OH]

@@ -86,7 +86,7 @@ class Split:
         self.seconds_VK = np.full(home_VK.shape, np.inf)
         """Of so many layers; inf where they do not fit."""
         self._chosen: dict[tuple[int, int], list[int]] = {}
-        self._reached: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._reached: dict[tuple[int, int], int] = {}
         self._layers: list[Array] = []
         num_hosts, num_experts = counts_OH.shape[1], int(counts_OH[0].sum())
         self.is_exact = len(counts_OH) == comb(num_experts + num_hosts - 1, num_hosts - 1)
@@ -137,44 +137,37 @@ class Split:
                     self.is_exact = False
 
     def _programme(self, num_layers: int, open_VK: Array) -> None:
+        """States are numbers of experts that the helpers hold, flat; there is one more that none
+        can be reached from."""
         shape = tuple(room + 1 for room in self._rooms)
-        held = sum(np.indices(shape))
-        num_experts = int(self._counts_OH[0].sum())
-        best = np.full(shape, np.inf)
-        best[(0,) * len(shape)] = 0.0
+        held_SH = np.indices(shape).reshape(len(shape), -1).T
+        num_states, num_experts = len(held_SH), int(self._counts_OH[0].sum())
+        before_OSH = held_SH - self._counts_OH[:, None, 1:]
+        strides = np.array([prod(shape[at + 1 :]) for at in range(len(shape))], dtype=np.int64)
+        self._before_OS = np.where((before_OSH >= 0).all(axis=2), before_OSH @ strides, num_states)
+        best = np.full(num_states + 1, np.inf)
+        best[0] = 0.0
+        held_S = held_SH.sum(axis=1)
+        states = np.arange(num_states)
         for k in range(1, num_layers + 1):
-            grown, choice = np.full(shape, np.inf), np.zeros(shape, dtype=np.int16)
-            for option, (seconds, counts) in enumerate(
-                zip(self._seconds_O, self._counts_OH[:, 1:], strict=True)
-            ):
-                if any(count >= extent for count, extent in zip(counts, shape, strict=True)):
-                    continue
-                into = tuple(slice(count, None) for count in counts)
-                of = tuple(
-                    slice(0, extent - count) for count, extent in zip(counts, shape, strict=True)
-                )
-                candidate = best[of] + seconds
-                better = candidate < grown[into]
-                grown[into][better] = candidate[better]
-                choice[into][better] = option
-            best = grown
+            reached_OS = best[self._before_OS] + self._seconds_O[:, None]
+            choice = reached_OS.argmin(axis=0)
+            best[:-1] = reached_OS[choice, states]
             self._layers.append(choice)
-            for variant in np.flatnonzero(open_VK[:, k]):
-                within = np.where(k * num_experts - held <= self._home_VK[variant, k], best, np.inf)
-                self.seconds_VK[variant, k] = within.min()
-                if np.isfinite(within.min()):
-                    at = np.unravel_index(int(within.argmin()), shape)
-                    self._reached[int(variant), k] = tuple(int(n) for n in at)
+            variants = np.flatnonzero(open_VK[:, k])
+            fits_VS = k * num_experts - held_S <= self._home_VK[variants, k, None]
+            within_VS = np.where(fits_VS, best[:-1], np.inf)
+            at_V = within_VS.argmin(axis=1)
+            self.seconds_VK[variants, k] = within_VS[np.arange(len(variants)), at_V]
+            for variant, at in zip(variants, at_V, strict=True):
+                self._reached[int(variant), k] = int(at)
 
     def _walk(self, variant: int, num_layers: int) -> list[int]:
         state, chosen = self._reached[variant, num_layers], []
         for choice in reversed(self._layers[:num_layers]):
             option = int(choice[state])
             chosen.append(option)
-            state = tuple(
-                int(held - count)
-                for held, count in zip(state, self._counts_OH[option, 1:], strict=True)
-            )
+            state = int(self._before_OS[option, state])
         return chosen
 
     def _mix(self, num_layers: int, open_VK: Array) -> None:

@@ -200,8 +200,10 @@ class Placing(PlacedModel):
         by_size = {}
         for size in set(cost.expert_bytes):
             layer = cost.expert_bytes.index(size)
+            every = np.ones((1, len(seats)), dtype=bool)
             step, full = (
-                least_hosts_s(cost, layer, seats, tokens=n) for n in (tokens, STEP_TOKENS)
+                float(least_hosts_s(cost, layer, seats, every, tokens=n)[0])
+                for n in (tokens, STEP_TOKENS)
             )
             by_size[size] = step + self.chunks(tokens) * full
         return np.array(self.attention_L(home, tokens)) + [

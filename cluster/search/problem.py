@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -167,6 +167,19 @@ class Route:
     def tokens_per_s(self, problem: Problem) -> float:
         """What the throughput goal maximises."""
         return min(problem.step_tokens / self.bottleneck_s, problem.streams / self.round_trip_s)
+
+
+class Outlook(Protocol):
+    """What routes of one problem can be at best, as far as that is known without a search."""
+
+    @property
+    def most(self) -> float:
+        """Tokens per second that none exceeds."""
+        ...
+
+    def hopeful(self, least: float) -> set[tuple[int, int]]:
+        """Home and members of all stages of those with at least so many tokens per second."""
+        ...
 
 
 def evaluate(

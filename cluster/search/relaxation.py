@@ -22,9 +22,8 @@ from .problem import Least, Matrix, Problem
 _MOST_CLASSES = 6
 """Of layers; where there are more, those of one owner are taken to be the cheapest of them."""
 MOST_PAIRED = 16
-"""Sites up to which every home has its own helpers; the programme grows with their square."""
-MOST_PAIRED_BUSY = 6
-"""The same for throughput, of which a programme is solved for every number of micro-batches."""
+"""Sites up to which every home has its own helpers; the programme grows with their square, and for
+throughput, of which one is solved for every number of micro-batches, all homes share them."""
 FEW_EXPERTS = 64
 """Of all layers, up to which it matters that a site holds whole ones."""
 _DIGITS = 9
@@ -127,8 +126,7 @@ class _Builder:
         self.trip_s = problem.streams / score if throughput else score
         self.step_s = problem.step_tokens / score if throughput else math.inf
         count, num_classes = len(problem.sites), len(self.classes.size_C)
-        most = MOST_PAIRED_BUSY if throughput else MOST_PAIRED
-        is_paired = self.least.num_experts > 0 and count <= most
+        is_paired = self.least.num_experts > 0 and count <= MOST_PAIRED and not throughput
         self.groups = [[home] for home in range(count)] if is_paired else [[*range(count)]]
         shapes = (
             *((count, num_classes), (len(self.groups), count, num_classes)),
@@ -240,9 +238,6 @@ class _Builder:
         if least.num_experts:
             busy = (layers, least.own_NL[number]), (experts, least.expert_NL[number])
             self._add(*busy, *ends, goal, scale=scale, upper=0.0)
-        if self._is_paired:
-            stage = (layers, least.own_NL[number]), (self.shared[number], self.trip_s)
-            self._add(*stage, *ends, goal, scale=scale, upper=0.0)
         carried = (self.links[:, number], self.problem.transfer_s[:, number])
         self._add(carried, goal, scale=scale, upper=0.0)
 

@@ -20,21 +20,26 @@ import numpy as np
 
 from .fronts import Front, Offer, Stage, least_rest
 from .orders import likely_orders
-from .problem import Matrix, Problem, Route
+from .problem import Matrix, Outlook, Problem, Route
 
 EXACT_PLACES = 8
 """Devices up to which all subsets are searched."""
 EXACT_SHARED = 5
 """Devices up to which all sets of helpers are searched too."""
 _MOST_LIMITS = 512
+_LEVEL = 0.93
+_NUM_LEVELS = 12
 
 
-def fastest(problem: Problem, *, num_stages: int | None = None) -> Route | None:
+def fastest(
+    problem: Problem, *, num_stages: int | None = None, outlook: Outlook | None = None
+) -> Route | None:
     """The least round trip; exactly `num_stages` stages if that is given. None: nothing fits."""
-    search = Search(problem)
+    search = Search(problem, outlook)
     seed = search.along_orders(math.inf, math.inf, num_stages)
     if search.exact_stages is None:
         return seed
+    search.keep_hopeful(1 / seed.round_trip_s if seed else 0.0)
     return (
         search.over_subsets(math.inf, seed.round_trip_s if seed else math.inf, num_stages) or seed
     )
@@ -80,10 +85,16 @@ def contenders(
         return lambda limit, below: search.over_subsets(limit, below, num_stages)
 
     for number, search in enumerate(searches):
-        offer(number, search.improvements(least(number), along(search)))
-    for number, search in enumerate(searches):
-        if search.exact_stages is not None:
-            offer(number, search.improvements(least(number), over(search)))
+        offer(number, search.improvements(least(number), along(search), search.alone))
+    left = [number for number, search in enumerate(searches) if search.exact_stages is not None]
+    for level in _levels(searches):
+        for number in tuple(left):
+            search, low = searches[number], max(level, least(number))
+            if low > level:
+                left.remove(number)
+            if search.most > low:
+                search.keep_hopeful(low)
+                offer(number, search.improvements(low, over(search)))
     order = sorted(best, key=lambda number: -best[number][0])
     return [
         (searches[number].problem, best[number][1])
@@ -92,21 +103,29 @@ def contenders(
     ]
 
 
+def _levels(searches: Sequence[Search]) -> Iterator[float]:
+    """Scores to look for, from what may be down to none, so that few stages find a good route."""
+    level = max((search.most for search in searches), default=math.inf)
+    yield from (level * _LEVEL**n for n in range(1, 1 + _NUM_LEVELS if level < math.inf else 0))
+    yield 0.0
+
+
 Least = Callable[[float, float], "Route | None"]
 """(limit, below): the least round trip under `below` whose stages and transfers take at most
 `limit`; None: there is none."""
 
 
 class Search:
-    """The programme over one problem."""
+    """The programme over one problem, which its outlook, where there is one, cuts short."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, outlook: Outlook | None = None) -> None:
+        self.problem, self.outlook = problem, outlook
         count = len(problem.sites)
         # [u, v] of every stage: seconds of layers [u, v), inf where they do not fit.
         self._stage_LL: dict[Stage, Matrix] = {}
         self._times_of: dict[Stage, Matrix] = {}
-        self._alone = [Stage.alone(site) for site in range(count)]
+        self.alone = [Stage.alone(site) for site in range(count)]
+        """Every site without helpers."""
         self.exact_stages: list[Stage] | None = None
         """All that an exact search has to try; None: too many devices for one."""
         if problem.shared is not None and count <= EXACT_SHARED:
@@ -118,7 +137,19 @@ class Search:
                 if members >> home & 1 and not members & ~helpers & ~(1 << home)
             ]
         elif count <= EXACT_PLACES:
-            self.exact_stages = self._alone
+            self.exact_stages = self.alone
+        self._all_stages = self.exact_stages
+
+    @property
+    def most(self) -> float:
+        """Tokens per second that no route exceeds; inf: nobody knows."""
+        return math.inf if self.outlook is None else self.outlook.most
+
+    def keep_hopeful(self, least: float) -> None:
+        """Search exactly over stages of routes with at least so many tokens per second alone."""
+        if self.outlook is not None and self._all_stages is not None:
+            hopeful = {Stage(*each) for each in self.outlook.hopeful(least)}
+            self.exact_stages = [stage for stage in self._all_stages if stage in hopeful]
 
     @property
     def is_exact(self) -> bool:
@@ -208,9 +239,9 @@ class Search:
         self, limit_s: float, below_s: float, num_stages: int | None = None
     ) -> Route | None:
         """The best without helpers along a few orders of the sites; any may be left out."""
-        useful = [each.home for each in self._alone if np.isfinite(self.stage_LL(each)).any()]
+        useful = [each.home for each in self.alone if np.isfinite(self.stage_LL(each)).any()]
         routes = [
-            self.along([self._alone[site] for site in order], limit_s, num_stages, skip=True)
+            self.along([self.alone[site] for site in order], limit_s, num_stages, skip=True)
             for order in likely_orders(self.problem, useful)
         ]
         found = [route for route in routes if route is not None and route.round_trip_s < below_s]
@@ -307,7 +338,7 @@ class Search:
 
     def _limits(self, stages: Sequence[Stage] | None) -> Matrix:
         """Times that a bottleneck can have, ascending; all of them where the search is exact."""
-        chosen = stages or self.exact_stages or self._alone
+        chosen = stages or self.exact_stages or self.alone
         every = np.unique(
             np.concatenate([*map(self._times, chosen), self.problem.transfer_s.ravel()])
         )
