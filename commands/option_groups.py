@@ -7,7 +7,17 @@ from ..cluster.plan import ComputeDtype, Objective
 from ..fetcher.config import ChatFormat
 from ..settings import DEFAULT_HOST, DEFAULT_PORT
 from .console import PROGRESS_MODES
-from .values import checked_by, natural, port, positive, positive_float, rate, window
+from .values import (
+    checked_by,
+    natural,
+    node_limit,
+    node_pin,
+    port,
+    positive,
+    positive_float,
+    rate,
+    window,
+)
 
 CONCURRENCY_HELP = "requests of full context that fit in memory (8)"
 _SOURCE_HELP = "a magnet link, a name of the catalogue, a .torrent file or a release folder"
@@ -156,6 +166,26 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Objective),
         help="what to be best at where `magnetar nodes` has measured: one stream, all streams "
         "together, or few nodes (latency)",
+    )
+    group.add_argument(
+        "--exclude",
+        action="append",
+        metavar="NODE",
+        help="a node that gets nothing; may be given several times, as the next two",
+    )
+    group.add_argument(
+        "--limit",
+        action="append",
+        type=node_limit,
+        metavar="NODE=SIZE",
+        help="use at most so much memory of each device of a node, for example a=24GB",
+    )
+    group.add_argument(
+        "--pin",
+        action="append",
+        type=node_pin,
+        metavar="NODE=LAYERS",
+        help="these layers for a node and no others, for example a=0-7",
     )
     add_ray_address(group)
 

@@ -62,6 +62,28 @@ def age(text: str) -> float:
     return 0.0 if text in ("0", "0s") else duration(text)
 
 
+def node_limit(text: str) -> tuple[str, int]:
+    """A node and bytes of memory."""
+    match = re.fullmatch(r"([^=]+)=(\d{1,6}(?:\.\d{1,3})?) ?([MGT])B", text.strip())
+    size = round(float(match[2]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[3]]) if match else 0
+    if match is None or size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NODE=SIZE, such as a=24GB")
+    return match[1], size
+
+
+def node_pin(text: str) -> tuple[str, tuple[int, int]]:
+    """A node and [first, end) of layers."""
+    from ..manifests.placement import layer_range
+
+    node, _, layers = text.strip().partition("=")
+    if not node or not layers:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NODE=LAYERS, such as a=0-7")
+    try:
+        return node, layer_range(layers)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def window(text: str) -> int | Literal["none"]:
     """Tokens, or none."""
     return "none" if text == "none" else positive(text)

@@ -7,8 +7,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..cluster.plan import NodeWish
 from ..cluster.spec import DeploymentSpec, SourceSpec
 from ..errors import UsageError
 from ..fetcher.config import ReleaseHints
@@ -79,6 +80,7 @@ def with_options(spec: DeploymentSpec, args: argparse.Namespace) -> DeploymentSp
         "model_name": options.get("name"),
         "name": options.get("name") and deployment_name(args.name),
         "fetch_full": options.get("full") or None,
+        "node_wishes": _node_wishes(args, spec.node_wishes),
     }
     given = {name: value for name, value in changes.items() if value is not None}
     return replace(spec, source=source, **given)  # type: ignore[arg-type]
@@ -123,6 +125,27 @@ def source_of(args: argparse.Namespace, console: Console) -> SourceSpec:
         web_seeds=tuple(args.web_seed or ()),
         limits=_limits(args, RateLimits()),
     )
+
+
+def _node_wishes(
+    args: argparse.Namespace, before: tuple[NodeWish, ...]
+) -> tuple[NodeWish, ...] | None:
+    """Those of the command line, each in place of what the manifest has for its node."""
+    options = vars(args)
+    given: dict[str, NodeWish] = {}
+
+    def wish(host: str, **changes: Any) -> None:
+        given[host] = replace(given.get(host, NodeWish(host=host)), **changes)
+
+    for host in options.get("exclude") or ():
+        wish(host, exclude=True)
+    for host, limit_bytes in options.get("limit") or ():
+        wish(host, memory_bytes=limit_bytes)
+    for host, layers in options.get("pin") or ():
+        wish(host, layers=layers)
+    if not given:
+        return None
+    return (*(each for each in before if each.host not in given), *given.values())
 
 
 def _both(before: tuple[str, ...], given: list[str] | None) -> tuple[str, ...]:

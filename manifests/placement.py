@@ -13,8 +13,12 @@ from ..fetcher.only import parse_only
 from .facts import Complaint, Part, checked, complaints
 
 
-def _layers(text: str) -> tuple[int, int]:
-    """[first, end) of ``FIRST-LAST`` or of one number."""
+def layer_range(text: str) -> tuple[int, int]:
+    """[first, end) of ``FIRST-LAST`` or of one number.
+
+    Raises:
+        ValueError: it is neither.
+    """
     match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
     if match is None:
         raise ValueError(f"{text!r} is no range of layers: write 0-7, or 3 for one layer")
@@ -57,14 +61,14 @@ class NodeUse(Part):
     memory_gigabytes: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
         default=None, description="At most so much of each of its devices, in units of 1e9 bytes."
     )
-    layers: Annotated[str, checked(_layers)] | None = Field(
+    layers: Annotated[str, checked(layer_range)] | None = Field(
         default=None, description="It holds these layers and no others, for example 0-7."
     )
 
     def to_wish(self) -> NodeWish:
         """The same for the planner."""
         memory = None if self.memory_gigabytes is None else int(self.memory_gigabytes * 1e9)
-        layers = None if self.layers is None else _layers(self.layers)
+        layers = None if self.layers is None else layer_range(self.layers)
         return NodeWish(host=self.node, exclude=self.exclude, memory_bytes=memory, layers=layers)
 
 
@@ -130,7 +134,7 @@ class Placement(Part):
                     yield ("nodes", number, name), said
 
     def _shared_layers(self) -> Iterator[Complaint]:
-        pins = [(n, *_layers(use.layers)) for n, use in enumerate(self.nodes) if use.layers]
+        pins = [(n, *layer_range(use.layers)) for n, use in enumerate(self.nodes) if use.layers]
         for (one, first, end), (other, start, stop) in combinations(pins, 2):
             if start < end and first < stop:
                 yield (

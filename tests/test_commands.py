@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from magnetar.cluster.plan import NodeWish
 from magnetar.cluster.spec import DeploymentSpec
 from magnetar.commands.console import Console
 from magnetar.commands.parser import build_parser
@@ -40,6 +41,42 @@ def manifest(tmp_path: Path) -> Path:
         "  serve: {port: 9000, maxConcurrency: 2, maxRunning: 9, maxWaiting: 0}\n"
     )
     return file
+
+
+def test_what_nodes_may_be_used_for_joins_what_the_manifest_says(manifest: Path) -> None:
+    text = manifest.read_text().replace(
+        "placement: {", "placement: {nodes: [{node: a, layers: 0-3}, {node: b, exclude: true}], "
+    )
+    manifest.write_text(text)
+    spec, _ = spec_of("plan", "-f", str(manifest), "--limit", "b=1.5GB", "--pin", "b=4-7")
+    assert spec.node_wishes == (
+        NodeWish(host="a", layers=(0, 4)),
+        NodeWish(host="b", memory_bytes=1_500_000_000, layers=(4, 8)),
+    )
+    spec, _ = spec_of("up", "mixtral-8x7b", "--exclude", "c", "--exclude", "d", "--pin=e=3")
+    assert spec.node_wishes == (
+        NodeWish(host="c", exclude=True),
+        NodeWish(host="d", exclude=True),
+        NodeWish(host="e", layers=(3, 4)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--limit=a=24", "'a=24' is no NODE=SIZE, such as a=24GB"),
+        ("--limit=a=0GB", "is no NODE=SIZE"),
+        ("--limit=24GB", "is no NODE=SIZE"),
+        ("--pin=a", "'a' is no NODE=LAYERS, such as a=0-7"),
+        ("--pin=a=7-0", "'7-0' ends before it begins: write 0-7"),
+    ],
+)
+def test_a_wish_for_a_node_in_another_form_is_refused(
+    option: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        spec_of("plan", "mixtral-8x7b", option)
+    assert complaint in capsys.readouterr().err
 
 
 def test_source_alone_takes_every_default() -> None:
