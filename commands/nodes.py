@@ -1,13 +1,15 @@
 """`magnetar nodes`: what there is to compute on, how fast it is, and an inventory file of it."""
 
 import argparse
+import shutil
+import sys
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..settings import default_store
 from .console import Console, json_text
+from .nodes_view import columns, nodes_table
 from .option_groups import add_ray_address
 from .serving import need_importable_package
 from .stopping import stopping_at_once
@@ -60,54 +62,15 @@ def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
             inventory = _of_ray(args.ray_address, again=args.again)
     remember_links(inventory)
     if args.output == "table":
-        console.data(nodes_table(inventory))
+        # Whoever parses lines gets them whole.
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        console.data(nodes_table(inventory, width=width))
     elif args.output == "json":
         console.data(json_text(inventory_document(inventory)))
     else:
         import yaml
 
         console.data(yaml.safe_dump(inventory_document(inventory), sort_keys=False).rstrip())
-
-
-def nodes_table(inventory: "Inventory") -> str:
-    """Nodes and links as aligned columns."""
-    from ..cluster.units import gigabytes, milliseconds
-
-    rows = [("node", "device", "name", "cpus", "memory", "reads", "computes", "disk free")]
-    for node in inventory.nodes:
-        rows += [
-            (
-                node.host,
-                "cpu" if device.kind == "cpu" else f"cuda:{device.index}",
-                device.name or "-",
-                str(node.num_cpus),
-                gigabytes(device.memory_bytes),
-                f"{device.read_gbps:.1f} GB/s" if device.read_gbps else "?",
-                f"{device.gemm_gflops:.0f} GFLOP/s" if device.gemm_gflops else "?",
-                gigabytes(node.disk_free_bytes),
-            )
-            for device in node.devices
-        ]
-    lines = _columns(rows)
-    lines += [
-        f"{node.host} was busy: other work took {node.busy_share * 100:.0f} % of its processors "
-        "while its speeds\nwere measured, and they may be too low; --again measures anew"
-        for node in inventory.nodes
-        if node.was_busy
-    ]
-    if inventory.links:
-        wires = [("from", "to", "round trip", "bandwidth")]
-        wires += [
-            (
-                link.source,
-                "itself" if link.target == link.source else link.target,
-                milliseconds(link.rtt_s),
-                f"{link.gbps:.3g} GB/s",
-            )
-            for link in inventory.links
-        ]
-        lines += ["", *_columns(wires)]
-    return "\n".join(lines)
 
 
 def shown_profiles(output: str) -> str:
@@ -142,15 +105,7 @@ def shown_profiles(output: str) -> str:
     sources = [f"{name}: {profile.source}" for name, profile in profiles().items()]
     around = {each.device.kind: each.overheads_source for each in profiles().values()}
     sources += [f"overheads of {kind}: {source}" for kind, source in around.items()]
-    return "\n".join([*_columns(rows), "", *sources])
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return "\n".join([*columns(rows), "", *sources])
 
 
 def _here(*, again: bool) -> "Inventory":

@@ -1,6 +1,7 @@
 """Measuring this machine: cached, bounded in time, and over the links that serve."""
 
 import json
+import re
 import time
 from collections import namedtuple
 from dataclasses import replace
@@ -17,7 +18,7 @@ from magnetar.cluster.inventory.measure import Overheads, measure_speeds, with_k
 from magnetar.cluster.inventory.other_work import OtherWork
 from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node
 from magnetar.cluster.runtime.survey import rounds
-from magnetar.commands.nodes import nodes_table
+from magnetar.commands.nodes_view import nodes_table
 from magnetar.errors import StageLostError
 from magnetar.manifests.inventory import load_inventory
 from magnetar.manifests.inventory_document import inventory_document
@@ -63,7 +64,12 @@ def test_speeds_are_measured_once_and_known_to_every_later_probe(home: Path) -> 
     num_calls = gauge.num_calls
     assert measure_speeds(node, gauge) == measured
     assert gauge.num_calls == num_calls
-    assert "4.0 GB/s" in nodes_table(Inventory(nodes=(measured,)))
+    table = nodes_table(Inventory(nodes=(measured,)))
+    assert "4.0 GB/s" in table
+    assert re.search(r"^node +device +bf16 +fp32\b", table, re.MULTILINE)
+    assert re.search(r"^\S+ +cpu +GB/s +4\.0 +8\.0\b", table, re.MULTILINE)
+    assert re.search(r"^ +GFLOP/s +400\b", table, re.MULTILINE)
+    assert max(map(len, nodes_table(Inventory(nodes=(measured,)), width=60).splitlines())) <= 60
     assert with_known_speeds(node) == measured
 
 

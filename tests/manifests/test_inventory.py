@@ -147,16 +147,12 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, text: str, complai
     assert "cluster.yaml:" in str(caught.value)
 
 
-def test_the_example_is_a_cluster(tmp_path: Path) -> None:
-    text = (EXAMPLES / "inventory.yaml").read_text(encoding="utf-8")
+def test_the_example_is_a_cluster() -> None:
     found = load_inventory(EXAMPLES / "inventory.yaml", environment={})
     assert [node.host for node in found.nodes] == ["box-0", "box-1", "tower", "mini"]
     assert [device.kind for device in found.nodes[2].devices] == ["cuda", "cpu"]
     assert found.nodes[2].devices[1].memory_bytes == 40 * 10**9
     assert len(found.links) == 6  # every pair once
-    documents = (EXAMPLES.parent.parent / "docs" / "plans.md").read_text(encoding="utf-8")
-    assert "docs/plans.md" in text
-    assert all(f"`{name}`" in documents for name in profiles())
 
 
 def test_a_missing_file_points_to_the_command_that_writes_one(tmp_path: Path) -> None:
