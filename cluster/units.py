@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 
@@ -28,6 +28,27 @@ def id_ranges(ids: Sequence[int]) -> str:
         ends = (numbers[0], numbers[-1])
         found.append(str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}-{ends[1]}")
     return ",".join(found)
+
+
+def names_text(names: Iterable[str]) -> str:
+    """Names in order of their last number, three and more in a row as ``t4-0 to t4-7``."""
+    split = [(match[1], match[2], name) for name in names if (match := _NUMBERED.fullmatch(name))]
+    keyed = sorted(split, key=lambda each: (each[0], int(each[1] or -1), each[1]))
+    found: list[str] = []
+    for _, run in groupby(enumerate(keyed), key=lambda each: (each[1][0], _rank(*each))):
+        row = [name for _, (_, _, name) in run]
+        found += [f"{row[0]} to {row[-1]}"] if len(row) > 2 else row
+    return ", ".join(found)
+
+
+_NUMBERED = re.compile(r"(.*?)(\d{0,9})", re.DOTALL)
+
+
+def _rank(place: int, named: tuple[str, str, str]) -> object:
+    """The same for names whose numbers follow each other; of others their own."""
+    number = named[1]
+    is_plain = number == "0" or (number != "" and number[0] != "0")
+    return int(number) - place if is_plain else named[2]
 
 
 def layers_text(first_layer: int, end_layer: int) -> str:

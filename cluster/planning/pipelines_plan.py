@@ -190,15 +190,23 @@ class PipelinesPlanner:
             bounds.append(self._planner(self._every, floor=score).bound(score))
         return max(bounds)
 
-    def unused(self, smallest_bytes: int) -> tuple[UnusedNode, ...]:
-        """Why each node without a part has none, and each device of the others: what the best
-        pipeline with it would do."""
-        used = {(p.node.host, p.device_name) for planner in self.found for p in planner.used()}
+    def unused(self, pipelines: Sequence[Pipeline], smallest_bytes: int) -> tuple[UnusedNode, ...]:
+        """Why each node without a part in these has none, and each device of the others: what the
+        best pipeline with it would do."""
+        stages = [stage for pipeline in pipelines for stage in pipeline.stages]
+        used = {stage.seat for stage in stages}
+        used |= {(helper.host, helper.device) for stage in stages for helper in stage.helpers}
         hosts = {host for host, _ in used}
         reasons: dict[tuple[str, str | None], str] = {}
         for number, planner in enumerate(self.found):
             of = f" in pipeline {number}" if len(self.found) > 1 else ""
-            for (host, device), reason in planner.unused(smallest_bytes).items():
+            reasons_of = planner.unused(smallest_bytes)
+            # A device that may help a stage, and for which none of its experts was chosen.
+            reasons_of |= {
+                (place.node.host, place.device_name): "not needed: no expert is better off there"
+                for place in planner.used()
+            }
+            for (host, device), reason in reasons_of.items():
                 if (host, device) not in used:
                     idle = (host, device if host in hosts else None)
                     reasons.setdefault(idle, reason + of * reason.startswith("not needed"))

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from ..plan import ExpertHost, ExpertIds, Pipeline, Plan, Prediction, StagePlan
-from ..units import gigabytes, id_ranges, milliseconds, wrapped
+from ..units import gigabytes, id_ranges, milliseconds, names_text, wrapped
 from .explanation import Explanation, NodeFetch
 
 _HEAD = (
@@ -180,7 +180,7 @@ def _said(plan: Plan, left_out: Sequence[str]) -> Iterator[str]:
     yield from (f"conceded: {each.text}" for each in plan.concessions)
     alike = groupby(sorted(plan.unused, key=lambda node: node.reason), lambda node: node.reason)
     for reason, nodes in alike:
-        yield f"unused: {', '.join(node.name for node in nodes)}: {reason}"
+        yield f"unused: {names_text(node.name for node in nodes)}: {reason}"
 
 
 def _predicted(prediction: Prediction, plan: Plan) -> Iterator[str]:
@@ -259,7 +259,7 @@ def _to_fetch(fetches: Sequence[NodeFetch]) -> str:
             said = f"nothing, for all {gigabytes(fetch.needed_bytes)} are there"
         alike.setdefault(said, []).append(fetch.host)
     each = [
-        f"{', '.join(hosts)} {'each ' * (len(hosts) > 1)}{said}" for said, hosts in alike.items()
+        f"{names_text(hosts)} {'each ' * (len(hosts) > 1)}{said}" for said, hosts in alike.items()
     ]
     if len(fetches) == 1:
         return f"to fetch: {each[0]}"

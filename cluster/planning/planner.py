@@ -176,7 +176,7 @@ def _by_speed(
     if placed.prediction is not None:
         placed = replace(placed, best_possible=fast.best_possible())
     smallest = smallest_stage_bytes(model.weights, workload)
-    return replace(placed, unused=fast.unused(smallest))
+    return replace(placed, unused=fast.unused(placed.pipelines, smallest))
 
 
 def _without_times(plan: Plan) -> Plan:

@@ -23,7 +23,7 @@ from magnetar.cluster.planning.explanation import Explanation, explained
 from magnetar.cluster.planning.plan_view import plan_json, plan_table
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.place import places_of
-from magnetar.cluster.units import id_ranges, wrapped
+from magnetar.cluster.units import id_ranges, names_text, wrapped
 from magnetar.manifests.inventory import load_inventory
 from magnetar.tests.planning import GB, MIXTRAL
 
@@ -130,6 +130,22 @@ def test_nodes_unused_for_one_reason_share_a_line() -> None:
     inventory = Inventory(nodes=(node("big", 200, 100), node("p0", 1, 5), node("p1", 1, 5)))
     text = plan_table(plan(*MIXTRAL, inventory, asked()))
     assert "unused: p0, p1: too small" in text
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["t4-10", "t4-8", "t4-9", "t4-1"], "t4-1, t4-8 to t4-10"),
+        (["b", "a"], "a, b"),
+        (["n1", "n0"], "n0, n1"),
+        (["box cuda:1", "box cuda:2", "box cuda:3"], "box cuda:1 to box cuda:3"),
+        (["x07", "x08", "x09"], "x07, x08, x09"),
+        (["1", "2", "3", ""], ", 1 to 3"),
+        ([], ""),
+    ],
+)
+def test_many_names_that_are_numbered_are_told_as_ranges(names: list[str], text: str) -> None:
+    assert names_text(names) == text
 
 
 def test_amounts_stay_beside_their_units() -> None:
