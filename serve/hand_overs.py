@@ -21,11 +21,12 @@ from ..cluster.links.dial import dial
 from ..cluster.links.frame import Frame
 from ..cluster.links.link import TcpLink
 from ..cluster.links.listener import LinkListener
+from ..errors import StageLostError
 from .engine.helper import Helper
 from .engine.helper_link import HelperLink
 from .engine.helper_worker import HelperWorker
 from .engine.stage_worker import StageWorker
-from .engine.step_codec import encode_plan
+from .engine.step_codec import decode_error, encode_plan
 from .small_model import Noise, small_config, small_stage, small_step
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ def worker_s(stage: Stage, *, way_s: float) -> float:
             position = next(positions)
             body = encode_plan(small_step(position))
             ours.send(Frame(kind="step", epoch=0, step_id=position, body=body))
-            while back.receive(_TIMEOUT_S).kind != "result":
-                pass
+            while (frame := back.receive(_TIMEOUT_S)).kind != "result":  # some tell of traffic
+                if frame.kind == "error":
+                    raise StageLostError(decode_error(frame.body))
 
         step_s = undisturbed_s(timed_pieces(once, pause_s=PAUSE_S))
         worker.stop()

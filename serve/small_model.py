@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from .engine.stage import Stage
     from .model.loader import LayerExperts
 
-NUM_BLOCKS = 4096 // KV_BLOCK_TOKENS
+STREAM_TOKENS = 32
+"""After so many a stream ends and the next one begins: what a step takes grows with its context."""
+NUM_BLOCKS = STREAM_TOKENS // KV_BLOCK_TOKENS
 _GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -33,7 +35,7 @@ def small_config(num_layers: int) -> ModelConfig:
         norm_eps=1e-5,
         vocab_size=512,
         rope_theta=1e4,
-        max_context_tokens=NUM_BLOCKS * KV_BLOCK_TOKENS,
+        max_context_tokens=STREAM_TOKENS,
         num_experts=8,
         num_experts_per_tok=2,
     )
@@ -69,16 +71,20 @@ def small_stage(
     )
 
 
-def small_step(position: int) -> StepPlan:
-    """One token of one stream; steps must come from position 0 on."""
+def small_step(step_id: int) -> StepPlan:
+    """One token of one stream, one stream after the other; steps must come from 0 on."""
+    stream, position = divmod(step_id, STREAM_TOKENS)
+    begins = position == 0
     row = StepRow(
-        request_id=0,
+        request_id=stream,
         position=position,
-        token_ids=(position % 512,),
-        new_block_ids=tuple(range(NUM_BLOCKS)) if position == 0 else (),
+        token_ids=(position,),
+        new_block_ids=tuple(range(NUM_BLOCKS)) if begins else (),
         sampling=_GREEDY,
     )
-    return StepPlan(step_id=position, rows=(row,))
+    return StepPlan(
+        step_id=step_id, rows=(row,), released=(stream - 1,) if begins and stream else ()
+    )
 
 
 class Noise:

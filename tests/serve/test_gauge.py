@@ -7,7 +7,9 @@ from magnetar.cluster.inventory.link_probe import BULK_S
 from magnetar.cluster.inventory.measure import DTYPES
 from magnetar.cluster.plan import ComputeDtype
 from magnetar.serve import gauge
+from magnetar.serve.engine.step import StepResult
 from magnetar.serve.gauge import ModelGauge
+from magnetar.serve.small_model import STREAM_TOKENS, small_stage, small_step
 
 LONGEST_S = pieces.LONGEST_S
 
@@ -57,3 +59,15 @@ def test_weights_that_are_read_are_larger_than_the_caches(monkeypatch: pytest.Mo
     monkeypatch.setattr(gauge, "last_level_cache_bytes", lambda: 3 << 20)
     reader = gauge.WeightReader("bf16", "cpu", 1)
     assert len(reader._products) * reader._held_bytes >= 6 << 20
+
+
+def test_small_steps_never_have_a_long_context() -> None:
+    stage = small_stage(1, dtype="bf16", device="cpu")
+    positions = []
+    for number in range(2 * STREAM_TOKENS + 1):
+        step = small_step(number)
+        result = stage.step(step, None)
+        assert isinstance(result, StepResult)
+        assert result.samples[0].is_finite
+        positions.append(step.rows[0].position)
+    assert positions == [*range(STREAM_TOKENS), *range(STREAM_TOKENS), 0]
