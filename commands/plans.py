@@ -18,6 +18,9 @@ from .verb import Verbs
 from .wishes import wanted
 
 if TYPE_CHECKING:
+    from ..cluster.spec import SourceSpec
+    from ..fetcher.config import ModelConfig
+    from ..fetcher.tensors import TensorIndex
     from ..serve.launch import PlanPreview
 
 PlanOutput = Literal["table", "json", "yaml", "svg"]
@@ -34,7 +37,8 @@ def add_plan(verbs: Verbs) -> None:
     parser.add_argument(
         "--inventory",
         metavar="FILE",
-        help="plan for the machines of this file, as `magnetar nodes -o yaml` writes it",
+        help="plan for the machines of this file, as `magnetar nodes -o yaml` writes it; of a "
+        "release of the catalogue nothing is fetched then",
     )
     parser.add_argument(
         "--diff",
@@ -62,10 +66,11 @@ def add_plan(verbs: Verbs) -> None:
 def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Prints where a model would run; fetches no more than what describes it."""
     spec, ray_address = wanted(args, console)
-    inventory = None
+    inventory = described = None
     if args.inventory is not None:
         from ..manifests.inventory import load_inventory
 
+        described = _described(spec.source)
         inventory = load_inventory(Path(args.inventory).expanduser(), environment=os.environ)
     elif ray_address is not None:
         need_importable_package()
@@ -78,12 +83,27 @@ def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
         spec,
         ray_address=ray_address,
         inventory=inventory,
+        described=described,
         running=before,
         from_traffic=args.from_traffic,
         on_progress=console.progress,
         stop=stop,
     )
     console.data(shown_plan(preview, name=spec.name, output=args.output))
+
+
+def _described(source: "SourceSpec") -> "tuple[ModelConfig, TensorIndex] | None":
+    """What the catalogue says that the release consists of; None where it does not know it."""
+    from ..fetcher.checkpoint.described import described_release
+    from ..fetcher.torrent.magnet import parse_magnet
+    from ..manifests.catalogue import listed
+
+    if source.kind != "magnet":
+        return None
+    known = listed(parse_magnet(source.location).info_hash)
+    if known is None:
+        return None
+    return described_release(known.params, known.dtype, given=source.given, known=source.known)
 
 
 def shown_plan(preview: "PlanPreview", *, name: str, output: PlanOutput) -> str:
@@ -99,13 +119,13 @@ def shown_plan(preview: "PlanPreview", *, name: str, output: PlanOutput) -> str:
     if preview.running is not None:
         if output == "svg":
             raise UsageError("there is no picture of a difference; leave out --diff or -o svg")
-        diff = plan_diff(preview.running, preview.plan, preview.facts.index)
+        diff = plan_diff(preview.running, preview.plan, preview.index)
         notes = preview.explanation.notes
         if output == "table":
             return diff_table(diff, notes)
         return _document(diff_json(diff, notes), output)
     if output == "svg":
-        num_experts = preview.facts.config.num_experts
+        num_experts = preview.config.num_experts
         return plan_svg(preview.plan, num_experts=num_experts, title=name).rstrip()
     if output == "table":
         # Whoever parses lines gets them whole.

@@ -22,6 +22,10 @@ class Release(Part):
     magnet: str = Field(description="Magnet link, repaired.")
     kind: Literal["base", "instruct"] = Field(description="Whether it was tuned to chat.")
     facts: Facts = Field(description="What the release's files lack.")
+    params: dict[str, int | float | dict[str, int]] = Field(
+        description="What its params.json says of the shapes of tensors."
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] = Field(description="Of its tensors.")
     source: str = Field(description="Where it was published and where the facts come from.")
 
 
@@ -56,9 +60,12 @@ def find_release(name: str) -> Release:
     )
 
 
+def listed(info_hash: str | None) -> Release | None:
+    """The release of a torrent; None where it is not in the catalogue."""
+    return next((each for each in releases() if each.info_hash == info_hash), None)
+
+
 def known_hints(info_hash: str | None) -> ReleaseHints:
     """What the catalogue knows about a torrent; nothing where it is not listed."""
-    for release in releases():
-        if release.info_hash == info_hash:
-            return release.facts.hints()
-    return ReleaseHints()
+    release = listed(info_hash)
+    return ReleaseHints() if release is None else release.facts.hints()

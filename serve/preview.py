@@ -33,7 +33,8 @@ from ..fetcher.tensors import TensorIndex
 class PlanPreview:
     """What `up` would do."""
 
-    facts: ReleaseFacts
+    config: ModelConfig
+    index: TensorIndex
     inventory: Inventory
     plan: Plan
     explanation: Explanation
@@ -55,6 +56,7 @@ def plan_only(
     *,
     ray_address: str | None = None,
     inventory: Inventory | None = None,
+    described: tuple[ModelConfig, TensorIndex] | None = None,
     running: Running | None = None,
     from_traffic: bool = False,
     on_progress: ProgressSink,
@@ -62,7 +64,8 @@ def plan_only(
 ) -> PlanPreview:
     """Where `up` would place the model; fetches no more than what describes it.
 
-    With `inventory` the machines are those, whether they exist or not. Without it and without
+    With `inventory` the machines are those, whether they exist or not, and where the release is
+    `described` already nothing is fetched at all. Without it and without
     `ray_address` this machine alone is looked at, and no Ray is started. The memory that `running`
     holds counts as free; `from_traffic` its experts are taken to be as popular as they were.
 
@@ -71,10 +74,37 @@ def plan_only(
         NotFoundError: there was no traffic to plan from.
         MagnetarError: the release could not be read.
     """
-    is_imagined = inventory is not None
-    if inventory is not None:
-        facts, _ = _look_here(spec, on_progress, stop)
-    elif ray_address is None:
+    if inventory is not None and described is not None:
+        config, index = described
+    else:
+        facts, found = _look(spec, ray_address if inventory is None else None, on_progress, stop)
+        config, index, inventory = facts.config, facts.index, inventory or found
+    if running is not None:
+        inventory = with_memory_of(running.plan, inventory)
+    workload = workload_of(spec, config)
+    if running is not None and from_traffic:
+        workload = replace(workload, popularity=_popularity(running, config))
+    model = (config, index, inventory, workload)
+    place = partial(_placed, spec.expert_pins) if spec.expert_pins else place_model
+    plan = place(*model)
+    return PlanPreview(
+        config=config,
+        index=index,
+        inventory=inventory,
+        plan=plan,
+        explanation=explained(*model, plan, place=place),
+        running=None if running is None else predicted(running.plan, *model),
+    )
+
+
+def _look(
+    spec: DeploymentSpec,
+    ray_address: str | None,
+    on_progress: ProgressSink,
+    stop: threading.Event,
+) -> tuple[ReleaseFacts, Inventory]:
+    """What the release consists of, and what the machines that there are have."""
+    if ray_address is None:
         facts, inventory = _look_here(spec, on_progress, stop)
     else:
         with joined_ray(ray_address):
@@ -93,23 +123,7 @@ def plan_only(
                 inventory = agents.inventory(info_hash)
             finally:
                 agents.stop()
-    if spec.source.kind == "folder" and not is_imagined:
-        inventory = _with_folder(inventory, facts)
-    if running is not None:
-        inventory = with_memory_of(running.plan, inventory)
-    workload = workload_of(spec, facts.config)
-    if running is not None and from_traffic:
-        workload = replace(workload, popularity=_popularity(running, facts.config))
-    model = (facts.config, facts.index, inventory, workload)
-    place = partial(_placed, spec.expert_pins) if spec.expert_pins else place_model
-    plan = place(*model)
-    return PlanPreview(
-        facts=facts,
-        inventory=inventory,
-        plan=plan,
-        explanation=explained(*model, plan, place=place),
-        running=None if running is None else predicted(running.plan, *model),
-    )
+    return facts, _with_folder(inventory, facts) if spec.source.kind == "folder" else inventory
 
 
 def _placed(

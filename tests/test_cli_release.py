@@ -357,6 +357,15 @@ def test_plans_for_machines_of_an_inventory_file(release: Path, tmp_path: Path) 
     assert [idle["host"] for idle in plan["unused"]] == ["board"]
 
 
+def test_a_release_of_the_catalogue_is_planned_without_asking_anybody(tmp_path: Path) -> None:
+    example = Path(__file__).parent.parent / "manifests" / "examples" / "inventory.yaml"
+    table = data_of(
+        "plan", "mixtral-8x7b", f"--store={tmp_path / 'store'}", f"--inventory={example}"
+    )
+    assert table.startswith("plan for mixtral-8x7b (93.4 GB in bf16), 8 x 32768 tokens")
+    assert not (tmp_path / "store").exists()
+
+
 def test_experts_that_a_manifest_places_have_times_too(release: Path, tmp_path: Path) -> None:
     machines, file = tmp_path / "machines.yaml", tmp_path / "x.yaml"
     machines.write_text(

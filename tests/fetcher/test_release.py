@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from magnetar.errors import CheckpointError, NotFoundError, ReleaseError, UsageError
+from magnetar.fetcher.checkpoint.described import described_release
 from magnetar.fetcher.checkpoint.layouts import detect_layout
 from magnetar.fetcher.checkpoint.release import (
     FolderReader,
@@ -366,3 +367,16 @@ def test_a_folder_says_what_it_cannot_read(tmp_path: Path) -> None:
         reader.read("a", 0, 1)
     with pytest.raises(NotFoundError, match="There is no folder"):
         FolderReader(tmp_path / "missing")
+
+
+def test_what_params_describe_is_what_the_weights_hold(written: Callable[[Layout], Path]) -> None:
+    folder = written("mistral-safetensors")
+    facts = read(folder)
+    params = json.loads((folder / "params.json").read_text())
+    config, index = described_release(params, "fp32", given=NOTHING, known=HINTS)
+    assert config == facts.config
+    assert [(e.name, e.shape, e.dtype) for e in index] == [
+        (e.name, e.shape, e.dtype) for e in facts.index
+    ]
+    ends = [entry.offset + entry.num_bytes for entry in index]
+    assert [entry.offset for entry in index] == [0, *ends[:-1]]

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from magnetar.errors import MagnetError, NotFoundError, UsageError
+from magnetar.fetcher.checkpoint.described import described_release
 from magnetar.fetcher.config import ReleaseHints
 from magnetar.fetcher.torrent.create import create_torrent
 from magnetar.fetcher.torrent.magnet import parse_magnet
-from magnetar.manifests.catalogue import find_release, known_hints, releases
+from magnetar.manifests.catalogue import find_release, known_hints, listed, releases
 from magnetar.manifests.source import deployment_name, release_name, resolve_source
 
 MIXTRAL = "5546272da9065eddeb6fcd7ffddeef5b75be79a7"
@@ -160,3 +161,21 @@ def test_link_beyond_repair_is_refused(text: str) -> None:
 )
 def test_deployment_name_is_a_dns_label(model: str, name: str) -> None:
     assert deployment_name(model) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "num_params"),
+    [
+        ("mistral-7b", 7_241_732_096),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("mixtral-8x22b", 140_620_634_112),
+    ],
+)
+def test_the_catalogue_knows_what_its_releases_consist_of(name: str, num_params: int) -> None:
+    release = find_release(name)
+    given, known = ReleaseHints(), release.facts.hints()
+    config, index = described_release(release.params, release.dtype, given=given, known=known)
+    assert sum(entry.num_bytes for entry in index) == 2 * num_params
+    assert listed(release.info_hash) is release
+    assert config.max_context_tokens == known.max_context_tokens
+    assert listed("0" * 40) is None

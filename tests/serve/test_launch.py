@@ -77,7 +77,7 @@ def test_a_plan_of_this_machine_needs_no_ray(spec: DeploymentSpec, tmp_path: Pat
     wanted = replace(spec, num_stages=3, max_concurrency=2)
     preview = plan_only(wanted, on_progress=lambda progress: None, stop=threading.Event())
     assert len(preview.plan.stages) == 3
-    assert preview.plan.max_context_tokens == preview.facts.config.max_context_tokens
+    assert preview.plan.max_context_tokens == preview.config.max_context_tokens
     with pytest.raises(InfeasiblePlanError):
         plan_only(
             replace(wanted, max_concurrency=10**9),
