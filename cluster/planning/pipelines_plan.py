@@ -22,9 +22,9 @@ _PLANNING = 0.025
 """What may be spent on planning guesses, for each device, as `_effort_of` has it."""
 _HOPEFUL = 0.85
 """Of the guess for one pipeline, from which on a guess is planned."""
-_EFFORTS = (0.005, 0.011, 0.045, 0.26, 2.0)
+_EFFORTS = (0.004, 0.008, 0.02, 0.05, 0.1)
 """Of planning a share of 1 to 5 devices that may share experts, about seconds for 32 layers."""
-_EFFORT_EACH = 0.01
+_EFFORT_EACH = 0.025
 """For each of more devices, or of 4 and more that do not share experts."""
 _NEAR = 0.07
 """Share by which one pipeline may be slower and still be better where prompts come in lumps."""

@@ -58,6 +58,13 @@ class SpeedPlanner:
             searches = self._searches()
             within = _NEAR if searches[0].is_exact else _HOPEFUL
             starts = contenders(searches, num_stages=asked, within=within, floor=self.floor)
+            # Numbers of micro-batches that cannot come near are not looked at again.
+            best = max(self.floor, max((r.tokens_per_s(p) for p, r in starts), default=0.0))
+            searches = [each for each in searches if each.most > best * (1 - _NEAR)]
+            kept = {id(each.problem) for each in searches}
+            starts = [start for start in starts if id(start[0]) in kept]
+            if not searches:
+                return None
             found = improved(searches, starts, throughput=True, num_stages=asked, floor=self.floor)
             return self._in_lumps(searches, found) if found else None
         search = self._search(1)
@@ -83,11 +90,9 @@ class SpeedPlanner:
 
     def _search(self, tokens: int) -> Search:
         problem = self.placing.problem(tokens)
-        search = Search(problem)
-        # Without helpers, or where it is not exact, a search has no use for an outlook.
-        if problem.shared is None or not search.is_exact:
-            return search
-        return Search(problem, self._outlook(tokens))
+        # Without helpers the search over few devices is quick enough.
+        has_outlook = self._is_small and problem.shared is not None
+        return Search(problem, self._outlook(tokens) if has_outlook else None)
 
     @property
     def _is_small(self) -> bool:

@@ -10,7 +10,7 @@ holds so far, or by branch and bound over the ways to choose options.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import combinations
 from math import comb, prod
@@ -31,15 +31,15 @@ EXACT_LAYERS = 8
 _MIXED_OPTIONS = 8
 
 
-def spreads(num_experts: int, solo_HN: Array) -> Array:
+def spreads(num_experts: int, num_hosts: int, solo: Callable[[], Array]) -> Array:
     """[O, H]: counts of experts per host that are worth a thought; all of them where they are few.
 
-    `solo_HN` is what n experts take each host by itself; where there are too many ways, those
-    stay in which every host takes what it can within a common time.
+    `solo` tells what n experts take each host by itself, [H, n]; where there are too many ways,
+    those stay in which every host takes what it can within a common time.
     """
-    num_hosts = len(solo_HN)
     if comb(num_experts + num_hosts - 1, num_hosts - 1) <= MOST_OPTIONS:
         return _all_spreads(num_experts, num_hosts)
+    solo_HN = solo()
     found: set[tuple[int, ...]] = {(num_experts, *(0,) * (num_hosts - 1))}
     for limit in np.unique(solo_HN[:, 1:]):
         counts = (solo_HN <= limit).cumprod(axis=1).sum(axis=1) - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import permutations
 
 import numpy as np
@@ -135,7 +135,8 @@ class Placing(PlacedModel):
         if key not in self.known:
             cost, seats = self.cost(home), self.seats(home, members)
             layer = cost.expert_bytes.index(max(cost.expert_bytes))
-            counts_OH = spreads(cost.num_experts, self._solo_HN(cost, layer, seats, tokens))
+            solo = partial(self._solo_HN, cost, layer, seats, tokens)
+            counts_OH = spreads(cost.num_experts, len(seats), solo)
             held_OHE = in_turn(counts_OH, cost.num_experts)
             seconds_O = hosts_s(cost, layer, seats, held_OHE, tokens=tokens)
             if prompts := self.chunks(tokens):

@@ -181,6 +181,10 @@ class Outlook(Protocol):
         """Home and members of all stages of those with at least so many tokens per second."""
         ...
 
+    def may_yield(self, least: float, stages: Sequence[tuple[int, int]]) -> bool:
+        """Whether a route of just these stages may have so many tokens per second."""
+        ...
+
 
 def evaluate(
     problem: Problem,

@@ -85,7 +85,8 @@ def contenders(
         return lambda limit, below: search.over_subsets(limit, below, num_stages)
 
     for number, search in enumerate(searches):
-        offer(number, search.improvements(least(number), along(search), search.alone))
+        if search.most > least(number):
+            offer(number, search.improvements(least(number), along(search), search.alone))
     left = [number for number, search in enumerate(searches) if search.exact_stages is not None]
     for level in _levels(searches):
         for number in tuple(left):
@@ -105,7 +106,7 @@ def contenders(
 
 def _levels(searches: Sequence[Search]) -> Iterator[float]:
     """Scores to look for, from what may be down to none, so that few stages find a good route."""
-    level = max((search.most for search in searches), default=math.inf)
+    level = max((search.most for search in searches if search.is_exact), default=math.inf)
     yield from (level * _LEVEL**n for n in range(1, 1 + _NUM_LEVELS if level < math.inf else 0))
     yield 0.0
 
@@ -125,7 +126,6 @@ class Search:
         self._stage_LL: dict[Stage, Matrix] = {}
         self._times_of: dict[Stage, Matrix] = {}
         self.alone = [Stage.alone(site) for site in range(count)]
-        """Every site without helpers."""
         self.exact_stages: list[Stage] | None = None
         """All that an exact search has to try; None: too many devices for one."""
         if problem.shared is not None and count <= EXACT_SHARED:
@@ -142,14 +142,14 @@ class Search:
 
     @property
     def most(self) -> float:
-        """Tokens per second that no route exceeds; inf: nobody knows."""
+        """As `Outlook.most`; inf: nobody knows."""
         return math.inf if self.outlook is None else self.outlook.most
 
     def keep_hopeful(self, least: float) -> None:
         """Search exactly over stages of routes with at least so many tokens per second alone."""
-        if self.outlook is not None and self._all_stages is not None:
-            hopeful = {Stage(*each) for each in self.outlook.hopeful(least)}
-            self.exact_stages = [stage for stage in self._all_stages if stage in hopeful]
+        if self.outlook is not None and self._all_stages is not None and self.is_exact:
+            kept = {Stage(*each) for each in self.outlook.hopeful(least)}
+            self.exact_stages = [each for each in self._all_stages if each in kept]
 
     @property
     def is_exact(self) -> bool:
@@ -170,8 +170,7 @@ class Search:
 
         `stages` are those that routes may consist of, if they are fewer than all.
         """
-        problem, best = self.problem, floor
-        limits = self._limits(stages)
+        problem, best, limits = self.problem, floor, self._limits(stages)
         low, high = 0, len(limits) - 1
         while low <= high:
             middle = (low + high) // 2
@@ -292,8 +291,11 @@ class Search:
 
     def _may_beat(self, floor: float, order: Sequence[Stage]) -> bool:
         """Whether any cut of an order yields more tokens per second: one programme tells."""
-        limit_s = float(np.nextafter(self.problem.step_tokens / floor, 0))
-        within, hops = self._within(limit_s, order)
+        stages = [(stage.home, stage.members) for stage in order]
+        if self.outlook is not None and not self.outlook.may_yield(floor, stages):
+            return False
+        limit_s = np.nextafter(self.problem.step_tokens / floor, 0)
+        within, hops = self._within(float(limit_s), order)
         front: Front | None = Front.root(self.problem.num_layers)
         for stage in order:
             if front is not None:
@@ -342,7 +344,7 @@ class Search:
         every = np.unique(
             np.concatenate([*map(self._times, chosen), self.problem.transfer_s.ravel()])
         )
-        if (stages or self.exact_stages is None) and len(every) > _MOST_LIMITS:
+        if (stages or not self.is_exact) and len(every) > _MOST_LIMITS:
             every = every[np.linspace(0, len(every) - 1, _MOST_LIMITS).astype(int)]
         found: Matrix = every[every > 0]
         return found

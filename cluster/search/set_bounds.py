@@ -30,12 +30,12 @@ from .stage_floor import stage_floors
 
 MOST_DEVICES = 8
 """Up to which all subsets are weighed."""
-_NUM_PRICES = 24
+_NUM_PRICES = 18
 _DEAREST = 40.0
 """Times the least seconds of a layer, up to which prices go."""
-_WORK = 4_000_000
+_WORK = 2_000_000
 """Of the programme: the grid of bottlenecks is as fine as that allows, within these:"""
-_FEWEST_LIMITS, _MOST_LIMITS = 12, 48
+_FEWEST_LIMITS, _MOST_LIMITS = 16, 48
 _SLOWEST = 8.0
 """Times the round trip of all devices, up to which bottlenecks are told apart."""
 _SAFE = 1 - 1e-9
@@ -103,9 +103,17 @@ class Outlook:
 
     def hopeful(self, least: float) -> set[tuple[int, int]]:
         """Home and members of all stages of pipelines with at least so many tokens per second."""
-        limit_T = np.array([self._tokens / least]) if self._is_busy and least else NO_LIMIT
-        trip_s = self._streams / least if least else math.inf
-        return self._gains.stages_within(limit_T, trip_s)
+        return self._gains.stages_within(*self._times(least))
+
+    def may_yield(self, least: float, stages: Sequence[tuple[int, int]]) -> bool:
+        """Whether a pipeline of just these stages may have so many tokens per second."""
+        limit_s, trip_s = self._times(least)
+        return self._gains.trip_s(stages, limit_s) <= trip_s
+
+    def _times(self, least: float) -> tuple[float, float]:
+        """Of a bottleneck and a round trip with so many tokens per second."""
+        limit_s = self._tokens / least if self._is_busy and least else math.inf
+        return limit_s, self._streams / least if least else math.inf
 
 
 NO_LIMIT = np.array([math.inf])
@@ -156,25 +164,35 @@ class _Gains:
 
     def trips(self, limit_T: Array) -> Array:
         """[set, T]: seconds of a round trip at least; inf: it does not fit."""
-        most_STP = self._most(limit_T)
-        trip_ST = (self._price_P * self._num_layers - most_STP[:, :, :-1]).max(axis=2)
-        trip_ST[most_STP[:, :, -1] < self._num_layers] = math.inf
-        found: Array = np.maximum(trip_ST, 1e-300)
+        found: Array = np.maximum(self._round(self._most(limit_T)), 1e-300)
         return found
 
-    def stages_within(self, limit_T: Array, trip_s: float) -> set[tuple[int, int]]:
+    def trip_s(self, stages: Sequence[tuple[int, int]], limit_s: float) -> float:
+        """Seconds at least of a round trip through these stages, none of which takes longer than
+        the limit; inf: they do not hold the model."""
+        gain_P = np.sum([self._own(limit_s, *stage) for stage in stages], axis=0)
+        return float(self._round(gain_P))
+
+    def stages_within(self, limit_s: float, trip_s: float) -> set[tuple[int, int]]:
         """Those with which a round trip may still be that short, the others being the best."""
-        others_MP = self._most(limit_T)[::-1, 0]
+        others_MP = self._most(np.array([limit_s]))[::-1, 0]
         found = set()
-        for home, (floor_MK, cost_MK) in enumerate(
-            zip(self._floor_NMK, self._cost_NMK, strict=True)
-        ):
-            own_MP = self._gains(np.where(floor_MK <= limit_T, cost_MK, math.inf))[:, -1]
-            all_MP = own_MP + others_MP
-            round_M = (self._price_P * self._num_layers - all_MP[:, :-1]).max(axis=1)
-            is_hopeful_M = (round_M <= trip_s) & (all_MP[:, -1] >= self._num_layers)
-            is_hopeful_M &= own_MP[:, -1] > 0
+        for home in range(self._count):
+            own_MP = self._own(limit_s, home, slice(None))
+            is_hopeful_M = (self._round(own_MP + others_MP) <= trip_s) & (own_MP[:, -1] > 0)
             found |= {(home, int(members)) for members in is_hopeful_M.nonzero()[0]}
+        return found
+
+    def _own(self, limit_s: float, home: int, members: int | slice) -> Array:
+        """[..., P]: what stages of a home gain at most that take no longer than a limit."""
+        fits_K = self._floor_NMK[home, members] <= limit_s
+        found: Array = self._gains(np.where(fits_K, self._cost_NMK[home, members], math.inf))
+        return found[..., -1, :]
+
+    def _round(self, gain_P: Array) -> Array:
+        """[...]: seconds of a round trip at least by what its stages gain."""
+        trip = (self._price_P * self._num_layers - gain_P[..., :-1]).max(axis=-1)
+        found: Array = np.where(gain_P[..., -1] < self._num_layers, math.inf, trip)
         return found
 
     def _most(self, limit_T: Array) -> Array:
