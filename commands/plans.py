@@ -126,7 +126,9 @@ def shown_plan(preview: "PlanPreview", *, name: str, output: PlanOutput) -> str:
         return _document(diff_json(diff, notes), output)
     if output == "svg":
         num_experts = preview.config.num_experts
-        return plan_svg(preview.plan, num_experts=num_experts, title=name).rstrip()
+        return plan_svg(
+            preview.plan, preview.explanation, num_experts=num_experts, title=name
+        ).rstrip()
     if output == "table":
         # Whoever parses lines gets them whole.
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -10,7 +10,8 @@ from xml.sax.saxutils import escape, quoteattr
 
 from ..plan import Pipeline, Plan, StagePlan
 from ..units import gigabytes, layers_text, milliseconds, wrapped
-from .plan_view import bound_text, pipeline_text
+from .explanation import Explanation
+from .plan_view import bound_text, explained_lines, headline, pipeline_text, unused_lines
 
 _STAGE_WIDTH = 220
 _LETTER = 0.53
@@ -34,16 +35,23 @@ class _Box:
     x: float
     y: float
     height: float
+    row_end: float
+    """Where the highest box beside it ends."""
 
 
-def plan_svg(plan: Plan, *, num_experts: int, title: str = "") -> str:
+def plan_svg(
+    plan: Plan, explanation: Explanation | None = None, *, num_experts: int, title: str = ""
+) -> str:
     """The picture as an SVG document; `num_experts` of a layer, 0 of a dense model."""
     placed = _boxes(plan)
     boxes = [box for each in placed for box in each]
     longest = max(len(each) for each in placed)
     width = 2 * _MARGIN + min(longest, _STAGES_PER_ROW) * (_STAGE_WIDTH + _GAP) - _GAP
     width = max(width, 640)
-    said = [*_totals(plan), *(f"unused: {node.name}: {node.reason}" for node in plan.unused)]
+    said = [*_totals(plan), *unused_lines(plan)]
+    if explanation is not None:
+        above = [headline(plan, explanation, title)] if title else []
+        said = [*above, *said, *explained_lines(explanation)]
     bottom = max(box.y + box.height for box in boxes) + 46
     columns = int((width - 2 * _MARGIN) / 6.4)
     lines = [(line, text is said[0]) for text in said for line in wrapped(text, columns)]
@@ -91,7 +99,7 @@ def _boxes(plan: Plan) -> list[list[_Box]]:
             row = pipeline.stages[start : start + _STAGES_PER_ROW]
             heights = [_stage_height(stage) for stage in row]
             boxes += [
-                _Box(_MARGIN + number * (_STAGE_WIDTH + _GAP), y, height)
+                _Box(_MARGIN + number * (_STAGE_WIDTH + _GAP), y, height, y + max(heights))
                 for number, height in enumerate(heights)
             ]
             y += max(heights) + 44
@@ -166,7 +174,7 @@ def _memory(stage: StagePlan, x: float, y: float, width: float) -> Iterator[str]
         f"{gigabytes(stage.weights_bytes)} weights, {gigabytes(stage.kv_bytes)} KV, "
         f"{gigabytes(stage.free_bytes)} free"
     )
-    yield _text(x, y + 21, amounts, size=10.5, fill=_FAINT)
+    yield _text(x, y + 21, amounts, size=10.5, fill=_FAINT, room=width)
 
 
 def _links(pipeline: Pipeline, boxes: Sequence[_Box]) -> Iterator[str]:
@@ -178,23 +186,29 @@ def _links(pipeline: Pipeline, boxes: Sequence[_Box]) -> Iterator[str]:
             yield _arrow(f"M{box.x + _STAGE_WIDTH} {y}H{after.x - 3}")
             yield _text((box.x + _STAGE_WIDTH + after.x) / 2, y - 6, label, anchor="middle")
         else:
-            turn = box.y + box.height + 18
+            turn = box.row_end + 18
             middle = box.x + _STAGE_WIDTH / 2
             yield _arrow(
                 f"M{middle} {box.y + box.height}V{turn}H{after.x + _STAGE_WIDTH / 2}V{after.y - 3}"
             )
             yield _text(middle - 6, turn - 4, label, anchor="end")
-    if len(boxes) > 1 and boxes[0].y == boxes[-1].y:
-        first, last = boxes[0], boxes[-1]
-        low = max(box.y + box.height for box in boxes) + 12
-        start, end = last.x + _STAGE_WIDTH / 2, first.x + _STAGE_WIDTH / 2
-        yield _arrow(
-            f"M{start} {last.y + last.height}V{low}H{end}V{first.y + first.height + 3}",
-            dashed=True,
-        )
+    if len(boxes) > 1:
         back = pipeline.stages[-1].hop_s
         label = "tokens" if back is None else f"tokens, {milliseconds(back)}"
-        yield _text((start + end) / 2, low + 13, label, anchor="middle", fill=_FAINT)
+        yield from _way_back(boxes[0], boxes[-1], label)
+
+
+def _way_back(first: _Box, last: _Box, label: str) -> Iterator[str]:
+    """Below a row of stages; where there are several rows, outside of them."""
+    start, low = last.x + _STAGE_WIDTH / 2, last.row_end + 12
+    leave = f"M{start} {last.y + last.height}V{low}"
+    if first.y == last.y:
+        end = first.x + _STAGE_WIDTH / 2
+        yield _arrow(f"{leave}H{end}V{first.y + first.height + 3}", dashed=True)
+    else:
+        end = first.x - _MARGIN / 2
+        yield _arrow(f"{leave}H{end}V{first.y + 34}H{first.x - 3}", dashed=True)
+    yield _text((start + end) / 2, low + 13, label, anchor="middle", fill=_FAINT)
 
 
 def _totals(plan: Plan) -> list[str]:

@@ -50,15 +50,15 @@ def plan_table(
             left_out.remove(column)
             lines = wider
     told_of = explanation or Explanation()
-    said = [*_said(plan, left_out), *_explained(told_of)]
-    above = [_headline(plan, told_of, name)] if name is not None else []
+    said = [*_said(plan, left_out), *explained_lines(told_of)]
+    above = [headline(plan, told_of, name)] if name is not None else []
     head, text = (
         [line for each in part for line in wrapped(each, width)] for part in (above, said)
     )
     return "\n".join([*head, *_grouped(plan, lines, width), *text])
 
 
-def _headline(plan: Plan, explanation: Explanation, name: str) -> str:
+def headline(plan: Plan, explanation: Explanation, name: str) -> str:
     """What was asked for, and how much of what there is the plan uses."""
     asked, used = explanation.request, len(plan.hosts)
     if asked is None:
@@ -178,6 +178,11 @@ def _said(plan: Plan, left_out: Sequence[str]) -> Iterator[str]:
     if plan.prediction is not None:
         yield from _predicted(plan.prediction, plan)
     yield from (f"conceded: {each.text}" for each in plan.concessions)
+    yield from unused_lines(plan)
+
+
+def unused_lines(plan: Plan) -> Iterator[str]:
+    """What lies idle and why; all for one reason together."""
     alike = groupby(sorted(plan.unused, key=lambda node: node.reason), lambda node: node.reason)
     for reason, nodes in alike:
         yield f"unused: {names_text(node.name for node in nodes)}: {reason}"
@@ -241,7 +246,8 @@ def bound_text(plan: Plan) -> str | None:
     return f"within {gap:.1%} of the best possible under this model (bound: {limit})"
 
 
-def _explained(explanation: Explanation) -> Iterator[str]:
+def explained_lines(explanation: Explanation) -> Iterator[str]:
+    """What the plan leaves open."""
     yield from (f"note: {note}" for note in explanation.notes)
     for better in explanation.improvements:
         yield f"to do better: {better.change}: {better.effect}"

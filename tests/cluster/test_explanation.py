@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,6 +21,7 @@ from magnetar.cluster.plan import (
     Workload,
 )
 from magnetar.cluster.planning.explanation import Explanation, explained
+from magnetar.cluster.planning.plan_picture import plan_svg
 from magnetar.cluster.planning.plan_view import plan_json, plan_table
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.place import places_of
@@ -205,6 +207,22 @@ def test_a_goal_that_cannot_be_followed_for_want_of_speeds_is_said() -> None:
     assert f"note: {note}" in plan_table(found, said)
     _, said = both(Inventory(nodes=(node("a", 200, 100),)), asked("throughput"))
     assert said.notes == ()
+
+
+def test_the_picture_says_what_the_table_says() -> None:
+    inventory = Inventory(nodes=(node("a", 120, 100), node("pi", 1, 5)))
+    found, said = both(inventory, asked())
+    drawn = plan_svg(found, said, num_experts=8, title="mixtral")
+    texts = [
+        each.text for each in ElementTree.fromstring(drawn).iter() if each.tag.endswith("text")
+    ]
+    for start in (
+        "plan for mixtral (93.4 GB",
+        "to do better: --dtype int8",
+        "to fetch: ",
+        "unused: ",
+    ):
+        assert any(text and text.startswith(start) for text in texts)
 
 
 def test_what_holds_up_all_streams_together_is_said() -> None:

@@ -71,8 +71,24 @@ def test_the_slowest_stage_and_idle_nodes_are_named() -> None:
 
 def test_many_stages_go_on_in_further_rows() -> None:
     picture = drawn(cut(*range(4, 33, 4)))
-    tops = {e.get("y") for e in picture.iter(f"{SVG}rect") if e.get("rx") == "8"}
-    assert len(tops) == 2
+    boxes = [e for e in picture.iter(f"{SVG}rect") if e.get("rx") == "8"]
+    assert len({e.get("y") for e in boxes}) == 2
+    ways = [e for e in picture.iter(f"{SVG}path") if e.get("marker-end")]
+    assert len(ways) == 8  # seven onwards, one back to the first
+    (back,) = [e for e in ways if e.get("stroke-dasharray")]
+    left = min(float(e.get("x", "inf")) for e in boxes)
+    outside = float((back.get("d") or "").split("H")[1].split("V")[0])
+    assert 0 < outside < left
+
+
+def test_a_way_to_the_next_row_passes_below_the_highest_stage() -> None:
+    picture = drawn(cut(20, 21, 22, 23, 24, 32))
+    first = next(e for e in picture.iter(f"{SVG}rect") if e.get("rx") == "8")
+    lowest = float(first.get("y", "0")) + float(first.get("height", "0"))
+    ways = [e for e in picture.iter(f"{SVG}path") if e.get("marker-end")]
+    onward = [e.get("d") or "" for e in ways if not e.get("stroke-dasharray")]
+    (turning,) = [way for way in onward if "V" in way]
+    assert float(turning.split("V")[1].split("H")[0]) > lowest
 
 
 def test_a_long_name_is_drawn_within_its_box() -> None:
