@@ -34,10 +34,8 @@ class RoundsGauge:
         import torch
 
         self._node, self._dtype = node, dtype
-        self._weights, self._layers = (
-            WeightReader(dtype, "cpu", node.num_cpus),
-            SmallLayers(dtype, "cpu"),
-        )
+        self._weights = WeightReader(dtype, "cpu", node.num_cpus)
+        self._layers = SmallLayers(dtype, "cpu", self._weights)
         self._values = torch.ones(PLAIN_VALUES)
 
     def measure(self) -> Moment:

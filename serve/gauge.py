@@ -79,7 +79,8 @@ class ModelGauge:
         """What a small layer, its step and asking a helper take beside the bytes of the layer."""
         from .hand_overs import helper_s, worker_s
 
-        way_s, layers = loopback_s(), SmallLayers(dtype, device)
+        weights = WeightReader(dtype, device, num_threads)
+        way_s, layers = loopback_s(), SmallLayers(dtype, device, weights)
         layer_s = layers.layer_s(num_threads)
         read_s = small_layer_bytes(dtype) / read_gbps / 1e9
         end_team()  # the thread of the worker computes, as in a stage
@@ -107,6 +108,7 @@ class WeightReader:
         whole_bytes = min(max(READ_BYTES, 2 * last_level_cache_bytes()), MOST_READ_BYTES)
         num = max(2, math.ceil(whole_bytes / self._held_bytes))
         self._products = _products(dtype, device, shape, num)
+        self._num_past_caches = max(1, min(num, 2 * last_level_cache_bytes() // self._held_bytes))
 
     def gbps(self, num_threads: int) -> float:
         """Gigabytes per second while one token is computed."""
@@ -117,12 +119,26 @@ class WeightReader:
             calls = [partial(each, token.to(self._device)) for each in self._products]
             return self._held_bytes / _seconds(calls, self._device) / 1e9
 
+    def fill_caches(self) -> None:
+        """Read as much as caches hold, twice, so that nothing of what was there before is."""
+        import torch
+
+        with torch.inference_mode():
+            token = torch.ones(1, READ_INPUTS, dtype=_compute_dtype(self._dtype))
+            token = token.to(self._device)
+            for product in self._products[: self._num_past_caches]:
+                product(token)
+
 
 class SmallLayers:
-    """Two stages of small layers, one with more of them than the other."""
+    """Two stages of small layers, one with more of them than the other.
 
-    def __init__(self, dtype: ComputeDtype, device: str) -> None:
-        self._device = device
+    Other weights are read before each step, as a step of many layers reads them: caches held a part
+    of so few layers from one step to the next, and a layer then took less than its bytes do.
+    """
+
+    def __init__(self, dtype: ComputeDtype, device: str, weights: WeightReader) -> None:
+        self._device, self._weights = device, weights
         self.few, self._many = (small_stage(num, dtype=dtype, device=device) for num in NUM_LAYERS)
         self._steps = [_stepping(stage) for stage in (self.few, self._many)]
 
@@ -130,8 +146,10 @@ class SmallLayers:
         """One layer in a decode step of one stream."""
 
         few, many = self._steps
+        fill = self._weights.fill_caches
         with _threads(num_threads):
-            found = _timed([few, few, many], self._device)
+            # The first round, which does not count, is of many layers.
+            found = _timed([fill, many, fill, few], self._device, counted=1)
         few_s, many_s = undisturbed_s(found[::2]), undisturbed_s(found[1::2])
         return max(0.0, (many_s - few_s) / (NUM_LAYERS[1] - NUM_LAYERS[0]))
 
@@ -183,8 +201,8 @@ def _seconds(calls: Sequence[Callable[[], object]], device: str) -> float:
     return undisturbed_s(_timed(calls, device))
 
 
-def _timed(calls: Sequence[Callable[[], object]], device: str) -> list[Piece]:
-    """Calls that take turns, two after every pause and one that does not count."""
+def _timed(calls: Sequence[Callable[[], object]], device: str, *, counted: int = 2) -> list[Piece]:
+    """Calls that take turns, after every pause one that does not count and some that do."""
     import torch
 
     turns = cycle(calls)
@@ -195,5 +213,5 @@ def _timed(calls: Sequence[Callable[[], object]], device: str) -> list[Piece]:
             torch.cuda.synchronize(device)
 
     return timed_pieces(
-        work, pause_s=PAUSE_S, warm=1, counted=2, num_threads=torch.get_num_threads()
+        work, pause_s=PAUSE_S, warm=1, counted=counted, num_threads=torch.get_num_threads()
     )

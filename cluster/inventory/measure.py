@@ -13,7 +13,7 @@ from ...settings import data_dir
 from ..plan import ComputeDtype, Device, DeviceKind, Node
 from .other_work import OtherWork
 
-VERSION: Final = 6
+VERSION: Final = 7
 """Of the method; figures of another one are measured again."""
 DTYPES: Final[Mapping[DeviceKind, tuple[ComputeDtype, ...]]] = {
     "cpu": ("bf16", "fp32", "int8", "int4"),
