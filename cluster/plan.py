@@ -110,7 +110,7 @@ class Workload:
     dtype: ComputeDtype | None = None
     """None: what the checkpoint holds."""
     num_stages: int | None = None
-    """Of each pipeline; None: as few as fit."""
+    """Of each pipeline; None: what is best, or as few as fit where speeds are unknown."""
     num_pipelines: int | None = None
     """None: as many as are best for ``throughput``, else one."""
     min_context_tokens: int | None = None

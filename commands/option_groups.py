@@ -20,6 +20,7 @@ from .values import (
 )
 
 CONCURRENCY_HELP = "requests of full context that fit in memory (8)"
+_RAY_HELP = "an existing Ray cluster (one is started here)"
 _SOURCE_HELP = "a magnet link, a name of the catalogue, a .torrent file or a release folder"
 
 
@@ -138,17 +139,20 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
 
 def add_ray_address(
     parser: argparse._ActionsContainer,
-    help: str = "an existing Ray cluster (one is started here)",
+    help: str = _RAY_HELP,
 ) -> None:
     """A cluster to join, and in `help` what for."""
     parser.add_argument("--ray-address", metavar="ADDRESS", help=help)
 
 
-def add_placement(parser: argparse.ArgumentParser) -> None:
-    """How a model is laid over machines."""
+def add_placement(parser: argparse.ArgumentParser, ray_help: str = _RAY_HELP) -> None:
+    """How a model is laid over machines; `ray_help` says what a cluster is joined for."""
     group = parser.add_argument_group("placement")
     group.add_argument(
-        "--stages", type=positive, metavar="N", help="parts to split the layers into (fewest)"
+        "--stages",
+        type=positive,
+        metavar="N",
+        help="parts to split the layers into (what is best, or fewest where speeds are unknown)",
     )
     group.add_argument(
         "--pipelines",
@@ -187,7 +191,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         metavar="NODE=LAYERS",
         help="these layers for a node and no others, for example a=0-7",
     )
-    add_ray_address(group)
+    add_ray_address(group, ray_help)
 
 
 def add_serving(parser: argparse.ArgumentParser) -> None:

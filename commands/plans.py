@@ -32,7 +32,7 @@ def add_plan(verbs: Verbs) -> None:
     add_source(parser, optional=True)
     add_manifest(parser)
     add_facts(parser)
-    add_placement(parser)
+    add_placement(parser, "plan for the nodes of this Ray cluster (this machine alone)")
     parser.add_argument("--max-concurrency", type=positive, metavar="N", help=CONCURRENCY_HELP)
     parser.add_argument(
         "--inventory",

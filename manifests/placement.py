@@ -79,7 +79,8 @@ class Placement(Part):
         default=None,
         ge=1,
         le=1024,
-        description="Parts that the layers are split into; as few as fit.",
+        description="Parts that the layers are split into; by default what is best, or as few as "
+        "fit where speeds are unknown.",
     )
     pipelines: int | None = Field(
         default=None,

@@ -200,16 +200,9 @@ class PipelinesPlanner:
         reasons: dict[tuple[str, str | None], str] = {}
         for number, planner in enumerate(self.found):
             of = f" in pipeline {number}" if len(self.found) > 1 else ""
-            reasons_of = planner.unused(smallest_bytes)
-            # A device that may help a stage, and for which none of its experts was chosen.
-            reasons_of |= {
-                (place.node.host, place.device_name): "not needed: no expert is better off there"
-                for place in planner.used()
-            }
-            for (host, device), reason in reasons_of.items():
-                if (host, device) not in used:
-                    idle = (host, device if host in hosts else None)
-                    reasons.setdefault(idle, reason + of * reason.startswith("not needed"))
+            for (host, device), reason in planner.unused(smallest_bytes, used).items():
+                idle = (host, device if host in hosts else None)
+                reasons.setdefault(idle, reason + of * reason.startswith("not needed"))
         return tuple(
             UnusedNode(host=host, device=device, reason=reason)
             for (host, device), reason in sorted(reasons.items(), key=str)

@@ -1,6 +1,6 @@
 """One pipeline where speeds are known: the search over the cost model for the best route."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache, cached_property, partial
 
 from ..plan import ComputeDtype, Inventory, Pipeline
@@ -185,7 +185,7 @@ class SpeedPlanner:
         )
         return predicted(self.placing, placed)
 
-    def unused(self, smallest_bytes: int) -> dict[Seat, str]:
+    def unused(self, smallest_bytes: int, used: Collection[Seat]) -> dict[Seat, str]:
         """As `unused_hosts`, of the best route."""
         assert self.found is not None
-        return unused_hosts(self.placing, *self.found, smallest_bytes)
+        return unused_hosts(self.placing, *self.found, smallest_bytes, used)

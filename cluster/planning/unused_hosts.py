@@ -1,6 +1,6 @@
 """Why the search left nodes out, by what using them would do."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..search.cost import device_speed
 from ..search.fronts import Stage
@@ -25,18 +25,21 @@ def used_places(placing: Placing, route: Route) -> list[Place]:
 
 
 def unused_hosts(
-    placing: Placing, problem: Problem, now: Route, smallest_bytes: int
+    placing: Placing, problem: Problem, now: Route, smallest_bytes: int, used: Collection[Seat]
 ) -> dict[Seat, str]:
-    """Why each device without a part in the best route, `now`, has none: what a route with it would
-    do."""
-    stages = [Stage(*each) for each in zip(now.sites, now.members, strict=True)]
-    used = {(place.node.host, place.device_name) for place in used_places(placing, now)}
+    """Why each device that is not `used` has no part in the best route, `now`: what a route with it
+    would do. A device that may help a stage in it is not used where none of the experts is."""
+    seats = [(place.node.host, place.device_name) for place in placing.places]
+    busy = sum(1 << number for number, seat in enumerate(seats) if seat in used)
+    stages = [
+        Stage(site, members & busy) for site, members in zip(now.sites, now.members, strict=True)
+    ]
     search = Search(problem)
     is_busy = placing.workload.objective == "throughput"
     told: dict[object, str] = {}
     reasons: dict[Seat, str] = {}
     for number, place in enumerate(placing.places):
-        idle = (place.node.host, place.device_name)
+        idle = seats[number]
         if idle in used:
             continue
         if place.usable_bytes < smallest_bytes:
