@@ -12,13 +12,12 @@ import httpx
 import psutil
 import pytest
 
-from magnetar.cluster.runtime.ray_runtime import token_file
 from magnetar.fetcher.checkpoint.release import FolderReader, read_release
 from magnetar.fetcher.checkpoint.source import FileTensorSource
 from magnetar.fetcher.config import ReleaseHints
 from magnetar.serve.engine.step import SamplingParams
 from magnetar.tests.command import magnetar
-from magnetar.tests.ray_cluster import ray_cluster
+from magnetar.tests.ray_cluster import cluster_of_commands
 from magnetar.tests.releases import write_release
 from magnetar.tests.stages import Pipeline
 
@@ -33,13 +32,8 @@ WAIT_S = 30.0
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as environment:
-        home = tmp_path_factory.mktemp("home")
-        environment.setenv("MAGNETAR_HOME", str(home))
-        environment.setenv("RAY_AUTH_MODE", "token")
-        environment.setenv("RAY_AUTH_TOKEN_PATH", str(token_file(home)))
-        with ray_cluster(h1=700, h2=700) as address:
-            yield address
+    with cluster_of_commands(tmp_path_factory.mktemp("home"), h1=700, h2=700) as address:
+        yield address
 
 
 def prompt(number: int) -> list[int]:
