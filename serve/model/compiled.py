@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,15 +141,14 @@ def _compile(compiler: str, sources: Sequence[Path], openmp: Path, library: Path
     """Appears whole or not at all: several stages may do it at once."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        calls, objects = [], []
-        for source in sources:
-            if source.suffix == ".c":
-                objects.append(str(Path(folder, f"{source.stem}.o")))
-                calls.append([*_FLAGS, "-c", str(source), "-o", objects[-1]])
+        objects = {
+            source: str(Path(folder, f"{source.stem}.o"))
+            for source in sources
+            if source.suffix == ".c"
+        }
         whole = str(Path(folder, "rows.so"))
-        # Without -fopenmp, which would link the compiler's own.
-        calls.append(["-shared", *objects, str(openmp), "-o", whole])
-        for arguments in calls:
+
+        def run(*arguments: str) -> None:
             subprocess.run(
                 [compiler, *arguments],
                 check=True,
@@ -156,5 +156,10 @@ def _compile(compiler: str, sources: Sequence[Path], openmp: Path, library: Path
                 text=True,
                 timeout=_COMPILE_TIMEOUT_S,
             )
+
+        with ThreadPoolExecutor(thread_name_prefix="compile") as pool:
+            list(pool.map(lambda c: run(*_FLAGS, "-c", str(c), "-o", objects[c]), objects))
+        # Without -fopenmp, which would link the compiler's own.
+        run("-shared", *objects.values(), str(openmp), "-o", whole)
         os.replace(whole, library)
     logger.info("compiled %s", library)
