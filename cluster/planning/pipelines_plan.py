@@ -4,12 +4,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from math import inf
 
 from ..plan import Pipeline, Plan, UnusedNode
 from ..search.ceiling import Ceiling, numbers
 from ..search.division import EXACT_DIVIDED, Share, best_division, portion
 from ..search.placing import Placing
 from ..search.regrouping import regrouped
+from ..search.set_bounds import MOST_DEVICES
 from ..search.sketch import Sketch
 from .prediction import predicted
 from .speed_plan import SpeedPlanner
@@ -18,13 +20,13 @@ _EFFORT = 128_000
 """Of looking at divisions of few devices (see `best_division`), times the layers of the model."""
 _GUESSES = 90
 """Divisions of many devices whose yield is guessed."""
-_PLANNING = 0.025
+_PLANNING = 0.028
 """What may be spent on planning guesses, for each device, as `_effort_of` has it."""
 _HOPEFUL = 0.85
 """Of the guess for one pipeline, from which on a guess is planned."""
-_EFFORTS = (0.004, 0.008, 0.02, 0.05, 0.1)
+_EFFORTS = (0.004, 0.008, 0.02, 0.04, 0.15)
 """Of planning a share of 1 to 5 devices that may share experts, about seconds for 32 layers."""
-_EFFORT_EACH = 0.025
+_EFFORT_EACH = 0.032
 """For each of more devices, or of 4 and more that do not share experts."""
 _NEAR = 0.07
 """Share by which one pipeline may be slower and still be better where prompts come in lumps."""
@@ -125,9 +127,12 @@ class PipelinesPlanner:
         if workload.num_pipelines is None:
             least = _HOPEFUL * sketch.yields(self._every)
             divisions = [each for each in divisions if sum(map(sketch.yields, each)) >= least]
+        divisions.sort(key=lambda each: -min(sum(map(sketch.yields, each)), self._most_of(each)))
         best: Sequence[SpeedPlanner] = ()
         left = _PLANNING * len(self._placing.places)
         for shares in divisions:
+            if best and self._most_of(shares) <= _score_of(best):
+                continue
             effort = sum(self._effort_of(share) for share in shares)
             if effort > left and (
                 best or workload.num_pipelines is None or shares != divisions[-1]
@@ -138,6 +143,11 @@ class PipelinesPlanner:
             if all(planner.score for planner in planners):
                 best = max(best, planners, key=_score_of)
         return best
+
+    def _most_of(self, shares: Sequence[Share]) -> float:
+        """Tokens per second of a division at most; inf: nobody knows, of many devices."""
+        is_small = len(self._placing.places) <= MOST_DEVICES
+        return sum(map(self._ceiling.most, shares)) if is_small else inf
 
     def _effort_of(self, share: Share) -> float:
         count = share.sites.bit_count()
