@@ -45,7 +45,8 @@ from magnetar.cluster.inventory.inventory import probe_node
 from magnetar.cluster.inventory.link_probe import probe_itself
 from magnetar.cluster.inventory.measure import measure_speeds
 from magnetar.cluster.inventory.pieces import lower_quartile
-from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node, Workload
+from magnetar.cluster.machines import ComputeDtype, Inventory, Link, Node
+from magnetar.cluster.plan import Workload
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.cost import (
     attention_s,

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from magnetar.cluster.footprint import form_bytes
-from magnetar.cluster.plan import ComputeDtype
+from magnetar.cluster.machines import ComputeDtype
 from magnetar.serve.model.compiled import NoCompiledKernelsError
 from magnetar.serve.model.linear import LINEAR_KERNELS, Linear
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from magnetar.benchmarks.up import machine
-from magnetar.cluster.plan import ComputeDtype
+from magnetar.cluster.machines import ComputeDtype
 from magnetar.fetcher.checkpoint.release import FolderReader, read_release
 from magnetar.fetcher.checkpoint.source import FileTensorSource
 from magnetar.fetcher.config import ReleaseHints

@@ -32,16 +32,8 @@ from magnetar.benchmarks.other_planners import against_other_planners, helix, su
 from magnetar.benchmarks.published_plans import first_deployment, five_macs, layers_or_experts
 from magnetar.benchmarks.random_clusters import Cluster, profile_inventory
 from magnetar.benchmarks.rows import row
-from magnetar.cluster.plan import (
-    ComputeDtype,
-    Device,
-    Inventory,
-    Link,
-    Node,
-    NodeWish,
-    Objective,
-    Workload,
-)
+from magnetar.cluster.machines import ComputeDtype, Device, Inventory, Link, Node
+from magnetar.cluster.plan import NodeWish, Objective, Workload
 from magnetar.cluster.planning.planner import plan
 from magnetar.errors import InfeasiblePlanError
 from magnetar.manifests.inventory import load_inventory

@@ -10,7 +10,8 @@ import numpy as np
 from magnetar.benchmarks.rows import row
 from magnetar.cluster.footprint import footprint
 from magnetar.cluster.inventory.profiles import profiles
-from magnetar.cluster.plan import Device, Inventory, Node, Workload
+from magnetar.cluster.machines import Device, Inventory, Node
+from magnetar.cluster.plan import Workload
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.cost import (
     assumed_link,

@@ -11,7 +11,8 @@ from magnetar.benchmarks.closed_loop import Load, Server, Steps, steps_tokens_pe
 from magnetar.benchmarks.layouts import Chain, exo_ring, petals, uniform, water_filling
 from magnetar.cluster.footprint import footprint
 from magnetar.cluster.inventory.profiles import profiles
-from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node, Workload
+from magnetar.cluster.machines import ComputeDtype, Inventory, Link, Node
+from magnetar.cluster.plan import Workload
 from magnetar.cluster.planning.pipelines_plan import PipelinesPlanner
 from magnetar.cluster.search.cost import attention_s, experts_s, hop_s, kv_touch_bytes, output_s
 from magnetar.cluster.search.expert_cost import hosts_s

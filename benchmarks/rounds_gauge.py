@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, replace
 
-from magnetar.cluster.plan import ComputeDtype, Node
+from magnetar.cluster.machines import ComputeDtype, Node
 from magnetar.serve.gauge import SmallLayers, WeightReader
 from magnetar.serve.small_model import small_layer_bytes
 

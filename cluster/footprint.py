@@ -12,7 +12,7 @@ from typing import Literal
 
 from ..fetcher.config import ModelConfig
 from ..fetcher.tensors import DTYPE_BYTES, TensorIndex
-from .plan import ComputeDtype
+from .machines import ComputeDtype
 
 PROCESS_BYTES = 256 << 20
 """A stage before its first weight: interpreter, torch, Ray worker (174 MB measured), and slack."""

@@ -6,7 +6,8 @@ from typing import Literal
 
 from ..fetcher.config import ReleaseHints
 from ..fetcher.rates import RateLimits
-from .plan import ComputeDtype, NodeWish, Objective
+from .machines import ComputeDtype
+from .plan import NodeWish, Objective
 from .planning.expert_pins import ExpertPin
 
 SourceKind = Literal["magnet", "torrent", "folder"]

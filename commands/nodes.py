@@ -16,7 +16,7 @@ from .stopping import stopping_at_once
 from .verb import Verbs
 
 if TYPE_CHECKING:
-    from ..cluster.plan import Inventory
+    from ..cluster.machines import Inventory
 
 
 def add_nodes(verbs: Verbs) -> None:
@@ -113,7 +113,7 @@ def _here(*, again: bool) -> "Inventory":
     from ..cluster.inventory.link_cache import remembered_links
     from ..cluster.inventory.link_probe import probe_itself
     from ..cluster.inventory.measure import measure_speeds
-    from ..cluster.plan import Inventory
+    from ..cluster.machines import Inventory
     from ..serve.gauge import ModelGauge
 
     node = probe_node(host_label(), "127.0.0.1", default_store())

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, get_args
 
-from ..cluster.plan import ComputeDtype
+from ..cluster.machines import ComputeDtype
 
 if TYPE_CHECKING:
-    from ..cluster.plan import Device, Inventory, Node
+    from ..cluster.machines import Device, Inventory, Node
 
 _HEAD = ("node", "device", "name", "cpus", "memory", "reads", "computes", "disk free")
 _SPARED = ("name", "disk free", "cpus")

@@ -3,7 +3,8 @@
 import argparse
 from typing import Literal, get_args
 
-from ..cluster.plan import ComputeDtype, Objective
+from ..cluster.machines import ComputeDtype
+from ..cluster.plan import Objective
 from ..fetcher.config import ChatFormat
 from ..settings import DEFAULT_HOST, DEFAULT_PORT
 from .console import PROGRESS_MODES

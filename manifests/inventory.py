@@ -8,8 +8,8 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..cluster.inventory.profiles import profiles
-from ..cluster.plan import ComputeDtype, DeviceKind, Inventory, Link, Node
-from ..cluster.plan import Device as PlanDevice
+from ..cluster.machines import ComputeDtype, DeviceKind, Inventory, Link, Node
+from ..cluster.machines import Device as PlanDevice
 from ..cluster.planning.soundness import MOST_BYTES, MOST_GBPS, MOST_GFLOPS
 from ..errors import NotFoundError
 from .facts import Complaint, Part, complaints

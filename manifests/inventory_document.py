@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..cluster.plan import ComputeDtype, Device, Inventory
+from ..cluster.machines import ComputeDtype, Device, Inventory
 
 
 def inventory_document(inventory: Inventory) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..cluster.plan import ComputeDtype
+from ..cluster.machines import ComputeDtype
 from ..cluster.spec import DeploymentSpec
 from ..fetcher.rates import RateLimits, parse_rate
 from ..settings import DEFAULT_HOST, DEFAULT_PORT, default_store

@@ -23,7 +23,7 @@ from ..cluster.inventory.caches import last_level_cache_bytes
 from ..cluster.inventory.link_probe import PAUSE_S, loopback_s
 from ..cluster.inventory.measure import Overheads
 from ..cluster.inventory.pieces import Piece, timed_pieces, undisturbed_s
-from ..cluster.plan import ComputeDtype
+from ..cluster.machines import ComputeDtype
 from .model.threads import end_team, prepare_threads
 from .small_model import small_layer_bytes, small_stage, small_step
 

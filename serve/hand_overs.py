@@ -32,7 +32,7 @@ from .small_model import Noise, small_config, small_stage, small_step
 if TYPE_CHECKING:
     import torch
 
-    from ..cluster.plan import ComputeDtype
+    from ..cluster.machines import ComputeDtype
     from .engine.stage import Stage
 
 _LAYERS: Final = 2

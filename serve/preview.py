@@ -11,7 +11,8 @@ from ..cluster.deployment.agent_group import AgentGroup
 from ..cluster.deployment.source_fetch import fetch_of
 from ..cluster.inventory.inventory import host_label, probe_node
 from ..cluster.inventory.link_cache import remembered_links
-from ..cluster.plan import Inventory, Plan, Workload
+from ..cluster.machines import Inventory
+from ..cluster.plan import Plan, Workload
 from ..cluster.planning.expert_pins import ExpertPin, pin_experts
 from ..cluster.planning.explanation import Explanation, explained
 from ..cluster.planning.plan_diff import with_memory_of

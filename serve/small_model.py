@@ -13,7 +13,7 @@ from .engine.step import SamplingParams, StepPlan, StepRow
 if TYPE_CHECKING:
     import torch
 
-    from ..cluster.plan import ComputeDtype
+    from ..cluster.machines import ComputeDtype
     from .engine.stage import Stage
     from .model.loader import LayerExperts
 

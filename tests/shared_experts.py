@@ -9,7 +9,8 @@ from itertools import combinations, combinations_with_replacement, permutations,
 import numpy as np
 
 from magnetar.cluster.footprint import STEP_TOKENS
-from magnetar.cluster.plan import Device, Inventory, Link, Node, Objective, Workload
+from magnetar.cluster.machines import Device, Inventory, Link, Node
+from magnetar.cluster.plan import Objective, Workload
 from magnetar.cluster.search.cost import attention_s
 from magnetar.cluster.search.expert_cost import Array, Seat, hosts_s
 from magnetar.cluster.search.place import places_of

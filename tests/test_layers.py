@@ -35,6 +35,7 @@ LIGHT = (
     "magnetar.settings",
     "magnetar.fetcher.config",
     "magnetar.fetcher.tensors",
+    "magnetar.cluster.machines",
     "magnetar.cluster.plan",
     "magnetar.cluster.spec",
     "magnetar.manifests.load",

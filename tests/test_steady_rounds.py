@@ -9,7 +9,7 @@ from magnetar.benchmarks import steady_rounds
 from magnetar.benchmarks.rounds_gauge import Moment, RoundsGauge
 from magnetar.benchmarks.steady_rounds import Round, median_ratio, rounds_of, steady
 from magnetar.cluster.inventory.other_work import OtherWork
-from magnetar.cluster.plan import Node
+from magnetar.cluster.machines import Node
 
 
 class Gauge:

@@ -21,7 +21,7 @@ from ...fetcher.store import ReleaseFolder, Store
 from ...fetcher.torrent.lending import Lender, Lending
 from ...fetcher.torrent.traffic import Traffic, added
 from ..inventory.inventory import probe_node
-from ..plan import Node
+from ..machines import Node
 from ..spec import SourceSpec
 from .progress_board import ProgressBoard
 from .source_fetch import fetch_of

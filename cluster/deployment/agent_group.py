@@ -10,7 +10,7 @@ from ...fetcher.piece_map import ByteRange
 from ...fetcher.progress import ProgressSink
 from ...fetcher.torrent.lending import Lender
 from ..inventory.link_cache import remembered_links
-from ..plan import Inventory
+from ..machines import Inventory
 from ..runtime.ray_calls import call, gather
 from ..runtime.ray_runtime import RayNode
 from ..spec import SourceSpec

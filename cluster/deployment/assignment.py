@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..plan import ComputeDtype, ExpertHost, StagePlan
+from ..machines import ComputeDtype
+from ..plan import ExpertHost, StagePlan
 from .status import StageLoad
 
 

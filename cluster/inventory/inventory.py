@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from ..plan import Device, Node
+from ..machines import Device, Node
 from .measure import with_known_speeds
 
 

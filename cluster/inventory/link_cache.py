@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...settings import data_dir
-from ..plan import Inventory, Link, Node
+from ..machines import Inventory, Link, Node
 
 
 def remember_links(inventory: Inventory) -> None:

@@ -10,7 +10,7 @@ from ..links.dial import dial
 from ..links.frame import Frame
 from ..links.link import TcpLink
 from ..links.listener import LinkListener
-from ..plan import Link
+from ..machines import Link
 from .pieces import timed_pieces, undisturbed_s
 
 PAUSE_S: Final = 0.01

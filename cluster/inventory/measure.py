@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ...settings import data_dir
-from ..plan import ComputeDtype, Device, DeviceKind, Node
+from ..machines import ComputeDtype, Device, DeviceKind, Node
 from .other_work import OtherWork
 
 VERSION: Final = 7

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..plan import Device
+from ..machines import Device
 from ..units import milliseconds
 
 

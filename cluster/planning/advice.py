@@ -8,7 +8,8 @@ from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
 from ...settings import KV_BLOCK_TOKENS
 from ..footprint import footprint
-from ..plan import ComputeDtype, Device, Inventory, Workload
+from ..machines import ComputeDtype, Device, Inventory
+from ..plan import Workload
 from ..search.place import Place, places_of
 from ..units import gigabytes
 from .fill import fits

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, pairwise
 
-from ..plan import ComputeDtype
+from ..machines import ComputeDtype
 
 LADDER: tuple[ComputeDtype, ...] = ("fp32", "bf16", "int8", "int4")
 """From most to least quality; fp16 stands beside bf16."""

@@ -10,7 +10,8 @@ from ...fetcher.config import ModelConfig
 from ...fetcher.only import Only
 from ...fetcher.tensors import TensorIndex
 from ..footprint import footprint, held_bytes
-from ..plan import ExpertHost, ExpertIds, Inventory, Plan, StagePlan, UnusedNode
+from ..machines import Inventory
+from ..plan import ExpertHost, ExpertIds, Plan, StagePlan, UnusedNode
 from ..search.place import MARGIN, Place
 from ..units import gigabytes
 

@@ -8,16 +8,8 @@ from ...errors import InfeasiblePlanError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
 from ..footprint import stored_dtype
-from ..plan import (
-    ComputeDtype,
-    Device,
-    Inventory,
-    Link,
-    Objective,
-    Pipeline,
-    Plan,
-    Workload,
-)
+from ..machines import ComputeDtype, Device, Inventory, Link
+from ..plan import Objective, Pipeline, Plan, Workload
 from ..search.cost import assumed_link, device_speed, known_links
 from ..search.place import places_of
 from ..search.search import EXACT_PLACES

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from ...settings import KV_BLOCK_TOKENS
 from ..footprint import Footprint
-from ..plan import ComputeDtype, Inventory, Pipeline, StagePlan, UnusedNode, Workload
+from ..machines import ComputeDtype, Inventory
+from ..plan import Pipeline, StagePlan, UnusedNode, Workload
 from ..search.place import Place, Seating
 from ..units import gigabytes
 from .partition import Seat, partition

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 from ...errors import InfeasiblePlanError, UsageError
 from ...fetcher.config import ModelConfig
-from ..plan import Inventory, Node, NodeWish, Workload
+from ..machines import Inventory, Node
+from ..plan import NodeWish, Workload
 
 
 def allowed_nodes(config: ModelConfig, inventory: Inventory, workload: Workload) -> Inventory:

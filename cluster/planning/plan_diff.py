@@ -11,7 +11,8 @@ from itertools import groupby
 from typing import Any
 
 from ...fetcher.tensors import TensorEntry, TensorIndex
-from ..plan import Device, Inventory, Plan
+from ..machines import Device, Inventory
+from ..plan import Plan
 from ..units import gigabytes, layers_text
 
 _Place = tuple[str, str, str]

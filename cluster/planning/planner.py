@@ -13,17 +13,8 @@ from ...errors import InfeasiblePlanError, UsageError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
 from ..footprint import Footprint, footprint, stored_dtype
-from ..plan import (
-    ComputeDtype,
-    Concession,
-    Inventory,
-    Objective,
-    Plan,
-    StagePlan,
-    UnusedNode,
-    Workload,
-    check_experts,
-)
+from ..machines import ComputeDtype, Inventory
+from ..plan import Concession, Objective, Plan, StagePlan, UnusedNode, Workload, check_experts
 from ..search.cost import device_speed
 from ..search.place import MARGIN, places_of
 from ..search.placing import Placing

@@ -8,7 +8,8 @@ from ...errors import InfeasiblePlanError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
 from ..footprint import Footprint, footprint, stored_dtype
-from ..plan import ComputeDtype, Inventory, Workload
+from ..machines import ComputeDtype, Inventory
+from ..plan import Workload
 from ..search.place import MARGIN, places_of
 from ..units import gigabytes
 from .advice import CanPlan, Change, sufficient_changes

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ...errors import InventoryError
-from ..plan import Device, Inventory, Link, Node
+from ..machines import Device, Inventory, Link, Node
 
 MOST_BYTES = 1 << 47
 """Of memory: 140 terabytes. Whoever has more probably gave bytes for gigabytes."""

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache, cached_property, partial
 
-from ..plan import ComputeDtype, Inventory, Pipeline
+from ..machines import ComputeDtype, Inventory
+from ..plan import Pipeline
 from ..search.bound import least_round_trip_s, most_tokens_per_s
 from ..search.cost import device_speed
 from ..search.lumps import tokens_per_s_in_lumps

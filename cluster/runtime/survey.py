@@ -10,7 +10,7 @@ from ..inventory.inventory import probe_node
 from ..inventory.link_cache import remembered_links
 from ..inventory.link_probe import Echo, probe_link
 from ..inventory.measure import Gauge, measure_speeds
-from ..plan import Inventory, Link, Node
+from ..machines import Inventory, Link, Node
 from .ray_calls import gather
 from .ray_runtime import RayNode
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
 from ..footprint import Footprint, footprint
-from ..plan import ComputeDtype, Device, Inventory, Link
+from ..machines import ComputeDtype, Device, Inventory, Link
 
 TOKEN_ID_BYTES = 256
 """What returns from the last stage for one token: its id in a small frame."""

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..plan import Link
+from ..machines import Link
 from .cost import ModelCost, Speed, expert_flops, roofline_s, transfer_s
 
 Array: TypeAlias = "npt.NDArray[Any]"

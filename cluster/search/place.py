@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..plan import Device, Inventory, Node
+from ..machines import Device, Inventory, Node
 
 MARGIN = 0.10
 """Share of every device that stays free; Ray's memory monitor kills at 95 % used."""

@@ -14,7 +14,8 @@ import numpy as np
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
 from ..footprint import STEP_TOKENS, Footprint, footprint
-from ..plan import ComputeDtype, Inventory, Link, Workload
+from ..machines import ComputeDtype, Inventory, Link
+from ..plan import Workload
 from .cost import (
     ModelCost,
     Speed,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ..footprint import STEP_TOKENS
-from ..plan import ComputeDtype
+from ..machines import ComputeDtype
 from .cost import (
     TOKEN_ID_BYTES,
     ModelCost,

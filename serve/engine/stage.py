@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from ...cluster.plan import ComputeDtype
+from ...cluster.machines import ComputeDtype
 from ...errors import UsageError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorSource

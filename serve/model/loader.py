@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ...cluster.footprint import held_bytes, matrix_format
-from ...cluster.plan import ComputeDtype
+from ...cluster.machines import ComputeDtype
 from ...errors import CheckpointError
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorSource

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.cluster.plan import Device, Inventory, Node, NodeWish, Workload
+from magnetar.cluster.machines import Device, Inventory, Node
+from magnetar.cluster.plan import NodeWish, Workload
 from magnetar.cluster.planning.advice import least, sufficient_changes
 from magnetar.cluster.planning.explanation import explained
 from magnetar.cluster.planning.node_wishes import without_limits

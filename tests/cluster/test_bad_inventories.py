@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.cluster.plan import Device, Inventory, Link, Node, NodeWish, Plan, Workload
+from magnetar.cluster.machines import Device, Inventory, Link, Node
+from magnetar.cluster.plan import NodeWish, Plan, Workload
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.planning.soundness import check_inventory
 from magnetar.errors import InfeasiblePlanError, InventoryError, MagnetarError, UsageError

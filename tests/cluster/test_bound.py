@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.cluster.plan import Device, Inventory, Node, NodeWish, Objective, Workload
+from magnetar.cluster.machines import Device, Inventory, Node
+from magnetar.cluster.plan import NodeWish, Objective, Workload
 from magnetar.cluster.planning.plan_picture import plan_svg
 from magnetar.cluster.planning.plan_view import plan_json, plan_table
 from magnetar.cluster.planning.planner import plan

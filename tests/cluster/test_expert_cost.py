@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.cluster.plan import Link
+from magnetar.cluster.machines import Link
 from magnetar.cluster.search.cost import Speed, distinct_experts, model_cost
 from magnetar.cluster.search.expert_cost import Array, Seat, hit_sets, hosts_s, token_weights
 from magnetar.tests.planning import MIXTRAL, POPULARITY

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magnetar.cluster.footprint import footprint
-from magnetar.cluster.plan import Device, Inventory, Node, Plan, Workload, check_experts
+from magnetar.cluster.machines import Device, Inventory, Node
+from magnetar.cluster.plan import Plan, Workload, check_experts
 from magnetar.cluster.planning.expert_pins import ExpertPin, pin_experts
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.place import MARGIN

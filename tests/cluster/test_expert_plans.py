@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from magnetar.cluster.footprint import footprint
-from magnetar.cluster.plan import Device, Inventory, Link, Node, Plan, Workload, check_experts
+from magnetar.cluster.machines import Device, Inventory, Link, Node
+from magnetar.cluster.plan import Plan, Workload, check_experts
 from magnetar.cluster.planning.plan_view import plan_json
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.place import MARGIN

@@ -9,17 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from magnetar.cluster.plan import (
-    Device,
-    ExpertHost,
-    Inventory,
-    Link,
-    Node,
-    Objective,
-    Plan,
-    StagePlan,
-    Workload,
-)
+from magnetar.cluster.machines import Device, Inventory, Link, Node
+from magnetar.cluster.plan import ExpertHost, Objective, Plan, StagePlan, Workload
 from magnetar.cluster.planning.explanation import Explanation, explained
 from magnetar.cluster.planning.plan_picture import plan_svg
 from magnetar.cluster.planning.plan_view import plan_json, plan_table

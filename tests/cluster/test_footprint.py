@@ -3,7 +3,7 @@
 import pytest
 
 from magnetar.cluster.footprint import footprint, held_bytes, matrix_format
-from magnetar.cluster.plan import ComputeDtype
+from magnetar.cluster.machines import ComputeDtype
 from magnetar.fetcher.config import ModelConfig
 from magnetar.tests.stages import MemorySource, random_tensors
 

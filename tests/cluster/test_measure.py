@@ -16,7 +16,7 @@ from magnetar.cluster.inventory.link_cache import remember_links, remembered_lin
 from magnetar.cluster.inventory.link_probe import Echo, probe_link
 from magnetar.cluster.inventory.measure import Overheads, measure_speeds, with_known_speeds
 from magnetar.cluster.inventory.other_work import OtherWork
-from magnetar.cluster.plan import ComputeDtype, Inventory, Link, Node
+from magnetar.cluster.machines import ComputeDtype, Inventory, Link, Node
 from magnetar.cluster.runtime.survey import rounds
 from magnetar.commands.nodes_view import nodes_table
 from magnetar.errors import StageLostError

@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 import pytest
 
 from magnetar.cluster.footprint import footprint
-from magnetar.cluster.plan import Device, Inventory, Link, Node, Plan, Workload, check_experts
+from magnetar.cluster.machines import Device, Inventory, Link, Node
+from magnetar.cluster.plan import Plan, Workload, check_experts
 from magnetar.cluster.planning.advice import sufficient_changes
 from magnetar.cluster.planning.expert_pins import ExpertPin, pin_experts
 from magnetar.cluster.planning.explanation import explained

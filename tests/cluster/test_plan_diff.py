@@ -5,16 +5,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magnetar.cluster.plan import (
-    Device,
-    ExpertHost,
-    Inventory,
-    Node,
-    Pipeline,
-    Plan,
-    StagePlan,
-    Workload,
-)
+from magnetar.cluster.machines import Device, Inventory, Node
+from magnetar.cluster.plan import ExpertHost, Pipeline, Plan, StagePlan, Workload
 from magnetar.cluster.planning.plan_diff import diff_table, plan_diff, with_memory_of
 from magnetar.cluster.planning.planner import plan, predicted
 from magnetar.tests.planning import GB, MIXTRAL

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magnetar.cluster.footprint import footprint, stored_dtype
-from magnetar.cluster.plan import Device, Inventory, Node, NodeWish, Plan, UnusedNode, Workload
+from magnetar.cluster.machines import Device, Inventory, Node
+from magnetar.cluster.plan import NodeWish, Plan, UnusedNode, Workload
 from magnetar.cluster.planning.dtype_ladder import dtype_choices
 from magnetar.cluster.planning.plan_view import plan_json, plan_table
 from magnetar.cluster.planning.planner import MARGIN, plan

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from magnetar.cluster.plan import Link, Plan, StagePlan, Workload
+from magnetar.cluster.machines import Link
+from magnetar.cluster.plan import Plan, StagePlan, Workload
 from magnetar.cluster.planning.planner import plan, predicted
 from magnetar.tests.cluster.test_expert_plans import alike
 from magnetar.tests.planning import MIXTRAL

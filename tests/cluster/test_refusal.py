@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from magnetar.cluster.deployment.status import Failure
-from magnetar.cluster.plan import ComputeDtype, Device, Inventory, Node, Workload
+from magnetar.cluster.machines import ComputeDtype, Device, Inventory, Node
+from magnetar.cluster.plan import Workload
 from magnetar.cluster.planning.planner import plan
 from magnetar.errors import InfeasiblePlanError
 from magnetar.tests.planning import GB, MIXTRAL

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from magnetar.cluster.inventory.profiles import profiles
-from magnetar.cluster.plan import ComputeDtype, Objective, Plan, Workload
+from magnetar.cluster.machines import ComputeDtype
+from magnetar.cluster.plan import Objective, Plan, Workload
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.cost import (
     assumed_link,

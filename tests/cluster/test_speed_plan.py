@@ -7,7 +7,8 @@ import pytest
 
 from magnetar.cluster.footprint import footprint
 from magnetar.cluster.inventory.profiles import profiles
-from magnetar.cluster.plan import Device, Inventory, Link, Node, Plan, Workload
+from magnetar.cluster.machines import Device, Inventory, Link, Node
+from magnetar.cluster.plan import Plan, Workload
 from magnetar.cluster.planning.plan_picture import plan_svg
 from magnetar.cluster.planning.plan_view import plan_json, plan_table
 from magnetar.cluster.planning.planner import plan

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from magnetar.cluster.inventory.profiles import profiles
-from magnetar.cluster.plan import Device, Inventory, Link, Node
+from magnetar.cluster.machines import Device, Inventory, Link, Node
 from magnetar.errors import ManifestError, NotFoundError
 from magnetar.manifests.inventory import load_inventory
 from magnetar.manifests.inventory_document import inventory_document

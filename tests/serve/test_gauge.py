@@ -5,7 +5,7 @@ import pytest
 from magnetar.cluster.inventory import pieces
 from magnetar.cluster.inventory.link_probe import BULK_S
 from magnetar.cluster.inventory.measure import DTYPES
-from magnetar.cluster.plan import ComputeDtype
+from magnetar.cluster.machines import ComputeDtype
 from magnetar.serve import gauge
 from magnetar.serve.engine.step import StepResult
 from magnetar.serve.gauge import ModelGauge

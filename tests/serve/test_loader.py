@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from magnetar.cluster.footprint import footprint
-from magnetar.cluster.plan import ComputeDtype
+from magnetar.cluster.machines import ComputeDtype
 from magnetar.errors import CheckpointError, UsageError
 from magnetar.fetcher.config import ModelConfig
 from magnetar.serve.engine.stage import Stage
