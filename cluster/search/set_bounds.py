@@ -30,10 +30,10 @@ from .stage_floor import stage_floors
 
 MOST_DEVICES = 8
 """Up to which all subsets are weighed."""
-_NUM_PRICES = 18
+_NUM_PRICES = 14
 _DEAREST = 40.0
 """Times the least seconds of a layer, up to which prices go."""
-_WORK = 2_000_000
+_WORK = 1_500_000
 """Of the programme: the grid of bottlenecks is as fine as that allows, within these:"""
 _FEWEST_LIMITS, _MOST_LIMITS = 16, 48
 _SLOWEST = 8.0
