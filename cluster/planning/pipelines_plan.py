@@ -14,7 +14,7 @@ from ..search.regrouping import regrouped
 from ..search.set_bounds import MOST_DEVICES
 from ..search.sketch import Sketch
 from .prediction import predicted
-from .speed_plan import SpeedPlanner
+from .speed_plan import NEAR, SpeedPlanner
 
 _EFFORT = 128_000
 """Of looking at divisions of few devices (see `best_division`), times the layers of the model."""
@@ -28,8 +28,6 @@ _EFFORTS = (0.004, 0.008, 0.02, 0.04, 0.15)
 """Of planning a share of 1 to 5 devices that may share experts, about seconds for 32 layers."""
 _EFFORT_EACH = 0.032
 """For each of more devices, or of 4 and more that do not share experts."""
-_NEAR = 0.07
-"""Share by which one pipeline may be slower and still be better where prompts come in lumps."""
 
 
 class PipelinesPlanner:
@@ -93,9 +91,10 @@ class PipelinesPlanner:
     def _several(self) -> Sequence[SpeedPlanner]:
         """From a good guess, and from one pipeline, to the best division that can be found."""
         workload, places = self._workload, self._placing.places
-        best = self._guessed()
+        found = [self._guessed()]
         if workload.num_pipelines is None:
-            best = max(best, self._one(floor=_score_of(best)), key=_score_of)
+            found.append(self._one(floor=_score_of(found[0])))
+        best = max(found, key=_score_of)
         if len(places) <= EXACT_DIVIDED:
             division = best_division(
                 self,
@@ -109,8 +108,8 @@ class PipelinesPlanner:
             )
             if division is not None:
                 self._is_best = division.is_best
-                best = [self._planner(share) for share in division.shares]
-        return self._calmer(best)
+                found.append([self._planner(share) for share in division.shares])
+        return _likeliest(found)
 
     def _guessed(self) -> Sequence[SpeedPlanner]:
         """The best of some divisions into several pipelines; none: none fits."""
@@ -165,16 +164,6 @@ class PipelinesPlanner:
     def best(self, share: Share, floor: float) -> float:
         """As `Offers.best`."""
         return self._planner(share, floor=floor).score
-
-    def _calmer(self, found: Sequence[SpeedPlanner]) -> Sequence[SpeedPlanner]:
-        """These, or one pipeline where it is nearly as fast and lumps of prompts make it faster."""
-        if len(found) == 1 or self._workload.num_pipelines is not None:
-            return found
-        alone = self._one(floor=_score_of(found))
-        if not alone or _score_of(alone) < _score_of(found) * (1 - _NEAR):
-            return found
-        lumps = [sum(each.in_lumps() for each in planners) for planners in (found, alone)]
-        return found if lumps[0] >= lumps[1] else alone
 
     def pipelines(self, num_cpus_of: Mapping[str, int]) -> tuple[Pipeline, ...]:
         """Those that were found, with their times; all that is on a host shares its processors."""
@@ -237,3 +226,10 @@ class PipelinesPlanner:
 
 def _score_of(planners: Sequence[SpeedPlanner]) -> float:
     return sum(planner.score for planner in planners)
+
+
+def _likeliest(found: Sequence[Sequence[SpeedPlanner]]) -> Sequence[SpeedPlanner]:
+    """Of the best division and those nearly as good the one that yields most as prompts come."""
+    least = max(map(_score_of, found)) * (1 - NEAR)
+    near = [planners for planners in found if planners and _score_of(planners) >= least]
+    return max(near, key=lambda planners: sum(each.likely for each in planners), default=())

@@ -7,7 +7,7 @@ from ..machines import ComputeDtype, Inventory
 from ..plan import Pipeline
 from ..search.bound import least_round_trip_s, most_tokens_per_s
 from ..search.cost import device_speed
-from ..search.lumps import tokens_per_s_in_lumps
+from ..search.lumps import likely_tokens_per_s
 from ..search.moves import improved
 from ..search.place import Place
 from ..search.placing import Placing
@@ -19,10 +19,9 @@ from .prediction import predicted
 from .stage_plans import stage_plans
 from .unused_hosts import Seat, unused_hosts, used_places
 
-_NEAR = 0.07
-"""Share of the best score that a route may lack and still be looked at more closely."""
-_HOPEFUL = 0.2
-"""Share of the best score that a route may lack and still be a start for small steps."""
+NEAR = 0.25
+"""Share of the best score that a route may lack and still be a start for small steps, and the
+choice where prompts make lumps."""
 _LONGER = (0.01, 0.03)
 """Shares by which a round trip may be longer where that makes the slowest stage quicker."""
 _MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64)
@@ -56,18 +55,17 @@ class SpeedPlanner:
         if not self.places:
             return None
         if self._workload.objective == "throughput":
-            searches = self._searches()
-            within = _NEAR if searches[0].is_exact else _HOPEFUL
-            starts = contenders(searches, num_stages=asked, within=within, floor=self.floor)
+            searches = self._searches
+            starts = contenders(searches, num_stages=asked, within=NEAR, floor=self.floor)
             # Numbers of micro-batches that cannot come near are not looked at again.
             best = max(self.floor, max((r.tokens_per_s(p) for p, r in starts), default=0.0))
-            searches = [each for each in searches if each.most > best * (1 - _NEAR)]
+            searches = [each for each in searches if each.most > best * (1 - NEAR)]
             kept = {id(each.problem) for each in searches}
             starts = [start for start in starts if id(start[0]) in kept]
             if not searches:
                 return None
             found = improved(searches, starts, throughput=True, num_stages=asked, floor=self.floor)
-            return self._in_lumps(searches, found) if found else None
+            return self._likeliest(searches, found) if found else None
         search = self._search(1)
         route = fastest(search.problem, num_stages=asked, outlook=search.outlook)
         start = [] if route is None else [(search.problem, route)]
@@ -80,12 +78,13 @@ class SpeedPlanner:
         is_busy = self._workload.objective == "throughput"
         if is_busy and "found" not in self.__dict__ and Search(self.placing.problem(1)).is_exact:
             asked = self._workload.num_stages
-            best = contenders(self._searches(), num_stages=asked, floor=self.floor)
+            best = contenders(self._searches, num_stages=asked, floor=self.floor)
             return best[0][1].tokens_per_s(best[0][0]) if best else 0.0
         if self.found is None:
             return 0.0
         return self._score if is_busy else 1 / self.found[1].round_trip_s
 
+    @cached_property
     def _searches(self) -> list[Search]:
         return [self._search(tokens) for tokens in self._batches()]
 
@@ -107,26 +106,27 @@ class SpeedPlanner:
             return False
         return Search(self.placing.problem(1)).is_exact
 
-    def in_lumps(self) -> float:
-        """Tokens per second of the best route where prompts come in whole chunks."""
-        return 0.0 if self.found is None else self._lumpy(*self.found)
+    @property
+    def likely(self) -> float:
+        """Tokens per second of the best route as prompts really come; 0: nothing fits."""
+        return 0.0 if self.found is None else self._likely(*self.found)
 
-    def _lumpy(self, problem: Problem, route: Route) -> float:
+    def _likely(self, problem: Problem, route: Route) -> float:
         tokens = problem.step_tokens
         calm, chunks = self.placing.calm.problem(tokens), self.placing.chunks(tokens)
-        return tokens_per_s_in_lumps(problem, route, calm, chunks)
+        return likely_tokens_per_s(problem, route, calm, chunks)
 
-    def _in_lumps(
+    def _likeliest(
         self, searches: Sequence[Search], found: Sequence[tuple[Problem, Route]]
     ) -> tuple[Problem, Route]:
-        """Of the first route and those nearly as good the one that prompts hold up least; of each
-        it may be the evener cuts, too."""
+        """Of the first route and those nearly as good the one that yields most as prompts really
+        come; of each it may be the evener cuts, too."""
         problem, route = found[0]
         self._score = route.tokens_per_s(problem)
         near = [
             (problem, route)
             for problem, route in found
-            if route.tokens_per_s(problem) >= self._score * (1 - _NEAR)
+            if route.tokens_per_s(problem) >= self._score * (1 - NEAR)
         ]
         search_of = {id(search.problem): search for search in searches}
         near += [
@@ -134,7 +134,7 @@ class SpeedPlanner:
             for problem, route in near
             for share in _LONGER
         ]
-        return max(near, key=lambda each: self._lumpy(*each))
+        return max(near, key=lambda each: self._likely(*each))
 
     def best_possible(self) -> float | None:
         """What no pipeline can beat (as `Plan.best_possible`); None where nobody can say."""

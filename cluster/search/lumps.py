@@ -1,8 +1,10 @@
 """What chunks of prompts cost a pipeline because they come whole.
 
 The score of a route spreads prompts evenly over all steps. Really a chunk makes one step long, and
-behind it the stages wait: while it goes round, no more is done than in any round trip. Of routes
-with nearly the same score those of fewer stages, which wait less, are better.
+behind it the stages wait: at worst no more is done while it goes round than in any round trip, and
+routes of fewer stages wait less. What a pipeline yields lies between the two. In the closed loop of
+409 routes on 68 clusters of named machines the score is 5 % too high (standard deviation 9 %), the
+worst 10 % too low (14 %), and their geometric mean 3 % too low (6 %).
 """
 
 from __future__ import annotations
@@ -10,6 +12,13 @@ from __future__ import annotations
 import math
 
 from .problem import Problem, Route, evaluate
+
+
+def likely_tokens_per_s(problem: Problem, route: Route, calm: Problem, chunks: float) -> float:
+    """Tokens per second of a route between the best and the worst that prompts may do to it; as
+    `tokens_per_s_in_lumps` otherwise."""
+    lumpy = tokens_per_s_in_lumps(problem, route, calm, chunks)
+    return math.sqrt(route.tokens_per_s(problem) * lumpy)
 
 
 def tokens_per_s_in_lumps(problem: Problem, route: Route, calm: Problem, chunks: float) -> float:

@@ -172,25 +172,28 @@ class Search:
         """
         problem, best, limits = self.problem, floor, self._limits(stages)
         low, high = 0, len(limits) - 1
+        if best:
+            high = int(np.searchsorted(limits, problem.step_tokens / best)) - 1
+        # Above a floor the largest limit comes first: mostly there is nothing, then, below it.
+        middle = high if best else (low + high) // 2
         while low <= high:
-            middle = (low + high) // 2
             limit = float(limits[middle])
-            if best and limit >= problem.step_tokens / best:
-                high = middle - 1
-                continue
             below = problem.streams / best if best else math.inf
             route = least(limit, below)
             if route is None:  # and smaller limits only have longer round trips
                 low = middle + 1
-                continue
-            score = route.tokens_per_s(problem)
-            if score > best:
-                best = score
-                yield route
-            if problem.streams / route.round_trip_s >= problem.step_tokens / limit:
-                high = middle - 1
             else:
-                low = middle + 1
+                score = route.tokens_per_s(problem)
+                if score > best:
+                    best = score
+                    yield route
+                if problem.streams / route.round_trip_s >= problem.step_tokens / limit:
+                    high = middle - 1
+                else:
+                    low = middle + 1
+            if best:
+                high = min(high, int(np.searchsorted(limits, problem.step_tokens / best)) - 1)
+            middle = (low + high) // 2
 
     def over_subsets(
         self, limit_s: float, below_s: float, num_stages: int | None = None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.cluster.search.lumps import tokens_per_s_in_lumps
+from magnetar.cluster.search.lumps import likely_tokens_per_s, tokens_per_s_in_lumps
 from magnetar.cluster.search.problem import Problem, Route, evaluate
 from magnetar.cluster.search.search import Search
 from magnetar.tests.planning import every_route, random_problem
@@ -30,13 +30,17 @@ def rates(calm: Problem, route: Route) -> tuple[float, float]:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), num_sites=st.integers(1, 3), num_layers=st.integers(1, 5))
-def test_whole_chunks_are_never_faster_than_even_ones(
+def test_whole_chunks_are_never_faster_than_even_ones_and_what_is_likely_lies_between(
     seed: int, num_sites: int, num_layers: int
 ) -> None:
     calm = random_problem(seed, num_sites=num_sites, num_layers=num_layers, step_tokens=4)
     for route in every_route(calm):
         even, lumpy = rates(calm, route)
         assert lumpy <= even * (1 + 1e-9)
+        problem = with_prompts(calm)
+        prompted = evaluate(problem, route.sites, route.ends)
+        likely = likely_tokens_per_s(problem, prompted, calm, CHUNKS)
+        assert lumpy * (1 - 1e-9) <= likely <= even * (1 + 1e-9)
 
 
 def test_one_stage_loses_nothing_and_two_equal_ones_wait_for_each_other() -> None:
