@@ -2,13 +2,13 @@
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
 
 from magnetar.benchmarks.closed_loop import Load, Server, Steps, steps_tokens_per_s
-from magnetar.benchmarks.layouts import Chain, exo_ring, petals, uniform, water_filling
+from magnetar.benchmarks.layouts import Chain, by_speed, exo_ring, parallax, petals, uniform
 from magnetar.cluster.footprint import footprint
 from magnetar.cluster.inventory.profiles import profiles
 from magnetar.cluster.machines import ComputeDtype, Inventory, Link, Node
@@ -26,12 +26,15 @@ LINKS = {"Wi-Fi": (4.0, 0.03), "1 GbE": (0.3, 0.117), "10 GbE": (0.1, 1.17)}
 """Round trip in milliseconds and gigabytes per second."""
 CONTEXT_TOKENS, STREAMS = 2048, 16
 LOAD = Load(prompts=(64, 128, 256, 512), outputs=(384, 128, 256, 512), streams=STREAMS)
-BASELINES = {
+Layout = Callable[[Placing], list[Chain]]
+BASELINES: Mapping[str, Layout] = {
     "memory ring": exo_ring,
     "block choice": petals,
-    "water-filling": water_filling,
+    "water-filling": parallax,
     "uniform": uniform,
 }
+KINDER: Mapping[str, Layout] = {**BASELINES, "by our speeds": by_speed}
+"""With what the third would do if it knew how fast we take nodes to be, and used all of them."""
 _GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 600)
 
 
@@ -92,13 +95,19 @@ class Cluster:
             total += _simulated(part, problem, route, steps, planner.streams)
         return total
 
-    def baselines(self, *, most_copies: int = 1, any_batches: bool = False) -> dict[str, float]:
-        """Of those baselines whose layout fits; one micro-batch a stage, as is the default, or
-        with `any_batches` as many as are best for each. With `most_copies` above 1 each has as many
-        copies of its layout, on nodes dealt out by memory, as are best for it, though only Petals
-        thinks of copies by itself."""
+    def baselines(
+        self,
+        layouts: Mapping[str, Layout] = BASELINES,
+        *,
+        most_copies: int = 1,
+        any_batches: bool = False,
+    ) -> dict[str, float]:
+        """Of those layouts that fit; one micro-batch a stage, as is the default, or with
+        `any_batches` as many as are best for each. With `most_copies` above 1 each has as many
+        copies of its layout, on nodes dealt out by memory, as are best for it, though only two
+        think of copies by themselves."""
         found = {}
-        for name, layout in BASELINES.items():
+        for name, layout in layouts.items():
             rates = [
                 self._chains(chains, any_batches=any_batches)
                 for copies in range(1, most_copies + 1)
@@ -108,7 +117,7 @@ class Cluster:
                 found[name] = max(rates)
         return found
 
-    def _copies(self, layout: Callable[[Problem], list[Chain]], copies: int) -> list[Chain]:
+    def _copies(self, layout: Layout, copies: int) -> list[Chain]:
         """The chains of each of so many groups of nodes; none where one does not fit."""
         places = self.placing.places
         groups: list[list[int]] = [[] for _ in range(copies)]
@@ -118,7 +127,7 @@ class Cluster:
         found = []
         for group in groups:
             own = sorted(group)
-            chains = layout(self.placing.part(own, -(-STREAMS // copies)).problem(1))
+            chains = layout(self.placing.part(own, -(-STREAMS // copies)))
             if not chains:
                 return []
             found += [(tuple(own[site] for site in sites), ends) for sites, ends in chains]
