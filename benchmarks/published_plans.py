@@ -130,6 +130,7 @@ def published_layout(card: Device) -> tuple[float, float]:
     rates = []
     for num_experts in (in_all, on_one):
         step = attention + head + config.n_layers * (num_experts * expert_s + 2 * hop)
+        step += card.step_overhead_s  # as every stage of ours has it
         rates.append(streams / step)
     return rates[0], rates[1]
 
