@@ -91,10 +91,11 @@ def against_other_planners(seeds: range) -> Iterator[dict[str, Any]]:
 
     A cluster is 3 to 8 machines of the named profiles, each behind a network of its own kind; the
     model is Mixtral in bf16. All layouts run in the same closed loop of 16 streams, the others'
-    as their planners make them, with a micro-batch a stage, which is the default. What would help
-    them is told too: all nodes filled by the speeds of our own cost model, as a fifth; of each as
-    many copies as are best; and on every fourth cluster as many micro-batches. A row a cluster;
-    `summary` of them all makes those with goals.
+    as their planners make them, with a micro-batch a stage and 512 tokens a step, the defaults.
+    What would help them is told too: all nodes filled by the speeds of our own cost model, as a
+    fifth; of each as many copies as are best; and on every fourth cluster as many micro-batches and
+    as large steps, both of which our plans say. A row a cluster; `summary` of them all makes those
+    with goals.
     """
     for seed in seeds:
         cluster = Cluster(profile_inventory(seed))
@@ -124,7 +125,10 @@ def summary(clusters: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         ("ratio", ""),
         ("ratio_by_speed", " and layers by our own speeds"),
         ("ratio_any_copies", ", each of them with its best number of copies"),
-        ("ratio_any_copies_and_batches", ", each of them with its best copies and micro-batches"),
+        (
+            "ratio_any_copies_and_batches",
+            ", each of them with its best copies, micro-batches and steps",
+        ),
     ):
         found = [float(each[key]) for each in clusters if key in each]
         if not found:

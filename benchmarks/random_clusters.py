@@ -9,7 +9,7 @@ import numpy as np
 
 from magnetar.benchmarks.closed_loop import Load, Server, Steps, steps_tokens_per_s
 from magnetar.benchmarks.layouts import Chain, by_speed, exo_ring, parallax, petals, uniform
-from magnetar.cluster.footprint import footprint
+from magnetar.cluster.footprint import STEP_TOKENS, footprint
 from magnetar.cluster.inventory.profiles import profiles
 from magnetar.cluster.machines import ComputeDtype, Inventory, Link, Node
 from magnetar.cluster.plan import Workload
@@ -85,14 +85,15 @@ class Cluster:
         """A planner for each pipeline; none: nothing fits."""
 
     def ours(self) -> float:
-        """Tokens per second of our plan, with its own number of micro-batches."""
+        """Tokens per second of our plan, with its own number of micro-batches and size of steps."""
         total = 0.0
         for planner in self.found:
             assert planner.found is not None
             problem, route = planner.found
             steps = -(-planner.streams // problem.step_tokens)
             part = planner.placing
-            total += _simulated(part, problem, route, steps, planner.streams)
+            chunk = planner.chunk_tokens
+            total += _simulated(part, problem, route, steps, planner.streams, chunk)
         return total
 
     def baselines(
@@ -103,9 +104,9 @@ class Cluster:
         any_batches: bool = False,
     ) -> dict[str, float]:
         """Of those layouts that fit; one micro-batch a stage, as is the default, or with
-        `any_batches` as many as are best for each. With `most_copies` above 1 each has as many
-        copies of its layout, on nodes dealt out by memory, as are best for it, though only two
-        think of copies by themselves."""
+        `any_batches` as many, and steps as large, as are best for each. With `most_copies` above 1
+        each has as many copies of its layout, on nodes dealt out by memory, as are best for it,
+        though only two think of copies by themselves."""
         found = {}
         for name, layout in layouts.items():
             rates = [
@@ -146,12 +147,25 @@ class Cluster:
             if not streams:
                 continue
             stages = len(route.sites)
-            counts = range(1, min(stages, streams) + 1) if any_batches else [stages]
-            total += max(_simulated(self.placing, problem, route, m, streams) for m in counts)
+            policies = [(stages, STEP_TOKENS)]
+            if any_batches:
+                counts = range(1, min(stages, streams) + 1)
+                policies = list(itertools.product(counts, (STEP_TOKENS, STEP_TOKENS // 4)))
+            total += max(
+                _simulated(self.placing, problem, route, count, streams, size)
+                for count, size in policies
+            )
         return total
 
 
-def _simulated(placing: Placing, problem: Problem, route: Route, micro: int, streams: int) -> float:
+def _simulated(
+    placing: Placing,
+    problem: Problem,
+    route: Route,
+    micro: int,
+    streams: int,
+    step_tokens: int = STEP_TOKENS,
+) -> float:
     spans = zip(route.sites, route.members, route.starts, route.ends, strict=True)
     servers = [_server(placing, problem, *span) for span in spans]
     links = [
@@ -166,7 +180,7 @@ def _simulated(placing: Placing, problem: Problem, route: Route, micro: int, str
         return around_s[at] + hop_s(away, links[at])
 
     load = Load(prompts=LOAD.prompts, outputs=LOAD.outputs, streams=streams)
-    policy = Steps(micro_batches=micro)
+    policy = Steps(micro_batches=micro, step_tokens=step_tokens)
     return steps_tokens_per_s(servers, hops_s, load, policy, num_steps=1200 * micro)
 
 

@@ -156,6 +156,8 @@ class Pipeline:
     """None where no speed is known."""
     num_micro_batches: int | None = None
     """Steps that decoding is cut into at a time; None: `steps_at_once` decides."""
+    max_step_tokens: int | None = None
+    """Tokens of a step at most, chunks of prompts with them; None: the engine's own limit."""
 
     @property
     def steps_at_once(self) -> int:

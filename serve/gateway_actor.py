@@ -85,6 +85,7 @@ class GatewayActor:
             max_running=ring.max_running,
             max_waiting=ring.max_waiting,
             num_stages=ring.num_stages,
+            max_step_tokens=ring.max_step_tokens,
             downstream=first_stage,
             upstream=upstream,
             eos_token_ids=self._tokenizer.eos_ids,

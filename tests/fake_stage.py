@@ -46,11 +46,14 @@ class FakeStage:
         self._is_first = is_first
         self._is_last = is_last
         self.fail_at_step: int | None = None
+        self.largest_step = 0
+        """Tokens of the largest step so far."""
 
     def step(self, plan: StepPlan, hidden_TD: torch.Tensor | None) -> torch.Tensor | StepResult:
         if plan.step_id == self.fail_at_step:
             raise ValueError("the fake stage was told to fail")
         assert (hidden_TD is None) == self._is_first
+        self.largest_step = max(self.largest_step, sum(len(row.token_ids) for row in plan.rows))
         known = [token for row in plan.rows for token in row.token_ids]
         if hidden_TD is not None:
             assert hidden_TD[:, 0].to(torch.int64).tolist() == known
@@ -143,6 +146,7 @@ def running_engine(
     config: ModelConfig | None = None,
     max_running: int = 64,
     max_waiting: int = 256,
+    max_step_tokens: int | None = None,
 ) -> Iterator[tuple[Engine, list[StageWorker]]]:
     """An engine and its stages on real links; everything is stopped at the end."""
     pairs = [linked_pair() for _ in range(len(stages) + 1)]
@@ -161,6 +165,7 @@ def running_engine(
         max_context_tokens=1024,
         max_running=max_running,
         max_waiting=max_waiting,
+        max_step_tokens=max_step_tokens,
         num_stages=len(stages),
         downstream=pairs[0][0],
         upstream=pairs[-1][1],

@@ -69,6 +69,8 @@ class RingAssignment:
     links: LinkSetup
     num_stages: int
     """Those that compute at once: `Pipeline.steps_at_once`."""
+    max_step_tokens: int | None
+    """As in `Pipeline`."""
     num_kv_blocks: int
     max_running: int
     """Requests that hold KV blocks at once."""

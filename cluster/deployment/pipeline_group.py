@@ -90,6 +90,7 @@ class PipelineGroup:
                 RingAssignment(
                     links=self._links(plan, number, self._gateway_host),
                     num_stages=pipeline.steps_at_once,
+                    max_step_tokens=pipeline.max_step_tokens,
                     num_kv_blocks=pipeline.num_kv_blocks,
                     max_running=max_running,
                     max_waiting=-(-spec.max_waiting // num_pipelines),

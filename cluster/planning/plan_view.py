@@ -5,6 +5,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+from ..footprint import STEP_TOKENS
 from ..plan import ExpertHost, ExpertIds, Pipeline, Plan, Prediction, StagePlan
 from ..units import gigabytes, id_ranges, milliseconds, names_text, wrapped
 from .explanation import Explanation, NodeFetch
@@ -197,6 +198,8 @@ def _predicted(prediction: Prediction, plan: Plan) -> Iterator[str]:
     cut = ""
     if len(plan.pipelines) == 1 and (num_steps := plan.pipelines[0].num_micro_batches or 1) > 1:
         cut = f"; {plan.max_concurrency} sequences decode in {num_steps} steps by turns"
+    if (chunk := max(each.max_step_tokens or 0 for each in plan.pipelines)) not in (0, STEP_TOKENS):
+        cut += f"; steps have at most {chunk} tokens, for prompts hold up the others"
     several = " on the slowest pipeline" * (len(plan.pipelines) > 1)
     step = max(each.prediction.step_tokens for each in plan.pipelines if each.prediction)
     yield (

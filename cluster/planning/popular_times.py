@@ -7,7 +7,6 @@ from itertools import islice, product
 
 import numpy as np
 
-from ..footprint import STEP_TOKENS
 from ..plan import StagePlan
 from ..search.cost import experts_s
 from ..search.expert_cost import Seat, hosts_s, token_weights
@@ -38,7 +37,7 @@ def popular_stage_s(
     prompts = placing.chunks(tokens)
     for layer in range(stage.first_layer, stage.end_layer):
         seconds += placing.attention_L(home, tokens)[layer]
-        for weight, count in ((1.0, tokens), (prompts, STEP_TOKENS)):
+        for weight, count in ((1.0, tokens), (prompts, placing.chunk_tokens)):
             if not weight:
                 continue
             if stage.helpers:

@@ -18,6 +18,8 @@ PREFILL_TOKENS = 1024
 def predicted(placing: Placing, pipeline: Pipeline) -> Pipeline:
     """`pipeline` with its times, of stages without helpers or those of the best route. Stages
     that share a device take turns there."""
+    if pipeline.max_step_tokens is not None:
+        placing = placing.in_chunks(pipeline.max_step_tokens)
     number_of = {(p.node.host, p.device_name): n for n, p in enumerate(placing.places)}
     seats = [
         [(s.host, s.device), *((h.host, h.device) for h in s.helpers)] for s in pipeline.stages

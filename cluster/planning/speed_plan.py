@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache, cached_property, partial
 
+from ..footprint import STEP_TOKENS
 from ..machines import ComputeDtype, Inventory
 from ..plan import Pipeline
 from ..search.bound import least_round_trip_s, most_tokens_per_s
@@ -11,7 +12,7 @@ from ..search.lumps import likely_tokens_per_s
 from ..search.moves import improved
 from ..search.place import Place
 from ..search.placing import Placing
-from ..search.problem import Problem, Route
+from ..search.problem import Problem, Route, evaluate
 from ..search.search import Search, contenders, fastest
 from ..search.set_bounds import MOST_DEVICES, Outlook
 from .memory_plan import num_kv_blocks
@@ -24,6 +25,10 @@ NEAR = 0.25
 choice where prompts make lumps."""
 _LONGER = (0.01, 0.03)
 """Shares by which a round trip may be longer where that makes the slowest stage quicker."""
+_CHUNKS = (STEP_TOKENS, STEP_TOKENS // 2, STEP_TOKENS // 4)
+"""Tokens of chunks of prompts: where computing is slow, stages wait less for smaller ones."""
+_WORTH = 1.01
+"""What a smaller chunk must yield, against a larger one, for a first token comes later with it."""
 _MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64)
 
 
@@ -116,6 +121,23 @@ class SpeedPlanner:
         calm, chunks = self.placing.calm.problem(tokens), self.placing.chunks(tokens)
         return likely_tokens_per_s(problem, route, calm, chunks)
 
+    @cached_property
+    def chunk_tokens(self) -> int:
+        """Of chunks of prompts on the best route: as large as pays."""
+        assert self.found is not None
+        problem, route = self.found
+        calm = self.placing.calm.problem(problem.step_tokens)
+        best, most = STEP_TOKENS, 0.0
+        for tokens in _CHUNKS:
+            part = self.placing.in_chunks(tokens)
+            cut = part.problem(problem.step_tokens)
+            timed = evaluate(cut, route.sites, route.ends, route.members)
+            chunks, pieces = part.chunks(problem.step_tokens), STEP_TOKENS // tokens
+            likely = likely_tokens_per_s(cut, timed, calm, chunks, pieces=pieces)
+            if likely > most * _WORTH:
+                best, most = tokens, likely
+        return best
+
     def _likeliest(
         self, searches: Sequence[Search], found: Sequence[tuple[Problem, Route]]
     ) -> tuple[Problem, Route]:
@@ -183,6 +205,7 @@ class SpeedPlanner:
             num_kv_blocks=num_kv_blocks(self._workload),
             max_concurrency=self.streams,
             num_micro_batches=-(-self.streams // problem.step_tokens) if is_busy else None,
+            max_step_tokens=self.chunk_tokens if is_busy else None,
         )
         return predicted(self.placing, placed)
 

@@ -59,6 +59,8 @@ class PlacedModel:
             for dtype, whole in self.weights.items()
         }
         self._links = known_links(inventory)
+        self.chunk_tokens = STEP_TOKENS
+        """Of a full chunk of a prompt."""
         self.spans = {wish.host: wish.layers for wish in workload.nodes}
         self.known: dict[object, Any] = {}
         """What all parts share: seconds of layers, and of ways to spread experts."""
@@ -87,6 +89,12 @@ class PlacedModel:
     def calm(self) -> Self:
         """The same without prompts beside what is decoded."""
         return self._other(range(len(self.places)), replace(self.workload, objective="latency"))
+
+    def in_chunks(self, tokens: int) -> Self:
+        """The same with prompts cut into chunks of so many tokens."""
+        other = self._other(range(len(self.places)), self.workload)
+        other.chunk_tokens = tokens
+        return other
 
     def _other(self, numbers: Sequence[int], workload: Workload) -> Self:
         other = copy(self)
@@ -153,7 +161,7 @@ class PlacedModel:
         stream alone has none."""
         if self.workload.objective != "throughput":
             return 0.0
-        return PROMPT_TOKENS * tokens / STEP_TOKENS
+        return PROMPT_TOKENS * tokens / self.chunk_tokens
 
     @property
     def context_tokens(self) -> int:
@@ -162,7 +170,7 @@ class PlacedModel:
 
     def seconds_L(self, number: int, tokens: int) -> Matrix:
         """Of the layers before each on a place."""
-        key = (self.seat_key(number), tokens, self.workload.objective)
+        key = (self.seat_key(number), tokens, self.chunk_tokens, self.workload.objective)
         if key not in self.known:
             cost, speed, prompts = self.cost(number), self.speed(number), self.chunks(tokens)
             self.known[key] = prefix_sums(
@@ -171,7 +179,7 @@ class PlacedModel:
                         layer_s(
                             cost, layer, speed, tokens=tokens, context_tokens=self.context_tokens
                         )
-                        + prompts * prefill_layer_s(cost, layer, speed, tokens=STEP_TOKENS)
+                        + prompts * prefill_layer_s(cost, layer, speed, tokens=self.chunk_tokens)
                     )
                 )
             )
@@ -185,7 +193,8 @@ class PlacedModel:
         return cost.of_layers(
             lambda layer: (
                 attention_s(cost, layer, speed, tokens=tokens, context_tokens=context)
-                + prompts * attention_s(cost, layer, speed, tokens=STEP_TOKENS, context_tokens=0)
+                + prompts
+                * attention_s(cost, layer, speed, tokens=self.chunk_tokens, context_tokens=0)
             )
         )
 

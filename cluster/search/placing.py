@@ -9,7 +9,6 @@ from itertools import permutations
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ..footprint import STEP_TOKENS
 from ..machines import ComputeDtype
 from .cost import (
     TOKEN_ID_BYTES,
@@ -131,7 +130,7 @@ class Placing(PlacedModel):
     def _spreads(self, home: int, members: int, tokens: int) -> tuple[Array, Array]:
         """Seconds of a layer's experts by the way they are spread, and the ways."""
         sharing = tuple(self.seat_key(other) for other in (home, *helpers_of(home, members)))
-        key = (sharing, tokens, self.workload.objective)
+        key = (sharing, tokens, self.chunk_tokens, self.workload.objective)
         if key not in self.known:
             cost, seats = self.cost(home), self.seats(home, members)
             layer = cost.expert_bytes.index(max(cost.expert_bytes))
@@ -140,7 +139,9 @@ class Placing(PlacedModel):
             held_OHE = in_turn(counts_OH, cost.num_experts)
             seconds_O = hosts_s(cost, layer, seats, held_OHE, tokens=tokens)
             if prompts := self.chunks(tokens):
-                seconds_O += prompts * hosts_s(cost, layer, seats, held_OHE, tokens=STEP_TOKENS)
+                seconds_O += prompts * hosts_s(
+                    cost, layer, seats, held_OHE, tokens=self.chunk_tokens
+                )
             self.known[key] = seconds_O, counts_OH
         found: tuple[Array, Array] = self.known[key]
         return found
@@ -165,11 +166,12 @@ class Placing(PlacedModel):
             layer.append(self.least_layer_L(home, (1 << len(count)) - 1, tokens))
             step, full = (
                 np.min([self._one_expert_L(home, dtype, n) for dtype in self.costs], axis=0)
-                for n in (tokens, STEP_TOKENS)
+                for n in (tokens, self.chunk_tokens)
             )
             one_expert.append(step + prompts * full)
             expert.append(
-                hit_chance(cost, tokens) * step + prompts * hit_chance(cost, STEP_TOKENS) * full
+                hit_chance(cost, tokens) * step
+                + prompts * hit_chance(cost, self.chunk_tokens) * full
             )
         overhead = min(each.workspace_bytes(0) for each in self.weights.values())
         asked_NN, rows_NN = np.zeros((len(count), len(count))), np.zeros((len(count), len(count)))
@@ -178,7 +180,7 @@ class Placing(PlacedModel):
             asked_s = asked_host_s(self.speed(home), link)
             asked_NN[home, host] = (1 + prompts) * asked_s
             rows_NN[home, host] = expert_rows_s(cost, link, tokens=tokens)
-            rows_NN[home, host] += prompts * expert_rows_s(cost, link, tokens=STEP_TOKENS)
+            rows_NN[home, host] += prompts * expert_rows_s(cost, link, tokens=self.chunk_tokens)
         return Least(
             layer_NL=np.array(layer),
             own_NL=np.array(own),
@@ -204,7 +206,7 @@ class Placing(PlacedModel):
             every = np.ones((1, len(seats)), dtype=bool)
             step, full = (
                 float(least_hosts_s(cost, layer, seats, every, tokens=n)[0])
-                for n in (tokens, STEP_TOKENS)
+                for n in (tokens, self.chunk_tokens)
             )
             by_size[size] = step + self.chunks(tokens) * full
         return np.array(self.attention_L(home, tokens)) + [

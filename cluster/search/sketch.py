@@ -14,7 +14,6 @@ from functools import cache
 
 import numpy as np
 
-from ..footprint import STEP_TOKENS
 from .ceiling import Ceiling, numbers
 from .division import Share
 from .expert_cost import hosts_s
@@ -96,7 +95,7 @@ class Sketch:
         while counts.sum() < cost.num_experts:
             counts[((counts + 1) / speeds).argmin()] += 1
         held_OHE = in_turn(counts[None, :], cost.num_experts)
-        each = (1.0, tokens), (placing.chunks(tokens), STEP_TOKENS)
+        each = (1.0, tokens), (placing.chunks(tokens), placing.chunk_tokens)
         return sum(
             weight * float(hosts_s(cost, 0, seats, held_OHE, tokens=n)[0])
             for weight, n in each

@@ -18,7 +18,6 @@ from math import comb
 
 import numpy as np
 
-from ..footprint import STEP_TOKENS
 from .cost import ModelCost, transfer_s
 from .expert_cost import (
     Array,
@@ -69,7 +68,7 @@ class _Sharing:
         self._problem = placing.problem(tokens)
         count = len(self._problem.sites)
         prompts = placing.chunks(tokens)
-        self._parts = [(1.0, tokens), (prompts, STEP_TOKENS)][: 1 + (prompts > 0)]
+        self._parts = [(1.0, tokens), (prompts, placing.chunk_tokens)][: 1 + (prompts > 0)]
         """Of a step: weights, and sequences at once."""
         self._seats = [
             Seat(

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ...cluster.footprint import STEP_TOKENS
 from ...cluster.links.link import ALIVE_S, StageLink
 from ...errors import NotFiniteError, QueueFullError, StageLostError, UsageError
 from ...fetcher.config import ModelConfig
@@ -61,6 +62,7 @@ class Engine:
         downstream: StageLink,
         upstream: StageLink,
         eos_token_ids: Collection[int],
+        max_step_tokens: int | None = None,
         name: str = "engine",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,7 +70,8 @@ class Engine:
 
         At most `max_running` requests hold KV blocks at once. That they may not all fit at full
         length is meant: most are short, and the scheduler preempts when blocks run out. Besides, at
-        most `max_waiting` wait for theirs. `name` is for logs.
+        most `max_waiting` wait for theirs. A step has `max_step_tokens` at most, or `STEP_TOKENS`.
+        `name` is for logs.
         """
         self._scheduler = Scheduler(
             num_kv_blocks=num_kv_blocks,
@@ -76,6 +79,7 @@ class Engine:
             max_running=max_running,
             num_stages=num_stages,
             eos_token_ids=frozenset(eos_token_ids),
+            max_step_tokens=max_step_tokens or STEP_TOKENS,
         )
         # Unbounded in type only: at most `max_waiting` requests and their aborts, and the probes
         # that somebody waits for.

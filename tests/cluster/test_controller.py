@@ -118,6 +118,7 @@ def placed(spec: DeploymentSpec, num_stages: tuple[int, ...]) -> Iterator[Pipeli
                 ),
                 num_kv_blocks=4 + count,
                 max_concurrency=count,
+                max_step_tokens=128 * count,
             )
             for count in num_stages
         ),
@@ -267,6 +268,7 @@ def test_each_of_several_pipelines_has_a_ring_and_one_that_is_lost_is_named_and_
         downstream = {name: facts[1].split(":")[1] for name, facts in told.items()}
         assert downstream == {"p0/s0": "9", "p1/s0": "1", "p1/s1": "10"}
         rings = ray.get(actor("gateway").facts.remote()).rings
+        assert [r.max_step_tokens for r in rings] == [128, 256]
         assert [(r.num_kv_blocks, r.max_running, r.max_waiting, r.speed) for r in rings] == [
             (5, 5, 3, 1.0),
             (6, 5, 3, 2.0),

@@ -60,6 +60,21 @@ def test_one_stage_loses_nothing_and_two_equal_ones_wait_for_each_other() -> Non
     assert lumpy < 0.99 * even
 
 
+def test_a_prompt_in_pieces_holds_up_less_for_they_overlap() -> None:
+    calm = random_problem(5, num_sites=2, num_layers=4, step_tokens=4)
+    problem = with_prompts(calm)
+    for route in every_route(calm):
+        timed = evaluate(problem, route.sites, route.ends)
+        whole, halves, quarters = (
+            tokens_per_s_in_lumps(problem, timed, calm, CHUNKS * pieces, pieces=pieces)
+            for pieces in (1, 2, 4)
+        )
+        if len(route.sites) == 1:
+            assert whole == pytest.approx(halves) == pytest.approx(quarters)
+        else:
+            assert whole < halves < quarters
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -210,3 +210,19 @@ def test_stages_of_one_device_take_the_whole_batch_in_turn() -> None:
         found = plan(*MIXTRAL, linked(node("a", 200, 100)), asked(num_stages=num_stages))
         assert len(found.stages) == num_stages
         assert found.pipelines[0].steps_at_once == 1
+
+
+def test_steps_are_small_where_prompts_would_hold_up_the_others() -> None:
+    def steps(gemm_gflops: float, objective: str) -> int | None:
+        nodes = (node(name, 50, 200, gemm_gflops=gemm_gflops) for name in "abc")
+        found = plan(*MIXTRAL, linked(*nodes), asked(dtype="bf16", objective=objective))
+        assert found.prediction is not None
+        (pipeline,) = found.pipelines
+        assert len(pipeline.stages) > 1
+        told = f"steps have at most {pipeline.max_step_tokens} tokens"
+        assert (told in " ".join(plan_table(found).split())) == (pipeline.max_step_tokens == 128)
+        return pipeline.max_step_tokens
+
+    assert steps(500, "throughput") == 128
+    assert steps(1e6, "throughput") == 512
+    assert steps(500, "latency") is None

@@ -83,6 +83,17 @@ def test_many_clients_at_once_get_their_own_tokens(num_stages: int) -> None:
     assert answers == [expected_tokens(prompt, 30) for prompt in prompts]
 
 
+@pytest.mark.parametrize(("asked", "largest"), [(32, 32), (None, 200)])
+def test_no_step_has_more_tokens_than_it_may(asked: int | None, largest: int) -> None:
+    stages, prompt = fake_stages(2, num_kv_blocks=24), list(range(200))
+    with running_engine(stages, num_kv_blocks=24, max_running=8, max_step_tokens=asked) as (
+        engine,
+        _,
+    ):
+        assert asyncio.run(answer(engine, prompt, 5)) == expected_tokens(prompt, 5)
+    assert [stage.largest_step for stage in stages] == [largest, largest]
+
+
 def test_a_client_that_leaves_frees_its_blocks() -> None:
     async def run(engine: Engine) -> None:
         events = engine.generate([1, 2], GenerationParams(max_tokens=1000))
