@@ -80,6 +80,7 @@ class PlacedModel:
     def _begin(self) -> None:
         """Know nothing yet of these places together."""
         self.attention_L = cache(self._attention_L)
+        self._cut: dict[int, Any] = {}
 
     def part(self, numbers: Sequence[int], streams: int) -> Self:
         """The same on some of the places alone, and for so many streams."""
@@ -92,9 +93,13 @@ class PlacedModel:
 
     def in_chunks(self, tokens: int) -> Self:
         """The same with prompts cut into chunks of so many tokens."""
-        other = self._other(range(len(self.places)), self.workload)
-        other.chunk_tokens = tokens
-        return other
+        if tokens == self.chunk_tokens:
+            return self
+        if tokens not in self._cut:
+            self._cut[tokens] = self._other(range(len(self.places)), self.workload)
+            self._cut[tokens].chunk_tokens = tokens
+        found: Self = self._cut[tokens]
+        return found
 
     def _other(self, numbers: Sequence[int], workload: Workload) -> Self:
         other = copy(self)
