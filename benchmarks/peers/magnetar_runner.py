@@ -123,7 +123,10 @@ class Ring:
         dtype: str,
         threads: int,
         batch_invariant: bool = False,
+        steps_at_once: int = 1,
+        max_step_tokens: int | None = None,
     ) -> None:
+        """Stages of one machine take turns, as plans have it, unless more steps go at once."""
         from magnetar.serve.engine.engine import Engine
 
         facts = facts_of(folder)
@@ -161,7 +164,8 @@ class Ring:
             max_context_tokens=self.config.max_context_tokens,
             max_running=64,
             max_waiting=256,
-            num_stages=1,  # those of one machine take turns, as plans have it
+            num_stages=steps_at_once,
+            max_step_tokens=max_step_tokens,
             downstream=downstream,
             upstream=upstream,
             eos_token_ids=(),
