@@ -9,7 +9,7 @@ import numpy as np
 
 from ..plan import StagePlan
 from ..search.cost import experts_s
-from ..search.expert_cost import Seat, hosts_s, token_weights
+from ..search.expert_cost import hosts_s, token_weights
 from ..search.placing import Placing
 
 Popularity = Sequence[Sequence[float]]
@@ -27,13 +27,7 @@ def popular_stage_s(
     home = places[0]
     cost, site = placing.cost(home), placing.problem(tokens).sites[home]
     seconds = stage.has_embeddings * site.first_s + stage.has_output * site.last_s
-    seats = [
-        Seat(
-            speed=placing.speed(place, placing.dtypes[home]),
-            link=None if place == home else placing.link(home, place),
-        )
-        for place in places
-    ]
+    seats = [placing.seat(home, place) for place in places]
     prompts = placing.chunks(tokens)
     for layer in range(stage.first_layer, stage.end_layer):
         seconds += placing.attention_L(home, tokens)[layer]

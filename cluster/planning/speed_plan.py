@@ -116,24 +116,20 @@ class SpeedPlanner:
         """Tokens per second of the best route as prompts really come; 0: nothing fits."""
         return 0.0 if self.found is None else self._likely(*self.found)
 
-    def _likely(self, problem: Problem, route: Route) -> float:
-        tokens = problem.step_tokens
-        calm, chunks = self.placing.calm.problem(tokens), self.placing.chunks(tokens)
-        return likely_tokens_per_s(problem, route, calm, chunks)
+    def _likely(self, problem: Problem, route: Route, chunk_tokens: int = STEP_TOKENS) -> float:
+        tokens, part = problem.step_tokens, self.placing.in_chunks(chunk_tokens)
+        cut, calm = part.problem(tokens), self.placing.calm.problem(tokens)
+        timed = evaluate(cut, route.sites, route.ends, route.members)
+        pieces = STEP_TOKENS // chunk_tokens
+        return likely_tokens_per_s(cut, timed, calm, part.chunks(tokens), pieces=pieces)
 
     @cached_property
     def chunk_tokens(self) -> int:
         """Of chunks of prompts on the best route: as large as pays."""
         assert self.found is not None
-        problem, route = self.found
-        calm = self.placing.calm.problem(problem.step_tokens)
         best, most = STEP_TOKENS, 0.0
         for tokens in _CHUNKS:
-            part = self.placing.in_chunks(tokens)
-            cut = part.problem(problem.step_tokens)
-            timed = evaluate(cut, route.sites, route.ends, route.members)
-            chunks, pieces = part.chunks(problem.step_tokens), STEP_TOKENS // tokens
-            likely = likely_tokens_per_s(cut, timed, calm, chunks, pieces=pieces)
+            likely = self._likely(*self.found, tokens)
             if likely > most * _WORTH:
                 best, most = tokens, likely
         return best

@@ -31,7 +31,7 @@ from .cost import (
 )
 from .expert_cost import Seat
 from .place import Place
-from .problem import Matrix, helpers_of
+from .problem import Matrix, helpers_of, sites_of
 
 PROMPT_TOKENS = 1.0
 """Of prompts for every token that is generated, where many streams are planned for. They travel in
@@ -153,13 +153,12 @@ class PlacedModel:
 
     def seats(self, home: int, members: int) -> list[Seat]:
         """The hosts of a stage's experts, the home first, as its experts see them."""
-        return [
-            Seat(speed=self.speed(home)),
-            *(
-                Seat(speed=self.speed(other, self.dtypes[home]), link=self.link(home, other))
-                for other in helpers_of(home, members)
-            ),
-        ]
+        return [self.seat(home, site) for site in sites_of(home, members)]
+
+    def seat(self, home: int, site: int) -> Seat:
+        """One of them: the home itself, or a helper behind its link."""
+        link = None if site == home else self.link(home, site)
+        return Seat(speed=self.speed(site, self.dtypes[home]), link=link)
 
     def chunks(self, tokens: int) -> float:
         """Full chunks of prompts that come with a decode step of so many tokens, on average; one

@@ -70,13 +70,7 @@ class _Sharing:
         prompts = placing.chunks(tokens)
         self._parts = [(1.0, tokens), (prompts, placing.chunk_tokens)][: 1 + (prompts > 0)]
         """Of a step: weights, and sequences at once."""
-        self._seats = [
-            Seat(
-                speed=placing.speed(site, placing.dtypes[home]),
-                link=None if site == home else placing.link(home, site),
-            )
-            for site in range(count)
-        ]
+        self._seats = [placing.seat(home, site) for site in range(count)]
         asked = np.array([self._asked_s(seat) for seat in self._seats])
         rows, one, busy = np.zeros(count), np.zeros(count), np.zeros(count)
         for weight, n in self._parts:
