@@ -287,26 +287,11 @@ class Search:
         most tokens per second, if more than `floor`. None: it does not fit."""
         if not throughput:
             return self.along(order, math.inf)
-        if floor and not self._may_beat(floor, order):
+        stages = [(stage.home, stage.members) for stage in order]
+        if floor and self.outlook is not None and not self.outlook.may_yield(floor, stages):
             return None
         routes = list(self.improvements(floor, lambda limit, _: self.along(order, limit), order))
         return routes[-1] if routes else None
-
-    def _may_beat(self, floor: float, order: Sequence[Stage]) -> bool:
-        """Whether any cut of an order yields more tokens per second: one programme tells."""
-        stages = [(stage.home, stage.members) for stage in order]
-        if self.outlook is not None and not self.outlook.may_yield(floor, stages):
-            return False
-        limit_s = np.nextafter(self.problem.step_tokens / floor, 0)
-        within, hops = self._within(float(limit_s), order)
-        front: Front | None = Front.root(self.problem.num_layers)
-        for stage in order:
-            if front is not None:
-                front = Front.extended([front], stage, within[stage], hops)
-        if front is None:
-            return False
-        back_s = float(self.problem.return_s[order[-1].home, order[0].home])
-        return float(front.cost_L[-1]) + back_s < self.problem.streams / floor
 
     def evened(self, route: Route, round_trip_s: float) -> Route:
         """The same stages in the same order, cut so that the slowest of them and of the transfers
