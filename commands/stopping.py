@@ -14,6 +14,15 @@ from .console import Console
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user's signal, in a command that it ends at once.
+
+    A class of its own, for a `KeyboardInterrupt` that passes through text given to `exec`, as
+    `dataclasses` does it, makes CPython end with the signal in place of the exit code of the
+    command, although it was caught (`run_eval_code_obj` in its `pythonrun.c`).
+    """
+
+
 @contextlib.contextmanager
 def stopping(stop: threading.Event, console: Console) -> Iterator[None]:
     """Makes Ctrl-C and SIGTERM set ``stop``; the second one ends the process at once."""
@@ -33,13 +42,13 @@ def stopping(stop: threading.Event, console: Console) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """Makes Ctrl-C and SIGTERM raise `KeyboardInterrupt` where the main thread is; the second one
+    """Makes Ctrl-C and SIGTERM raise `Interrupted` where the main thread is; the second one
     ends the process, whatever is still being closed."""
 
     def handle(_number: int, _frame: object) -> None:
         for number in _NUMBERS:
             signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt
+        raise Interrupted
 
     with _handling(handle):
         yield

@@ -60,6 +60,33 @@ def test_the_first_signal_ends_it_while_it_begins(
         assert nodes.process.wait(END_S) == 130
 
 
+# Measures in text that is executed, as much of what imports and dataclasses do is.
+EXECUTING = """
+import sys
+from magnetar import cli
+from magnetar.serve import gauge
+def read_gbps(*args):
+    exec("import time; print('measuring', flush=True); time.sleep(60)")
+gauge.ModelGauge.read_gbps = read_gbps
+sys.exit(cli.main(["nodes", "--again", "--progress", "plain"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_exit_code_is_ours_wherever_the_signal_comes(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAGNETAR_HOME", str(tmp_path))
+    (tmp_path / "executing.py").write_text(EXECUTING)
+    with subprocess.Popen(
+        [sys.executable, "-m", "executing"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "measuring\n"
+        process.send_signal(number)
+        assert process.wait(END_S) == 130
+
+
 def test_profiles_are_shown_with_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["nodes", "--profiles", "--progress", "none"]) == 0
     shown = capsys.readouterr().out
