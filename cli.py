@@ -29,11 +29,11 @@ if __name__ == "__main__" and not __package__:
 from .commands.console import Console
 from .commands.logs import send_logs_to
 from .commands.parser import build_parser
-from .commands.stopping import stopping
+from .commands.stopping import stopping, stopping_at_once
 from .errors import InterruptedByUserError, MagnetarError, PreflightError
 
 # What can be taken up again where it was left, by running the same command.
-_RESUMABLE = frozenset({"up", "demo", "fetch", "verify", "plan", "inspect"})
+_RESUMABLE = frozenset({"up", "demo", "fetch", "verify", "plan", "inspect", "down"})
 _NO_ACCESS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(args.progress)
     send_logs_to(console, debug=args.debug)
     try:
-        with console, stopping(stop, console):
+        with console, stopping_at_once() if args.ends_at_once else stopping(stop, console):
             args.body(args, console, stop)
     except BrokenPipeError:
         # Whoever read our output has gone; closing stdout again at exit must not complain.

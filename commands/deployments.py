@@ -15,7 +15,6 @@ from .option_groups import (
     add_source,
 )
 from .serving import serving, status_table
-from .stopping import stopping_at_once
 from .verb import Verbs
 from .wishes import wanted
 
@@ -59,7 +58,7 @@ def up(args: argparse.Namespace, console: Console, stop: threading.Event) -> Non
 
 def add_status(verbs: Verbs) -> None:
     """`magnetar status` and its options."""
-    parser = verbs.add("status", status, "print what is deployed")
+    parser = verbs.add("status", status, "print what is deployed", ends_at_once=True)
     parser.add_argument("name", nargs="?", metavar="NAME", help="only this deployment")
     add_ray_address(parser, _RAY_HELP)
     add_output(parser)
@@ -69,8 +68,7 @@ def status(args: argparse.Namespace, console: Console, stop: threading.Event) ->
     """Prints what is deployed."""
     from ..serve.launch import status as ask
 
-    with stopping_at_once():
-        found = ask(args.name, ray_address=args.ray_address)
+    found = ask(args.name, ray_address=args.ray_address)
     if args.output == "json":
         console.data(json_text(found if args.name is None else found[0]))
     elif found:
@@ -81,7 +79,9 @@ def status(args: argparse.Namespace, console: Console, stop: threading.Event) ->
 
 def add_down(verbs: Verbs) -> None:
     """`magnetar down` and its options."""
-    parser = verbs.add("down", down, "stop a deployment; what it downloaded is kept")
+    parser = verbs.add(
+        "down", down, "stop a deployment; what it downloaded is kept", ends_at_once=True
+    )
     parser.add_argument("name", metavar="NAME", help="name of the deployment")
     add_ray_address(parser, _RAY_HELP)
 

@@ -12,7 +12,6 @@ from .console import Console, json_text
 from .nodes_view import columns, nodes_table
 from .option_groups import add_ray_address
 from .serving import need_importable_package
-from .stopping import stopping_at_once
 from .verb import Verbs
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ def add_nodes(verbs: Verbs) -> None:
         "measure the machines there are to plan with",
         "Measure this machine, or every node of a Ray cluster and the links between them. Later "
         "plans use what was measured.",
+        ends_at_once=True,
     )
     parser.add_argument(
         "--again", action="store_true", help="measure even what was measured before"
@@ -54,12 +54,11 @@ def nodes(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
     from ..cluster.inventory.link_cache import remember_links
     from ..manifests.inventory_document import inventory_document
 
-    with stopping_at_once():
-        console.note("measuring takes seconds; what was measured before is taken from the cache")
-        if args.ray_address is None:
-            inventory = _here(again=args.again)
-        else:
-            inventory = _of_ray(args.ray_address, again=args.again)
+    console.note("measuring takes seconds; what was measured before is taken from the cache")
+    if args.ray_address is None:
+        inventory = _here(again=args.again)
+    else:
+        inventory = _of_ray(args.ray_address, again=args.again)
     remember_links(inventory)
     if args.output == "table":
         # Whoever parses lines gets them whole.

@@ -28,7 +28,9 @@ PlanOutput = Literal["table", "json", "yaml", "svg"]
 
 def add_plan(verbs: Verbs) -> None:
     """`magnetar plan` and its options."""
-    parser = verbs.add("plan", plan, "print where a model would run; changes nothing")
+    parser = verbs.add(
+        "plan", plan, "print where a model would run; changes nothing", ends_at_once=True
+    )
     add_source(parser, optional=True)
     add_manifest(parser)
     add_facts(parser)

@@ -103,7 +103,9 @@ def verify(args: argparse.Namespace, console: Console, stop: threading.Event) ->
 
 def add_inspect(verbs: Verbs) -> None:
     """`magnetar inspect` and its options."""
-    parser = verbs.add("inspect", inspect, "print the facts and the tensors of a release")
+    parser = verbs.add(
+        "inspect", inspect, "print the facts and the tensors of a release", ends_at_once=True
+    )
     add_source(parser)
     add_facts(parser)
     parser.add_argument(

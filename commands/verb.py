@@ -46,16 +46,26 @@ class Verbs:
         add_common(self._common.add_argument_group("output"), progress=argparse.SUPPRESS)
 
     def add(
-        self, name: str, body: Body, help: str, description: str = ""
+        self,
+        name: str,
+        body: Body,
+        help: str,
+        description: str = "",
+        *,
+        ends_at_once: bool = False,
     ) -> argparse.ArgumentParser:
-        """A verb that has no options of its own yet; parsed arguments carry its body."""
+        """A verb that has no options of its own yet; parsed arguments carry its body.
+
+        `ends_at_once` says that it leaves nothing half done: the first Ctrl-C raises in it, and its
+        event is never set.
+        """
         parser: argparse.ArgumentParser = self._parsers.add_parser(
             name,
             help=help,
             description=description or f"{help[0].upper()}{help[1:]}.",
             parents=[self._common],
         )
-        parser.set_defaults(body=body)
+        parser.set_defaults(body=body, ends_at_once=ends_at_once)
         return parser
 
 

@@ -204,16 +204,19 @@ def down(name: str, *, ray_address: str | None = None) -> None:
         held.terminate()  # it ends its deployment by itself
         _wait_gone(command, name)
         return
-    address = ray_address or str(record["address"])
-    try:
-        with joined_ray(address):
-            Session(find_controller(name)).stop()
-    except NotFoundError:
-        if not record:
+    address, head = ray_address or str(record["address"]), _mark(record.get("head"))
+    with contextlib.ExitStack() as in_any_case:
+        if head is not None:
+            in_any_case.callback(stop_head, head)
+        try:
+            with joined_ray(address):
+                Session(find_controller(name)).stop()
+        except NotFoundError:
+            if not record:
+                raise
+        except KeyboardInterrupt:
+            in_any_case.pop_all()  # what was asked to end goes on ending
             raise
-    finally:
-        if (head := _mark(record.get("head"))) is not None:
-            stop_head(head)
     journal.forget()
 
 

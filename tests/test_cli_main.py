@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
+from types import ModuleType
 
 import pytest
 
 from magnetar import cli, errors
-from magnetar.commands import deployments, releases, seeding
+from magnetar.commands import deployments, nodes, plans, releases, seeding
 from magnetar.commands.console import Console
 from magnetar.commands.verb import Body
 
@@ -35,8 +36,8 @@ def test_every_error_ends_with_its_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(deployments, "down", ends_with(kind("what to do")))
-    assert cli.main(["down", "x", "--progress", "plain"]) == kind.exit_code
+    monkeypatch.setattr(deployments, "status", ends_with(kind("what to do")))
+    assert cli.main(["status", "x", "--progress", "plain"]) == kind.exit_code
     assert capsys.readouterr().err == "magnetar: what to do\n"
 
 
@@ -102,14 +103,35 @@ def test_signal_sets_the_event_and_leaves_the_handlers_as_they_were(
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (plans, ["plan", "x"]),
+        (nodes, ["nodes"]),
+        (deployments, ["status"]),
+        (deployments, ["down", "x"]),
+        (releases, ["inspect", "x"]),
+    ],
+)
+def test_the_first_signal_ends_what_leaves_nothing_half_done(
+    module: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.wait(10), "it was asked to stop, not ended"
+
+    monkeypatch.setattr(module, arguments[0], body)
+    assert cli.main(arguments) == 130
+
+
 BODY = """
 import sys
 from magnetar import cli
-from magnetar.commands import deployments
+from magnetar.commands import seeding
 def body(args, console, stop):
     {}
-deployments.down = body
-sys.exit(cli.main(["down", "x", "--progress", "plain"]))
+seeding.seed = body
+sys.exit(cli.main(["seed", "x", "--progress", "plain"]))
 """
 
 

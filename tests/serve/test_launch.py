@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -10,6 +11,7 @@ from magnetar.cluster.journal import deployment_record
 from magnetar.cluster.runtime.process_mark import ProcessMark
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.errors import InfeasiblePlanError, NotFoundError, UsageError
+from magnetar.serve import launch
 from magnetar.serve.launch import down, plan_only, status, up
 from magnetar.tests.releases import write_release
 
@@ -49,6 +51,22 @@ def test_a_deployment_whose_process_was_killed_is_lost_until_it_is_taken_down() 
     assert "magnetar down mine" in found["message"]
     down("mine")
     assert status() == []
+
+
+def test_whoever_interrupts_down_leaves_the_deployment_to_end_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(address: str) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "joined_ray", interrupted)
+    monkeypatch.setattr(launch, "stop_head", lambda mark: pytest.fail("its Ray was ended"))
+    head = ProcessMark.of_this_process()
+    record = {"name": "mine", "address": "a:1", "command": None}
+    deployment_record("mine").write(record | {"head": {"pid": head.pid, "started": head.started}})
+    with pytest.raises(KeyboardInterrupt):
+        down("mine")
+    assert deployment_record("mine").read() is not None
 
 
 def test_unknown_names_are_not_found() -> None:
