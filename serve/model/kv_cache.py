@@ -14,7 +14,9 @@ class KVCache:
     """Room for ``num_blocks * KV_BLOCK_TOKENS`` tokens of one layer, in the compute dtype.
 
     The memory is not cleared, so that pages cost nothing until they are written; a row reads only
-    what it or an earlier row of its request has written.
+    what it or an earlier row of its request has written. Layers whose attention is compiled keep
+    their keys and values in it in an order of their own (`kernels/cache.h`): `store` and `read` are
+    for the others.
     """
 
     def __init__(

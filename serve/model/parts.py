@@ -109,6 +109,8 @@ def _attention(
         return None
     if config.dim % _OUTPUTS or config.head_dim % _LANES or config.head_dim > _MOST_HEAD_DIM:
         return None
+    if KV_BLOCK_TOKENS % _LANES:
+        return None
     about = AttentionPart(
         norm=norm_C.data_ptr(),
         wqkv=ctypes.addressof(wqkv.matrix),

@@ -7,16 +7,15 @@
  * nothing changes no bit of them. So the result does not depend on the other queries of the step, nor
  * on the step in which a key was computed, nor on where its block lies.
  */
-#include "layers.h"
+#include "cache.h"
 
-#define KEYS 64
-#define KEY_BLOCKS (KEYS / OUTPUTS)
 #define QUERY_ROWS 168 /* queries times heads that take a stretch of keys together, or one query */
 #define NOTHING (-1e30f)
 
 /* What one thread needs to attend. */
 typedef struct {
-    uint32_t *queries, *keys, *values; /* tiles of queries; blocks of keys; blocks of values */
+    uint32_t *queries; /* in tiles */
+    stretch stretches[2]; /* that which queries meet, and the next one */
     float *scores, *sums; /* [rows][KEYS], [rows][padded head_dim] */
     float *largest, *totals, *scales; /* [rows] */
     uint32_t *chances; /* tiles of the exponentials, in bf16 */
@@ -27,15 +26,14 @@ static long most_rows(const attention *l) {
     return group > QUERY_ROWS ? group : QUERY_ROWS / group * group;
 }
 
-/* The head dimension in whole blocks; what is beyond it comes to nothing. */
+/* The head dimension in pairs of registers; what is beyond it is not looked at. */
 INLINE long padded(const attention *l) { return (l->head_dim + OUTPUTS - 1) / OUTPUTS * OUTPUTS; }
 
 static long lay_out_room(const attention *l, char *scratch, room *r) {
     const long rows = most_rows(l), head_dim = padded(l);
     long taken = 0;
     r->queries = take(scratch, &taken, 2 * rows * head_dim);
-    r->keys = take(scratch, &taken, 2 * KEYS * head_dim);
-    r->values = take(scratch, &taken, 2 * KEYS * head_dim);
+    for (int i = 0; i < 2; i++) r->stretches[i].cut = take(scratch, &taken, 4 * LEAVES * leaf_words(l));
     r->scores = take(scratch, &taken, 4 * rows * KEYS);
     r->sums = take(scratch, &taken, 4 * rows * head_dim);
     r->largest = take(scratch, &taken, 4 * rows);
@@ -62,69 +60,48 @@ static void turn(uint16_t *heads, const float *rotations, long num_heads, long h
 static void turn_and_store(const attention *l, const batch *b, const cache *c, long token, uint16_t *qkv) {
     const long width = l->n_kv_heads * l->head_dim, queries = l->n_heads * l->head_dim;
     turn(qkv, b->rotations + b->positions[token] * l->head_dim, l->n_heads + l->n_kv_heads, l->head_dim);
-    memcpy(c->keys + b->slots[token] * width, qkv + queries, 2 * width);
-    memcpy(c->values + b->slots[token] * width, qkv + queries + width, 2 * width);
+    store(l, c, b->slots[token], qkv + queries, qkv + queries + width);
 }
 
-/* Where the key of a position lies, beside those of the other heads. */
-INLINE long slot(const attention *l, const batch *b, const span *s, long position) {
-    return b->block_ids[s->block_ids + position / l->block_tokens] * l->block_tokens + position % l->block_tokens;
-}
-
-/* Keys and values of the positions first .. first + 64 into blocks; those from `end` on are zero. */
-static void fetch(const attention *l, const batch *b, const cache *c, const span *s, long head, long first, long begin,
-                  long end, room *r) {
-    const long head_dim = l->head_dim, width = l->n_kv_heads * head_dim, at = head * head_dim;
-    static const uint16_t zeros[1024];
-    const uint16_t *keys[KEYS], *values[KEYS];
-    for (long i = 0; i < KEYS; i++) {
-        const long position = first + i;
-        const int is_there = position >= begin && position < end;
-        const long place = is_there ? slot(l, b, s, position) * width + at : 0;
-        keys[i] = is_there ? c->keys + place : zeros;
-        values[i] = is_there ? c->values + place : zeros;
+/* low and high += leaves from a and b on times m rows. Those that are next are on their way meanwhile: a leaf
+ * is too short for the processor to see by itself where reading goes on, and took 1.5 times as long. */
+INLINE void dot_ahead(const uint32_t *a, const uint32_t *b, const uint32_t *next_a, const uint32_t *next_b,
+                      const uint32_t *x, long pairs, __m512 *low, __m512 *high, const int m) {
+    for (long j = 0; j < pairs; j++) {
+        _mm_prefetch((const char *)(next_a + j * LEAF), _MM_HINT_T1);
+        _mm_prefetch((const char *)(next_b + j * LEAF), _MM_HINT_T1);
+        dot_pair(a + j * LEAF, b + j * LEAF, x + j * m, low, high, m);
     }
-    for (long i = 0; i < KEYS; i += 16)
-        for (long j = 0; j < head_dim / 2; j += 16) {
-            __m512i t[16];
-            const int pairs = head_dim / 2 - j < 16 ? (int)(head_dim / 2 - j) : 16;
-            for (int k = 0; k < 16; k++) t[k] = _mm512_maskz_loadu_epi32((1 << pairs) - 1, keys[i + k] + 2 * j);
-            transpose(t);
-            uint32_t *to = r->keys + i / OUTPUTS * OUTPUTS * (head_dim / 2) + i % OUTPUTS;
-            for (int k = 0; k < 16; k++)
-                if (k < pairs) _mm512_storeu_si512(to + (j + k) * OUTPUTS, t[k]);
-        }
-    for (long i = 0; i < KEYS; i += 2)
-        for (long o = 0; o < head_dim; o += 16) {
-            __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(values[i] + o)));
-            __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(values[i + 1] + o)));
-            uint32_t *to = r->values + o / OUTPUTS * OUTPUTS * (KEYS / 2) + i / 2 * OUTPUTS + o % OUTPUTS;
-            _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-        }
 }
 
-INLINE void score(const uint32_t *keys, const uint32_t *queries, long pairs, float *scores, const int m) {
-    for (long b = 0; b < KEY_BLOCKS; b++) {
+INLINE void score(const stretch *met, const stretch *next, const uint32_t *queries, long pairs, float *scores,
+                  const int m) {
+    for (long k = 0; k < LEAVES; k += 2) {
         __m512 low[MOST_ROWS], high[MOST_ROWS];
         for (int i = 0; i < m; i++) low[i] = high[i] = _mm512_setzero_ps();
-        dot((const uint8_t *)(keys + b * OUTPUTS * pairs), queries, pairs, low, high, m);
+        dot_ahead(met->keys[k], met->keys[k + 1], next->keys[k], next->keys[k + 1], queries, pairs, low, high, m);
         for (int i = 0; i < m; i++) {
-            _mm512_storeu_ps(scores + i * KEYS + b * OUTPUTS, low[i]);
-            _mm512_storeu_ps(scores + i * KEYS + b * OUTPUTS + 16, high[i]);
+            _mm512_storeu_ps(scores + i * KEYS + k * LEAF, low[i]);
+            _mm512_storeu_ps(scores + i * KEYS + k * LEAF + LEAF, high[i]);
         }
     }
 }
 
 /* sums = sums * scales + chances * values */
-INLINE void weigh(const uint32_t *values, const uint32_t *chances, const float *scales, long width, float *sums,
-                  const int m) {
+INLINE void weigh(const stretch *met, const stretch *next, const uint32_t *chances, const float *scales,
+                  long head_dim, long width, float *sums, const int m) {
     for (long o = 0; o < width; o += OUTPUTS) {
+        const long at = o * LEAF / 2, beside = o + LEAF < head_dim ? LEAF * LEAF / 2 : 0;
         __m512 low[MOST_ROWS], high[MOST_ROWS];
         for (int i = 0; i < m; i++) {
             low[i] = _mm512_mul_ps(_mm512_loadu_ps(sums + i * width + o), _mm512_set1_ps(scales[i]));
             high[i] = _mm512_mul_ps(_mm512_loadu_ps(sums + i * width + o + 16), _mm512_set1_ps(scales[i]));
         }
-        dot((const uint8_t *)(values + o * (KEYS / 2)), chances, KEYS / 2, low, high, m);
+        for (long k = 0; k < LEAVES; k++) {
+            const uint32_t *a = met->values[k] + at, *next_a = next->values[k] + at;
+            const uint32_t *x = chances + k * m * LEAF / 2;
+            dot_ahead(a, a + beside, next_a, next_a + beside, x, LEAF / 2, low, high, m);
+        }
         for (int i = 0; i < m; i++) {
             _mm512_storeu_ps(sums + i * width + o, low[i]);
             _mm512_storeu_ps(sums + i * width + o + 16, high[i]);
@@ -161,23 +138,22 @@ INLINE uint64_t seen_by(long position, long window, long first) {
     return hidden > 0 ? seen >> hidden << hidden : seen;
 }
 
-static void score_tile(const room *r, const tile *t, long pairs) {
-    float *scores = r->scores + t->first * KEYS;
-#define SCORE(m) score(r->keys, t->inputs, pairs, scores, m)
+static void score_tile(const stretch *met, const stretch *next, const tile *t, long pairs, float *scores) {
+#define SCORE(m) score(met, next, t->inputs, pairs, scores, m)
     WITH_ROWS(t->rows, SCORE)
 #undef SCORE
 }
 
-static void weigh_tile(const room *r, const tile *t, long width) {
-    float *sums = r->sums + t->first * width;
-#define WEIGH(m) weigh(r->values, t->inputs, r->scales + t->first, width, sums, m)
+static void weigh_tile(const stretch *met, const stretch *next, const tile *t, const float *scales, long head_dim,
+                       long width, float *sums) {
+#define WEIGH(m) weigh(met, next, t->inputs, scales, head_dim, width, sums, m)
     WITH_ROWS(t->rows, WEIGH)
 #undef WEIGH
 }
 
 /* The queries first .. first + num of a span, those heads that share one of the KV heads. */
 static void attend_some(const attention *l, const batch *b, const cache *c, const span *s, long first, long num,
-                        long head, const uint16_t *qkv, uint16_t *out, const room *r) {
+                        long head, const uint16_t *qkv, uint16_t *out, room *r) {
     const long head_dim = l->head_dim, group = l->n_heads / l->n_kv_heads, rows = num * group;
     const matrix queries_as_inputs = {.k = head_dim}, chances_as_inputs = {.k = KEYS};
     const long tiles = num_tiles(&queries_as_inputs, rows);
@@ -201,12 +177,14 @@ static void attend_some(const attention *l, const batch *b, const cache *c, cons
     const long position = s->position + first, end = s->position + s->num_tokens;
     const long begin = l->window && s->position >= l->window ? s->position - l->window + 1 : 0;
     long key = l->window && position >= l->window ? (position - l->window + 1) / KEYS * KEYS : 0;
+    stretch *met = r->stretches, *next = r->stretches + 1;
+    find(l, b, c, s, head, key, begin, end, met);
     for (; key < position + num; key += KEYS) {
-        fetch(l, b, c, s, head, key, begin, end, (room *)r);
+        find(l, b, c, s, head, key + KEYS, begin, end, next);
         for (long t = 0; t < tiles; t++) {
             uint16_t chances[MOST_ROWS][KEYS];
             const uint16_t *each[MOST_ROWS];
-            score_tile(r, queries + t, head_dim / 2);
+            score_tile(met, next, queries + t, head_dim / 2, r->scores + queries[t].first * KEYS);
             for (int i = 0; i < queries[t].rows; i++) {
                 const long row = queries[t].first + i;
                 weights(r->scores + row * KEYS, seen_by(position + row / group, l->window, key), factor,
@@ -215,8 +193,12 @@ static void attend_some(const attention *l, const batch *b, const cache *c, cons
             }
             tile weighed = queries[t];
             fill(&weighed, &chances_as_inputs, each, (float *)r->chances);
-            weigh_tile(r, &weighed, padded(l));
+            weigh_tile(met, next, &weighed, r->scales + weighed.first, head_dim, padded(l),
+                       r->sums + weighed.first * padded(l));
         }
+        stretch *const done = met;
+        met = next;
+        next = done;
     }
     for (long row = 0; row < rows; row++) {
         uint16_t *to = out + ((s->first + first + row / group) * l->n_heads + head * group + row % group) * head_dim;

@@ -155,6 +155,16 @@ INLINE uint16_t narrow(float value) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+/* low and high += two registers of bf16 times a pair of inputs of each of m rows. */
+INLINE void dot_pair(const void *a, const void *b, const uint32_t *x, __m512 *low, __m512 *high, const int m) {
+    const __m512bh of_low = (__m512bh)_mm512_loadu_si512(a), of_high = (__m512bh)_mm512_loadu_si512(b);
+    for (int i = 0; i < m; i++) {
+        __m512bh p = pair(x + i);
+        low[i] = _mm512_dpbf16_ps(low[i], of_low, p);
+        high[i] = _mm512_dpbf16_ps(high[i], of_high, p);
+    }
+}
+
 /* low and high += one block of bf16 times m rows, pair after pair. */
 INLINE void dot(const uint8_t *w, const uint32_t *x, long pairs, __m512 *low, __m512 *high, const int m) {
     for (long j = 0; j < pairs; j++, w += 4 * OUTPUTS, x += m) {
@@ -162,12 +172,7 @@ INLINE void dot(const uint8_t *w, const uint32_t *x, long pairs, __m512 *low, __
             _mm_prefetch((const char *)w + 2048, _MM_HINT_T0);
             _mm_prefetch((const char *)w + 2112, _MM_HINT_T0);
         }
-        __m512bh a = (__m512bh)_mm512_loadu_si512(w), b = (__m512bh)_mm512_loadu_si512(w + 64);
-        for (int i = 0; i < m; i++) {
-            __m512bh p = pair(x + i);
-            low[i] = _mm512_dpbf16_ps(low[i], a, p);
-            high[i] = _mm512_dpbf16_ps(high[i], b, p);
-        }
+        dot_pair(w, w + 64, x, low, high, m);
     }
 }
 

@@ -31,7 +31,7 @@ typedef struct {
 } batch;
 
 typedef struct {
-    uint16_t *keys, *values; /* [slots][n_kv_heads][head_dim] */
+    uint16_t *keys, *values; /* cache.h says how they lie */
 } cache;
 
 /* What the threads have taken of the two products of a part; all 0 before. */
