@@ -6,8 +6,9 @@ from typing import Any
 
 from magnetar.benchmarks.rows import row
 from magnetar.cluster.planning.pipelines_plan import PipelinesPlanner
+from magnetar.cluster.search.contest import busiest
 from magnetar.cluster.search.division import best_division
-from magnetar.cluster.search.search import busiest, fastest
+from magnetar.cluster.search.search import Search
 from magnetar.tests.shared_experts import (
     cluster_of_pipelines,
     every_plan,
@@ -34,7 +35,7 @@ def _one_pipeline(seeds: range) -> Iterator[dict[str, Any]]:
         placing = small_cluster(
             seed, num_nodes=num_nodes, num_layers=num_layers, num_experts=max(2, num_experts)
         )
-        alone = fastest(placing.problem(1))
+        alone = Search(placing.problem(1)).fastest()
         least = min((trip for trip, _ in every_plan(placing, 1)), default=math.inf)
         equal["latency"] += math.isclose(alone.round_trip_s if alone else math.inf, least)
         batches = sorted({-(-STREAMS // count) for count in range(1, num_nodes + 2)})

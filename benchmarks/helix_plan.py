@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from magnetar.benchmarks.helix import HelixCluster, Layout, at_tokens
+from magnetar.cluster.search.contest import busiest
 from magnetar.cluster.search.problem import Problem, Site
-from magnetar.cluster.search.search import busiest
 
 CAPS = (4, 6, 8, 12, 16, 21, 30, 42, 60, 84)
 

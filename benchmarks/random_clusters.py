@@ -89,7 +89,8 @@ class Cluster:
         total = 0.0
         for planner in self.found:
             assert planner.found is not None
-            problem, route = planner.found
+            search, route = planner.found
+            problem = search.problem
             steps = -(-planner.streams // problem.step_tokens)
             part = planner.placing
             chunk = planner.chunk_tokens

@@ -7,13 +7,14 @@ from ..footprint import STEP_TOKENS
 from ..machines import ComputeDtype, Inventory
 from ..plan import Pipeline
 from ..search.bound import least_round_trip_s, most_tokens_per_s
+from ..search.contest import Found, contenders
 from ..search.cost import device_speed
 from ..search.lumps import likely_tokens_per_s
 from ..search.moves import improved
 from ..search.place import Place
 from ..search.placing import Placing
-from ..search.problem import Problem, Route, evaluate
-from ..search.search import Search, contenders, fastest
+from ..search.problem import Route, evaluate
+from ..search.search import Search
 from ..search.set_bounds import MOST_DEVICES, Outlook
 from .memory_plan import num_kv_blocks
 from .prediction import predicted
@@ -54,8 +55,8 @@ class SpeedPlanner:
         self._outlook = cache(partial(Outlook, placing))
 
     @cached_property
-    def found(self) -> tuple[Problem, Route] | None:
-        """The best route, with the problem it was found for; None: nothing fits."""
+    def found(self) -> Found | None:
+        """The best route, with the search that found it; None: nothing fits."""
         asked = self._workload.num_stages
         if not self.places:
             return None
@@ -63,17 +64,16 @@ class SpeedPlanner:
             searches = self._searches
             starts = contenders(searches, num_stages=asked, within=NEAR, floor=self.floor)
             # Numbers of micro-batches that cannot come near are not looked at again.
-            best = max(self.floor, max((r.tokens_per_s(p) for p, r in starts), default=0.0))
+            best = max(self.floor, max((_score(*each) for each in starts), default=0.0))
             searches = [each for each in searches if each.most > best * (1 - NEAR)]
-            kept = {id(each.problem) for each in searches}
-            starts = [start for start in starts if id(start[0]) in kept]
+            starts = [start for start in starts if start[0] in searches]
             if not searches:
                 return None
             found = improved(searches, starts, throughput=True, num_stages=asked, floor=self.floor)
-            return self._likeliest(searches, found) if found else None
+            return self._likeliest(found) if found else None
         search = self._search(1)
-        route = fastest(search.problem, num_stages=asked, outlook=search.outlook)
-        start = [] if route is None else [(search.problem, route)]
+        route = search.fastest(asked)
+        start = [] if route is None else [(search, route)]
         found = improved([search], start, throughput=False, num_stages=asked)
         return found[0] if found else None
 
@@ -84,7 +84,7 @@ class SpeedPlanner:
         if is_busy and "found" not in self.__dict__ and Search(self.placing.problem(1)).is_exact:
             asked = self._workload.num_stages
             best = contenders(self._searches, num_stages=asked, floor=self.floor)
-            return best[0][1].tokens_per_s(best[0][0]) if best else 0.0
+            return _score(*best[0]) if best else 0.0
         if self.found is None:
             return 0.0
         return self._score if is_busy else 1 / self.found[1].round_trip_s
@@ -116,8 +116,8 @@ class SpeedPlanner:
         """Tokens per second of the best route as prompts really come; 0: nothing fits."""
         return 0.0 if self.found is None else self._likely(*self.found)
 
-    def _likely(self, problem: Problem, route: Route, chunk_tokens: int = STEP_TOKENS) -> float:
-        tokens, part = problem.step_tokens, self.placing.in_chunks(chunk_tokens)
+    def _likely(self, search: Search, route: Route, chunk_tokens: int = STEP_TOKENS) -> float:
+        tokens, part = search.problem.step_tokens, self.placing.in_chunks(chunk_tokens)
         cut, calm = part.problem(tokens), self.placing.calm.problem(tokens)
         timed = evaluate(cut, route.sites, route.ends, route.members)
         pieces = STEP_TOKENS // chunk_tokens
@@ -134,22 +134,14 @@ class SpeedPlanner:
                 best, most = tokens, likely
         return best
 
-    def _likeliest(
-        self, searches: Sequence[Search], found: Sequence[tuple[Problem, Route]]
-    ) -> tuple[Problem, Route]:
+    def _likeliest(self, found: Sequence[Found]) -> Found:
         """Of the first route and those nearly as good the one that yields most as prompts really
         come; of each it may be the evener cuts, too."""
-        problem, route = found[0]
-        self._score = route.tokens_per_s(problem)
-        near = [
-            (problem, route)
-            for problem, route in found
-            if route.tokens_per_s(problem) >= self._score * (1 - NEAR)
-        ]
-        search_of = {id(search.problem): search for search in searches}
+        self._score = _score(*found[0])
+        near = [each for each in found if _score(*each) >= self._score * (1 - NEAR)]
         near += [
-            (problem, search_of[id(problem)].evened(route, route.round_trip_s * (1 + share)))
-            for problem, route in near
+            (search, search.evened(route, route.round_trip_s * (1 + share)))
+            for search, route in near
             for share in _LONGER
         ]
         return max(near, key=lambda each: self._likely(*each))
@@ -157,7 +149,7 @@ class SpeedPlanner:
     def best_possible(self) -> float | None:
         """What no pipeline can beat (as `Plan.best_possible`); None where nobody can say."""
         assert self.found is not None
-        problem, route = self.found
+        search, route = self.found
         is_busy = self._workload.objective == "throughput"
         score = self._score if is_busy else route.round_trip_s
         if self._workload.popularity is not None:
@@ -168,7 +160,7 @@ class SpeedPlanner:
             return self.bound(score)
         if self._is_small:
             return min(score, 1 / self._outlook(1).most)
-        return least_round_trip_s(problem, score, num_stages=self._workload.num_stages)
+        return least_round_trip_s(search.problem, score, num_stages=self._workload.num_stages)
 
     def bound(self, tokens_per_s: float) -> float:
         """What no pipeline goes beyond, or `tokens_per_s`, which some plan has, if that is more."""
@@ -194,8 +186,8 @@ class SpeedPlanner:
         """The best route, with `threads` of each host for every device on it; times and blocks of
         keys and values are for the streams of the workload."""
         assert self.found is not None
-        problem, route = self.found
-        is_busy = self._workload.objective == "throughput"
+        search, route = self.found
+        problem, is_busy = search.problem, self._workload.objective == "throughput"
         placed = Pipeline(
             stages=stage_plans(self.placing, problem, route, threads),
             num_kv_blocks=num_kv_blocks(self._workload),
@@ -209,3 +201,7 @@ class SpeedPlanner:
         """As `unused_hosts`, of the best route."""
         assert self.found is not None
         return unused_hosts(self.placing, *self.found, smallest_bytes, used)
+
+
+def _score(search: Search, route: Route) -> float:
+    return route.tokens_per_s(search.problem)

@@ -3,11 +3,11 @@
 from collections.abc import Collection, Sequence
 
 from ..search.cost import device_speed
-from ..search.fronts import Stage
 from ..search.place import Place
 from ..search.placing import Placing
 from ..search.problem import Problem, Route, sites_of
 from ..search.search import Search
+from ..search.stage_times import Stage
 from ..units import gigabytes, milliseconds
 
 MAX_EXPLAINED = 8
@@ -25,7 +25,7 @@ def used_places(placing: Placing, route: Route) -> list[Place]:
 
 
 def unused_hosts(
-    placing: Placing, problem: Problem, now: Route, smallest_bytes: int, used: Collection[Seat]
+    placing: Placing, search: Search, now: Route, smallest_bytes: int, used: Collection[Seat]
 ) -> dict[Seat, str]:
     """Why each device that is not `used` has no part in the best route, `now`: what a route with it
     would do. A device that may help a stage in it is not used where none of the experts is."""
@@ -34,7 +34,7 @@ def unused_hosts(
     stages = [
         Stage(site, members & busy) for site, members in zip(now.sites, now.members, strict=True)
     ]
-    search = Search(problem)
+    problem = search.problem
     is_busy = placing.workload.objective == "throughput"
     told: dict[object, str] = {}
     reasons: dict[Seat, str] = {}

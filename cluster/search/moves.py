@@ -13,13 +13,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .fronts import Stage
-from .problem import Problem, Route, helpers_of
+from .contest import Found
+from .problem import Route, helpers_of
 from .search import EXACT_PLACES, Search
+from .stage_times import Stage
 
 Order = tuple[Stage, ...]
-Found = tuple[Problem, Route]
-"""A route with the problem it was found for."""
 MOST_ROUTES = 120
 """Routes that are tried from one start."""
 _MOST_STARTS = 3
@@ -36,7 +35,7 @@ def improved(
     num_stages: int | None = None,
     floor: float = 0.0,
 ) -> list[Found]:
-    """The best routes that small steps reach, one of each problem at most, the best first; the
+    """The best routes that small steps reach, one of each search at most, the best first; the
     starts themselves where the search over these problems was exact.
 
     `searches` are over one placement at several numbers of sequences per step, and `starts` what
@@ -47,27 +46,24 @@ def improved(
     if searches[0].is_exact:
         return list(starts)
     most_routes = MOST_ROUTES // (3 if floor else 1)
-    climbs = [
-        _Climb(search, throughput=throughput, num_stages=num_stages, most_routes=most_routes)
+    climbs = {
+        search: _Climb(
+            search, throughput=throughput, num_stages=num_stages, most_routes=most_routes
+        )
         for search in searches
-    ]
-    for climb in climbs[:1] if starts or floor else climbs:
-        for order in climb.seeds() if num_stages in (None, 1) else ():
-            climb.climb(order)
-    for problem, route in starts:
-        next(each for each in climbs if each.problem is problem).climb(_order(route))
+    }
+    for search in searches[:1] if starts or floor else searches:
+        for order in climbs[search].seeds() if num_stages in (None, 1) else ():
+            climbs[search].climb(order)
+    for search, route in starts:
+        climbs[search].climb(_order(route))
     # What one number of micro-batches found may be better still with another.
-    orders = dict.fromkeys(_order(each.best) for each in climbs if each.best is not None)
-    for climb in climbs if throughput else ():
+    orders = dict.fromkeys(_order(each.best) for each in climbs.values() if each.best is not None)
+    for climb in climbs.values() if throughput else ():
         for order in orders:
             climb.look_at(order)
-    found = [(each.problem, each.best) for each in climbs if each.best is not None]
-    return sorted(found, key=lambda each: -_score(*each, throughput=throughput))
-
-
-def _score(problem: Problem, route: Route, *, throughput: bool) -> float:
-    """More is better."""
-    return route.tokens_per_s(problem) if throughput else -route.round_trip_s
+    found = [(search, each.best) for search, each in climbs.items() if each.best is not None]
+    return sorted(found, key=lambda each: -climbs[each[0]].score(each[1]))
 
 
 def _order(route: Route) -> Order:
@@ -112,7 +108,7 @@ class _Climb:
                 yield (stage,)
 
     def _fits(self, stage: Stage) -> bool:
-        return bool(np.isfinite(self._search.stage_LL(stage)[0, -1]))
+        return bool(np.isfinite(self._search.times.stage_LL(stage)[0, -1]))
 
     def climb(self, order: Order) -> None:
         """Goes from the best cut of an order to where no step leads up; takes each that does."""
@@ -131,20 +127,21 @@ class _Climb:
                     break
                 if left <= 0:
                     break
-        if now is not None and (self.best is None or self._score(now) > self._score(self.best)):
+        if now is not None and (self.best is None or self.score(now) > self.score(self.best)):
             self.best = now
 
     def _better_than(self, route: Route | None, order: Order) -> Route | None:
         """The best cut of an order, if it is better than a route."""
         least = -math.inf
         if route is not None:
-            least = self._score(route) + 1e-9 * abs(self._score(route))
+            least = self.score(route) + 1e-9 * abs(self.score(route))
         floor = max(0.0, least)
         found = self._search.best_in_order(order, throughput=self._throughput, floor=floor)
-        return found if found is not None and self._score(found) > least else None
+        return found if found is not None and self.score(found) > least else None
 
-    def _score(self, route: Route) -> float:
-        return _score(self.problem, route, throughput=self._throughput)
+    def score(self, route: Route) -> float:
+        """More is better."""
+        return route.tokens_per_s(self.problem) if self._throughput else -route.round_trip_s
 
     def _steps(self, order: Order) -> Iterator[Order]:
         used = 0

@@ -15,7 +15,7 @@ from magnetar.cluster.planning.plan_picture import plan_svg
 from magnetar.cluster.planning.plan_view import plan_json, plan_table
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.bound import least_round_trip_s, most_tokens_per_s
-from magnetar.cluster.search.search import fastest
+from magnetar.cluster.search.search import Search
 from magnetar.tests.planning import GB, MIXTRAL, every_route, random_problem
 from magnetar.tests.shared_experts import every_plan, small_cluster
 
@@ -82,7 +82,7 @@ def test_where_links_cost_nothing_and_layers_are_alike_the_bound_is_the_best_rou
     )
     free = 0.0 * problem.hop_s
     problem = replace(problem, sites=sites, hop_s=free, return_s=free, transfer_s=free)
-    found = fastest(problem)
+    found = Search(problem).fastest()
     assert found is not None
     bound = least_round_trip_s(problem, 2 * found.round_trip_s)
     assert bound == pytest.approx(found.round_trip_s, rel=1e-4)
@@ -143,7 +143,7 @@ def test_pins_and_a_number_of_stages_bind_the_bound_too() -> None:
 
 def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     problem = random_problem(1, num_sites=4, num_layers=6, step_tokens=1)
-    route = fastest(problem)
+    route = Search(problem).fastest()
     assert route is not None
     least_round_trip_s(problem, route.round_trip_s)
     assert capfd.readouterr() == ("", "")

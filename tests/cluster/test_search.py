@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.cluster.search.fronts import Stage
-from magnetar.cluster.search.search import Search, busiest, fastest
+from magnetar.cluster.search.contest import busiest
+from magnetar.cluster.search.search import Search
+from magnetar.cluster.search.stage_times import Stage
 from magnetar.tests.planning import every_route, fits, random_problem
 from magnetar.tests.shared_experts import every_plan, small_cluster
 
@@ -22,7 +23,7 @@ def test_the_fastest_route_is_the_least_round_trip_of_all(
 ) -> None:
     problem = random_problem(seed, num_sites=num_sites, num_layers=num_layers)
     best = min((route.round_trip_s for route in every_route(problem)), default=math.inf)
-    found = fastest(problem)
+    found = Search(problem).fastest()
     assert (found.round_trip_s if found else math.inf) == pytest.approx(best)
 
 
@@ -55,7 +56,7 @@ def test_with_separate_experts_it_is_the_best_of_all_plans(
         seed, num_nodes=num_nodes, num_layers=num_layers, num_experts=max(2, num_experts)
     )
     least = min((trip for trip, _ in every_plan(placing, 1)), default=math.inf)
-    alone = fastest(placing.problem(1))
+    alone = Search(placing.problem(1)).fastest()
     assert (alone.round_trip_s if alone else math.inf) == pytest.approx(least, rel=1e-9)
     most = max(
         (
@@ -74,7 +75,7 @@ def test_with_separate_experts_it_is_the_best_of_all_plans(
 def test_a_number_of_stages_that_is_asked_for_is_kept(num_stages: int) -> None:
     problem = random_problem(7, num_sites=4, num_layers=6)
     ways = [r for r in every_route(problem) if len(r.sites) == num_stages]
-    found = fastest(problem, num_stages=num_stages)
+    found = Search(problem).fastest(num_stages)
     assert (found is None) == (not ways)
     if found:
         assert found.round_trip_s == pytest.approx(min(r.round_trip_s for r in ways))
@@ -100,7 +101,7 @@ def test_large_clusters_take_no_longer_than_they_may(
         for tokens in (1, *BATCHES)
     ]
     began = time.process_time()
-    route = fastest(problems[0])
+    route = Search(problems[0]).fastest()
     found = busiest(problems[1:])
     assert route is not None
     assert found is not None

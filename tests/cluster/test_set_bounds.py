@@ -5,9 +5,10 @@ import pytest
 
 from magnetar.cluster.plan import Objective
 from magnetar.cluster.search.ceiling import Ceiling
+from magnetar.cluster.search.contest import busiest, contenders
 from magnetar.cluster.search.division import Share
 from magnetar.cluster.search.placing import Placing
-from magnetar.cluster.search.search import Search, busiest, contenders, fastest
+from magnetar.cluster.search.search import Search
 from magnetar.cluster.search.set_bounds import Outlook, subsets_of
 from magnetar.cluster.search.stage_floor import stage_floors
 from magnetar.tests.shared_experts import (
@@ -97,7 +98,7 @@ def test_stages_of_the_best_pipeline_are_hopeful(seed: int, objective: Objective
         route = found[1] if found else None
         score = route.tokens_per_s(problem) if route else 0.0
     else:
-        route = fastest(problem)
+        route = Search(problem).fastest()
         score = 1 / route.round_trip_s if route else 0.0
     assert outlook.most >= score * (1 - 1e-9)
     if route is not None:
@@ -107,7 +108,7 @@ def test_stages_of_the_best_pipeline_are_hopeful(seed: int, objective: Objective
             (again,) = contenders([Search(problem, outlook)])
             assert again[1].tokens_per_s(problem) == pytest.approx(score)
         else:
-            same = fastest(problem, outlook=outlook)
+            same = Search(problem, outlook).fastest()
             assert same is not None
             assert same.round_trip_s == pytest.approx(route.round_trip_s)
 
