@@ -35,6 +35,8 @@ BASELINES: Mapping[str, Layout] = {
 }
 KINDER: Mapping[str, Layout] = {**BASELINES, "by our speeds": by_speed}
 """With what the third would do if it knew how fast we take nodes to be, and used all of them."""
+_SIZES = (STEP_TOKENS, STEP_TOKENS // 4, STEP_TOKENS // 8, STEP_TOKENS // 16)
+"""Of steps, that others may choose from where they may."""
 _GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 600)
 
 
@@ -93,8 +95,8 @@ class Cluster:
             problem = search.problem
             steps = -(-planner.streams // problem.step_tokens)
             part = planner.placing
-            chunk = planner.chunk_tokens
-            total += _simulated(part, problem, route, steps, planner.streams, chunk)
+            size = planner.size
+            total += _simulated(part, problem, route, steps, planner.streams, size)
         return total
 
     def baselines(
@@ -151,7 +153,7 @@ class Cluster:
             policies = [(stages, STEP_TOKENS)]
             if any_batches:
                 counts = range(1, min(stages, streams) + 1)
-                policies = list(itertools.product(counts, (STEP_TOKENS, STEP_TOKENS // 4)))
+                policies = list(itertools.product(counts, _SIZES))
             total += max(
                 _simulated(self.placing, problem, route, count, streams, size)
                 for count, size in policies

@@ -5,10 +5,10 @@ import random
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import combinations, combinations_with_replacement, permutations, product
+from typing import Any
 
 import numpy as np
 
-from magnetar.cluster.footprint import STEP_TOKENS
 from magnetar.cluster.machines import Device, Inventory, Link, Node
 from magnetar.cluster.plan import Objective, Workload
 from magnetar.cluster.search.cost import attention_s
@@ -193,7 +193,11 @@ def _stage_of(
     placing: Placing, problem: Problem, tokens: int
 ) -> Callable[[int, tuple[int, ...], int, int], float | None]:
     cost = placing.cost(0)
-    expert, prompts = cost.expert_bytes[0], placing.chunks(tokens)
+    expert, mixes = cost.expert_bytes[0], placing.mixes(tokens)
+
+    def least(cost_of: Callable[[int], Any]) -> Any:
+        """Of the steps of a mix on average, in the best mix."""
+        return np.min([sum(share * cost_of(n) for share, n in each) for each in mixes], axis=0)
 
     @cache
     def spreads_of(home: int, helpers: tuple[int, ...]) -> tuple[Array, Array]:
@@ -212,9 +216,7 @@ def _stage_of(
             for host, number in enumerate(counts):
                 for _ in range(number):
                     held[option, host, next(expert_of)] = 1
-        times = hosts_s(cost, 0, seats, held, tokens=tokens)
-        times += prompts * hosts_s(cost, 0, seats, held, tokens=STEP_TOKENS)
-        return np.array(options), times
+        return np.array(options), least(lambda n: hosts_s(cost, 0, seats, held, tokens=n))
 
     def stage_s(home: int, helpers: tuple[int, ...], start: int, end: int) -> float | None:
         site = problem.sites[home]
@@ -239,9 +241,9 @@ def _stage_of(
             best = site.seconds_L[end] - site.seconds_L[start]
         else:
             speed = placing.speed(home)
-            best += layers * attention_s(cost, 0, speed, tokens=tokens, context_tokens=32)
-            full = attention_s(cost, 0, speed, tokens=STEP_TOKENS, context_tokens=0)
-            best += layers * prompts * full
+            best += layers * least(
+                lambda n: attention_s(cost, 0, speed, tokens=n, context_tokens=32 * tokens // n)
+            )
         return float(best + is_first * site.first_s + is_last * site.last_s)
 
     return stage_s

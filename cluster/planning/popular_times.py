@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice, product
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from ..plan import StagePlan
 from ..search.cost import experts_s
 from ..search.expert_cost import hosts_s, token_weights
+from ..search.mix import mean
 from ..search.placing import Placing
 
 Popularity = Sequence[Sequence[float]]
@@ -28,22 +30,19 @@ def popular_stage_s(
     cost, site = placing.cost(home), placing.problem(tokens).sites[home]
     seconds = stage.has_embeddings * site.first_s + stage.has_output * site.last_s
     seats = [placing.seat(home, place) for place in places]
-    prompts = placing.chunks(tokens)
+
+    def experts_of(layer: int, count: int) -> float:
+        if not stage.helpers:
+            shares = popularity[layer]
+            return experts_s(cost, layer, seats[0].speed, tokens=count, popularity=shares)
+        held_OHE = np.array(_ways(stage, layer, cost.num_experts))
+        weights = token_weights(tuple(popularity[layer]), cost.experts_per_token)
+        spread = hosts_s(cost, layer, seats, held_OHE, tokens=count, weights=weights)
+        return float(spread.min())
+
     for layer in range(stage.first_layer, stage.end_layer):
         seconds += placing.attention_L(home, tokens)[layer]
-        for weight, count in ((1.0, tokens), (prompts, placing.chunk_tokens)):
-            if not weight:
-                continue
-            if stage.helpers:
-                shares = tuple(popularity[layer])
-                held_OHE = np.array(_ways(stage, layer, cost.num_experts))
-                weights = token_weights(shares, cost.experts_per_token)
-                spread = hosts_s(cost, layer, seats, held_OHE, tokens=count, weights=weights)
-                seconds += weight * float(spread.min())
-            else:
-                seconds += weight * experts_s(
-                    cost, layer, seats[0].speed, tokens=count, popularity=popularity[layer]
-                )
+        seconds += mean(placing.mixes(tokens), partial(experts_of, layer))
     return float(seconds)
 
 

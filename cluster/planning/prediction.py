@@ -1,13 +1,17 @@
 """The times that a pipeline should have under the cost model, and what was assumed for them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from ..plan import ExpertHost, Pipeline, Prediction
 from ..search.cost import assumed_link, hop_s
-from ..search.placed_model import PROMPT_TOKENS
+from ..search.expert_cost import Array
+from ..search.mix import PROMPT_TOKENS, mean
 from ..search.placing import Placing
-from ..search.problem import evaluate, sites_of
+from ..search.problem import Problem, evaluate, sites_of
 from ..units import milliseconds
 from .popular_times import popular_stage_s
 
@@ -18,8 +22,6 @@ PREFILL_TOKENS = 1024
 def predicted(placing: Placing, pipeline: Pipeline) -> Pipeline:
     """`pipeline` with its times, of stages without helpers or those of the best route. Stages
     that share a device take turns there."""
-    if pipeline.max_step_tokens is not None:
-        placing = placing.in_chunks(pipeline.max_step_tokens)
     number_of = {(p.node.host, p.device_name): n for n, p in enumerate(placing.places)}
     seats = [
         [(s.host, s.device), *((h.host, h.device) for h in s.helpers)] for s in pipeline.stages
@@ -38,7 +40,7 @@ def predicted(placing: Placing, pipeline: Pipeline) -> Pipeline:
     alone = placing.problem(1)
     places = [[number_of[seat] for seat in stage] for stage in seats]
     together, single = (
-        evaluate(each, sites, ends, members, _popular(placing, pipeline, places, each.step_tokens))
+        evaluate(each, sites, ends, members, _stages_s(placing, pipeline, places, each, members))
         for each in (crowd, alone)
     )
     shown, trip = (crowd, together) if objective == "throughput" else (alone, single)
@@ -77,17 +79,34 @@ def predicted(placing: Placing, pipeline: Pipeline) -> Pipeline:
     )
 
 
-def _popular(
-    placing: Placing, pipeline: Pipeline, places: Sequence[Sequence[int]], tokens: int
+def _stages_s(
+    placing: Placing,
+    pipeline: Pipeline,
+    places: Sequence[Sequence[int]],
+    problem: Problem,
+    members: Sequence[int],
 ) -> list[float] | None:
-    """Seconds of every stage under the popularity of experts; None where all are alike."""
-    popularity = placing.workload.popularity
-    if popularity is None:
+    """Seconds of every stage under the popularity of experts, or where all are alike in steps of
+    the plan's size; None: as the problem has them."""
+    popularity, tokens = placing.workload.popularity, problem.step_tokens
+    sized = placing
+    if pipeline.max_step_tokens is not None:
+        sized = placing.in_steps_of(pipeline.max_step_tokens)
+    if popularity is not None:
+        return [
+            popular_stage_s(sized, stage, there, tokens, popularity)
+            for stage, there in zip(pipeline.stages, places, strict=True)
+        ]
+    sites, ends = [there[0] for there in places], [stage.end_layer for stage in pipeline.stages]
+    route = evaluate(problem, sites, ends, members)
+    if sized is placing or not math.isfinite(route.round_trip_s):
         return None
-    return [
-        popular_stage_s(placing, stage, there, tokens, popularity)
-        for stage, there in zip(pipeline.stages, places, strict=True)
-    ]
+
+    def step_S(count: int) -> Array:
+        return np.array(placing.step_s(route, decoded=tokens, tokens=count)[0])
+
+    found: list[float] = mean(sized.mixes(tokens), step_S).tolist()
+    return found
 
 
 def _timed(

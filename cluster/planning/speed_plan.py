@@ -9,11 +9,12 @@ from ..plan import Pipeline
 from ..search.bound import least_round_trip_s, most_tokens_per_s
 from ..search.contest import Found, contenders
 from ..search.cost import device_speed
-from ..search.lumps import likely_tokens_per_s
+from ..search.loop import Run, loop_tokens_per_s
+from ..search.mix import sizes
 from ..search.moves import improved
 from ..search.place import Place
 from ..search.placing import Placing
-from ..search.problem import Route, evaluate
+from ..search.problem import Route
 from ..search.search import Search
 from ..search.set_bounds import MOST_DEVICES, Outlook
 from .memory_plan import num_kv_blocks
@@ -26,10 +27,8 @@ NEAR = 0.25
 choice where prompts make lumps."""
 _LONGER = (0.01, 0.03)
 """Shares by which a round trip may be longer where that makes the slowest stage quicker."""
-_CHUNKS = (STEP_TOKENS, STEP_TOKENS // 2, STEP_TOKENS // 4)
-"""Tokens of chunks of prompts: where computing is slow, stages wait less for smaller ones."""
-_WORTH = 1.01
-"""What a smaller chunk must yield, against a larger one, for a first token comes later with it."""
+_WORTH = 1.02
+"""What small steps must yield, against large ones, for a first token comes later with them."""
 _MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64)
 
 
@@ -51,7 +50,8 @@ class SpeedPlanner:
         self._workload = placing.workload
         self.floor = floor
         self.streams = placing.workload.max_concurrency
-        self._score = 0.0
+        self._score = self._likely = 0.0
+        self._size = STEP_TOKENS
         self._outlook = cache(partial(Outlook, placing))
 
     @cached_property
@@ -113,30 +113,34 @@ class SpeedPlanner:
 
     @property
     def likely(self) -> float:
-        """Tokens per second of the best route as prompts really come; 0: nothing fits."""
-        return 0.0 if self.found is None else self._likely(*self.found)
+        """Tokens per second of the best route in the closed loop that it is for; 0: nothing fits,
+        or the goal is another."""
+        return 0.0 if self.found is None else self._likely
 
-    def _likely(self, search: Search, route: Route, chunk_tokens: int = STEP_TOKENS) -> float:
-        tokens, part = search.problem.step_tokens, self.placing.in_chunks(chunk_tokens)
-        cut, calm = part.problem(tokens), self.placing.calm.problem(tokens)
-        timed = evaluate(cut, route.sites, route.ends, route.members)
-        pieces = STEP_TOKENS // chunk_tokens
-        return likely_tokens_per_s(cut, timed, calm, part.chunks(tokens), pieces=pieces)
-
-    @cached_property
-    def chunk_tokens(self) -> int:
-        """Of chunks of prompts on the best route: as large as pays."""
+    @property
+    def size(self) -> int:
+        """Tokens of a step on the best route at most, prompts among them."""
         assert self.found is not None
-        best, most = STEP_TOKENS, 0.0
-        for tokens in _CHUNKS:
-            likely = self._likely(*self.found, tokens)
-            if likely > most * _WORTH:
-                best, most = tokens, likely
-        return best
+        return self._size
+
+    def _run(self, search: Search, route: Route, size: int) -> Run:
+        tokens = search.problem.step_tokens
+        calm_s, calm_ways_s = self.placing.step_s(route, decoded=tokens, tokens=tokens)
+        full_s, full_ways_s = self.placing.step_s(route, decoded=tokens, tokens=size)
+        return Run(
+            streams=self.streams,
+            micro_batches=-(-self.streams // tokens),
+            sequences=tokens,
+            size=size,
+            calm_s=calm_s,
+            full_s=full_s,
+            calm_ways_s=calm_ways_s,
+            full_ways_s=full_ways_s,
+        )
 
     def _likeliest(self, found: Sequence[Found]) -> Found:
-        """Of the first route and those nearly as good the one that yields most as prompts really
-        come; of each it may be the evener cuts, too."""
+        """Of the first route and those nearly as good the one that yields most in the closed loop;
+        of each it may be the evener cuts, too. Steps are large unless small ones pay."""
         self._score = _score(*found[0])
         near = [each for each in found if _score(*each) >= self._score * (1 - NEAR)]
         near += [
@@ -144,7 +148,15 @@ class SpeedPlanner:
             for search, route in near
             for share in _LONGER
         ]
-        return max(near, key=lambda each: self._likely(*each))
+        runs = [(*each, size) for each in near for size in sizes(each[0].problem.step_tokens)]
+        rates = loop_tokens_per_s([self._run(*each) for each in runs])
+        worth = [
+            rate / (_WORTH if size < STEP_TOKENS else 1)
+            for rate, (*_, size) in zip(rates, runs, strict=True)
+        ]
+        best = worth.index(max(worth))
+        self._likely, self._size = rates[best], runs[best][2]
+        return runs[best][:2]
 
     def best_possible(self) -> float | None:
         """What no pipeline can beat (as `Plan.best_possible`); None where nobody can say."""
@@ -193,7 +205,7 @@ class SpeedPlanner:
             num_kv_blocks=num_kv_blocks(self._workload),
             max_concurrency=self.streams,
             num_micro_batches=-(-self.streams // problem.step_tokens) if is_busy else None,
-            max_step_tokens=self.chunk_tokens if is_busy else None,
+            max_step_tokens=self.size if is_busy else None,
         )
         return predicted(self.placing, placed)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, partial
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
-from ..footprint import STEP_TOKENS, Footprint, footprint
+from ..footprint import Footprint, footprint
 from ..machines import ComputeDtype, Inventory, Link
 from ..plan import Workload
 from .cost import (
@@ -30,12 +30,19 @@ from .cost import (
     prefill_layer_s,
 )
 from .expert_cost import Seat
+from .mix import Mix, mean, mix, sizes
 from .place import Place
 from .problem import Matrix, helpers_of, sites_of
 
-PROMPT_TOKENS = 1.0
-"""Of prompts for every token that is generated, where many streams are planned for. They travel in
-chunks through the same stages and over the same links; conversations have up to three."""
+
+class LayerSeconds(Protocol):
+    """A term of the cost of a layer."""
+
+    def __call__(
+        self, model: ModelCost, layer: int, speed: Speed, *, tokens: int, context_tokens: int
+    ) -> float:
+        """In a step of so many tokens, each with keys and values of so many."""
+        ...
 
 
 class PlacedModel:
@@ -59,8 +66,8 @@ class PlacedModel:
             for dtype, whole in self.weights.items()
         }
         self._links = known_links(inventory)
-        self.chunk_tokens = STEP_TOKENS
-        """Of a full chunk of a prompt."""
+        self._size: int | None = None
+        """Of steps with prompts; None: whichever is best."""
         self.spans = {wish.host: wish.layers for wish in workload.nodes}
         self.known: dict[object, Any] = {}
         """What all parts share: seconds of layers, and of ways to spread experts."""
@@ -86,24 +93,16 @@ class PlacedModel:
         """The same on some of the places alone, and for so many streams."""
         return self._other(numbers, replace(self.workload, max_concurrency=streams))
 
-    @cached_property
-    def calm(self) -> Self:
-        """The same without prompts beside what is decoded."""
-        return self._other(range(len(self.places)), replace(self.workload, objective="latency"))
-
-    def in_chunks(self, tokens: int) -> Self:
-        """The same with prompts cut into chunks of so many tokens."""
-        if tokens == self.chunk_tokens:
-            return self
-        if tokens not in self._cut:
-            self._cut[tokens] = self._other(range(len(self.places)), self.workload)
-            self._cut[tokens].chunk_tokens = tokens
-        found: Self = self._cut[tokens]
+    def in_steps_of(self, size: int) -> Self:
+        """The same with steps of at most so many tokens, prompts among them."""
+        if size not in self._cut:
+            self._cut[size] = self._other(range(len(self.places)), self.workload)
+            self._cut[size]._size = size
+        found: Self = self._cut[size]
         return found
 
     def _other(self, numbers: Sequence[int], workload: Workload) -> Self:
         other = copy(self)
-        other.__dict__.pop("calm", None)
         other._sit(
             [self.places[number] for number in numbers],
             [self.dtypes[number] for number in numbers],
@@ -160,12 +159,13 @@ class PlacedModel:
         link = None if site == home else self.link(home, site)
         return Seat(speed=self.speed(site, self.dtypes[home]), link=link)
 
-    def chunks(self, tokens: int) -> float:
-        """Full chunks of prompts that come with a decode step of so many tokens, on average; one
-        stream alone has none."""
+    def mixes(self, tokens: int) -> tuple[Mix, ...]:
+        """Of steps with prompts and without, for so many decoded sequences a step: the ways that
+        there are; one stream alone has no prompts beside it."""
         if self.workload.objective != "throughput":
-            return 0.0
-        return PROMPT_TOKENS * tokens / self.chunk_tokens
+            return (((1.0, tokens),),)
+        chosen = sizes(tokens) if self._size is None else (self._size,)
+        return tuple(mix(tokens, size) for size in chosen)
 
     @property
     def context_tokens(self) -> int:
@@ -174,33 +174,38 @@ class PlacedModel:
 
     def seconds_L(self, number: int, tokens: int) -> Matrix:
         """Of the layers before each on a place."""
-        key = (self.seat_key(number), tokens, self.chunk_tokens, self.workload.objective)
+        key = (self.seat_key(number), tokens, self._size, self.workload.objective)
         if key not in self.known:
-            cost, speed, prompts = self.cost(number), self.speed(number), self.chunks(tokens)
-            self.known[key] = prefix_sums(
-                cost.of_layers(
-                    lambda layer: (
-                        layer_s(
-                            cost, layer, speed, tokens=tokens, context_tokens=self.context_tokens
-                        )
-                        + prompts * prefill_layer_s(cost, layer, speed, tokens=self.chunk_tokens)
-                    )
-                )
-            )
+            self.known[key] = prefix_sums(self._mean_layers_s(number, tokens, layer_s))
         found: Matrix = self.known[key]
         return found
 
     def _attention_L(self, home: int, tokens: int) -> list[float]:
-        """Seconds of each layer besides its experts, with the chunks of prompts that come along."""
-        cost, speed = self.cost(home), self.speed(home)
-        context, prompts = self.context_tokens, self.chunks(tokens)
-        return cost.of_layers(
-            lambda layer: (
-                attention_s(cost, layer, speed, tokens=tokens, context_tokens=context)
-                + prompts
-                * attention_s(cost, layer, speed, tokens=self.chunk_tokens, context_tokens=0)
-            )
-        )
+        """Seconds of each layer besides its experts, with the prompts that come along."""
+        return self._mean_layers_s(home, tokens, attention_s)
+
+    def _mean_layers_s(self, number: int, decoded: int, seconds: LayerSeconds) -> list[float]:
+        mixes, cost = self.mixes(decoded), self.cost(number)
+        step_s = partial(self._layer_step_s, number, decoded, seconds)
+        return cost.of_layers(lambda layer: mean(mixes, partial(step_s, layer)))
+
+    def _layer_step_s(
+        self, number: int, decoded: int, seconds: LayerSeconds, layer: int, tokens: int
+    ) -> float:
+        # Whatever else a step has, it reads the keys and values of what it decodes.
+        context = self.context_tokens * decoded // tokens
+        cost, speed = self.cost(number), self.speed(number)
+        return seconds(cost, layer, speed, tokens=tokens, context_tokens=context)
+
+    def layers_s(self, number: int, decoded: int, tokens: int, seconds: LayerSeconds) -> Matrix:
+        """Of the layers before each on a place, in a step of so many tokens."""
+        key = (self.seat_key(number), decoded, tokens, seconds)
+        if key not in self.known:
+            step_s = partial(self._layer_step_s, number, decoded, seconds)
+            each = self.cost(number).of_layers(lambda layer: step_s(layer, tokens))
+            self.known[key] = prefix_sums(each)
+        found: Matrix = self.known[key]
+        return found
 
     def prefill_s(self, sites: Sequence[int], ends: Sequence[int], tokens: int) -> float:
         """A prompt alone to its first token, every stage by its home alone."""

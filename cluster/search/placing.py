@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache, partial
 from itertools import permutations
@@ -9,13 +10,15 @@ from itertools import permutations
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ..machines import ComputeDtype
+from ..machines import ComputeDtype, Link
 from .cost import (
     TOKEN_ID_BYTES,
     ModelCost,
     Speed,
+    attention_s,
     embeddings_s,
     hop_s,
+    layer_s,
     output_s,
     transfer_s,
 )
@@ -30,8 +33,9 @@ from .expert_cost import (
     one_expert_s,
 )
 from .expert_split import Split, in_turn, spreads
+from .mix import mean
 from .placed_model import PlacedModel, prefix_sums
-from .problem import Least, Matrix, Problem, Site, helpers_of
+from .problem import Least, Matrix, Problem, Route, Site, helpers_of, sites_of
 
 
 class Placing(PlacedModel):
@@ -52,7 +56,8 @@ class Placing(PlacedModel):
         count = range(len(self.places))
         links = [[self.link(a, b) for b in count] for a in count]
         # The hidden state is bf16 whatever the stages.
-        hidden = tokens * next(iter(self.costs.values())).hidden_bytes
+        carried = mean(self.mixes(tokens), float)
+        hidden = carried * next(iter(self.costs.values())).hidden_bytes
         ids = tokens * TOKEN_ID_BYTES
 
         def shared(home: int, members: int) -> Matrix:
@@ -82,7 +87,7 @@ class Placing(PlacedModel):
             seconds_L=self.seconds_L(number, tokens),
             needs_L=prefix_sums(needs),
             capacity=self.places[number].usable_bytes - self.overhead_bytes(number),
-            first_s=embeddings_s(cost, speed, tokens=tokens),
+            first_s=mean(self.mixes(tokens), lambda n: embeddings_s(cost, speed, tokens=n)),
             last_s=output_s(cost, speed, tokens=tokens),
             first_bytes=weights.embeddings_bytes,
             last_bytes=weights.output_bytes,
@@ -101,6 +106,51 @@ class Placing(PlacedModel):
         experts[:-1, -1] = last_K[:0:-1] + site.last_s
         experts[0, -1] = whole_K[-1] + site.first_s + site.last_s
         found: Matrix = attention[None, :] - attention[:, None] + experts
+        return found
+
+    def step_s(self, route: Route, *, decoded: int, tokens: int) -> tuple[list[float], list[float]]:
+        """Seconds of every stage of a route in a step of `tokens` tokens, and of the ways from each
+        to the next and back, experts being where the search for steps with `decoded` sequences
+        puts them."""
+        spans = zip(route.sites, route.members, route.starts, route.ends, strict=True)
+        stages_s = [self._stage_step_s(*span, decoded, tokens) for span in spans]
+        hidden = tokens * self.cost(0).hidden_bytes
+        ends = (*route.sites[1:], route.sites[0])
+        ways_s = [
+            self.places[a].device.step_overhead_s
+            + hop_s(hidden if at else decoded * TOKEN_ID_BYTES, self.link(a, b))
+            for at, a, b in zip(range(len(ends) - 1, -1, -1), route.sites, ends, strict=True)
+        ]
+        return stages_s, ways_s
+
+    def _stage_step_s(
+        self, home: int, members: int, start: int, end: int, decoded: int, tokens: int
+    ) -> float:
+        cost, speed, layers = self.cost(home), self.speed(home), end - start
+        is_first, is_last = start == 0, end == len(cost.expert_bytes)
+        seconds = is_first * embeddings_s(cost, speed, tokens=tokens)
+        seconds += is_last * output_s(cost, speed, tokens=decoded)
+        if members == 1 << home:
+            layers_s = self.layers_s(home, decoded, tokens, layer_s)
+            return seconds + float(layers_s[end] - layers_s[start])
+        attention_L = self.layers_s(home, decoded, tokens, attention_s)
+        seconds += float(attention_L[end] - attention_L[start])
+        split = self.split(home, members, decoded)
+        counts = split.counts(is_first + 2 * is_last, layers)
+        for row, times in Counter(map(tuple, counts.tolist())).items():
+            seconds += times * self._spread_s(home, members, row, tokens)
+        return seconds
+
+    def _spread_s(self, home: int, members: int, counts: tuple[int, ...], tokens: int) -> float:
+        """A layer's experts, so many on each member."""
+        sharing = tuple(map(self.seat_key, sites_of(home, members)))
+        key = (sharing, counts, tokens)
+        if key not in self.known:
+            cost, seats = self.cost(home), self.seats(home, members)
+            layer = cost.expert_bytes.index(max(cost.expert_bytes))
+            held_OHE = in_turn(np.array([counts]), cost.num_experts)
+            self.known[key] = float(hosts_s(cost, layer, seats, held_OHE, tokens=tokens)[0])
+        found: float = self.known[key]
         return found
 
     @property
@@ -130,18 +180,17 @@ class Placing(PlacedModel):
     def _spreads(self, home: int, members: int, tokens: int) -> tuple[Array, Array]:
         """Seconds of a layer's experts by the way they are spread, and the ways."""
         sharing = tuple(self.seat_key(other) for other in (home, *helpers_of(home, members)))
-        key = (sharing, tokens, self.chunk_tokens, self.workload.objective)
+        key = (sharing, tokens, self._size, self.workload.objective)
         if key not in self.known:
             cost, seats = self.cost(home), self.seats(home, members)
             layer = cost.expert_bytes.index(max(cost.expert_bytes))
             solo = partial(self._solo_HN, cost, layer, seats, tokens)
             counts_OH = spreads(cost.num_experts, len(seats), solo)
             held_OHE = in_turn(counts_OH, cost.num_experts)
-            seconds_O = hosts_s(cost, layer, seats, held_OHE, tokens=tokens)
-            if prompts := self.chunks(tokens):
-                seconds_O += prompts * hosts_s(
-                    cost, layer, seats, held_OHE, tokens=self.chunk_tokens
-                )
+            seconds_O = mean(
+                self.mixes(tokens),
+                lambda count: hosts_s(cost, layer, seats, held_OHE, tokens=count),
+            )
             self.known[key] = seconds_O, counts_OH
         found: tuple[Array, Array] = self.known[key]
         return found
@@ -157,30 +206,22 @@ class Placing(PlacedModel):
     def _least(self, tokens: int) -> Least:
         """What layers cost at least when their experts may be anywhere."""
         count = range(len(self.places))
-        prompts = self.chunks(tokens)
+        mixes = self.mixes(tokens)
         own, own_bytes, layer, expert, one_expert = [], [], [], [], []
         for home in count:
             cost = self.cost(home)
             own.append(self.attention_L(home, tokens))
             own_bytes.append(np.array(cost.attention_bytes) + self.kv_bytes)
             layer.append(self.least_layer_L(home, (1 << len(count)) - 1, tokens))
-            step, full = (
-                np.min([self._one_expert_L(home, dtype, n) for dtype in self.costs], axis=0)
-                for n in (tokens, self.chunk_tokens)
-            )
-            one_expert.append(step + prompts * full)
-            expert.append(
-                hit_chance(cost, tokens) * step
-                + prompts * hit_chance(cost, self.chunk_tokens) * full
-            )
+            one_expert.append(mean(mixes, partial(self._least_expert_L, home)))
+            expert.append(mean(mixes, partial(self._busy_expert_L, home)))
         overhead = min(each.workspace_bytes(0) for each in self.weights.values())
         asked_NN, rows_NN = np.zeros((len(count), len(count))), np.zeros((len(count), len(count)))
         for home, host in permutations(count, 2):
             cost, link = self.cost(home), self.link(home, host)
             asked_s = asked_host_s(self.speed(home), link)
-            asked_NN[home, host] = (1 + prompts) * asked_s
-            rows_NN[home, host] = expert_rows_s(cost, link, tokens=tokens)
-            rows_NN[home, host] += prompts * expert_rows_s(cost, link, tokens=self.chunk_tokens)
+            asked_NN[home, host] = mean(mixes, lambda _: 1.0) * asked_s
+            rows_NN[home, host] = mean(mixes, partial(_rows_s, cost, link))
         return Least(
             layer_NL=np.array(layer),
             own_NL=np.array(own),
@@ -200,18 +241,28 @@ class Placing(PlacedModel):
             return np.diff(self.seconds_L(home, tokens))
         helpers = [n for n in helpers_of(home, members) if self.spans.get(self.host(n)) is None]
         seats = self.seats(home, 1 << home | sum(1 << helper for helper in helpers))
-        by_size = {}
-        for size in set(cost.expert_bytes):
-            layer = cost.expert_bytes.index(size)
-            every = np.ones((1, len(seats)), dtype=bool)
-            step, full = (
-                float(least_hosts_s(cost, layer, seats, every, tokens=n)[0])
-                for n in (tokens, self.chunk_tokens)
-            )
-            by_size[size] = step + self.chunks(tokens) * full
+        every = np.ones((1, len(seats)), dtype=bool)
+
+        def least_s(layer: int, count: int) -> float:
+            return float(least_hosts_s(cost, layer, seats, every, tokens=count)[0])
+
+        by_size = {
+            size: mean(self.mixes(tokens), partial(least_s, cost.expert_bytes.index(size)))
+            for size in set(cost.expert_bytes)
+        }
         return np.array(self.attention_L(home, tokens)) + [
             by_size[size] for size in cost.expert_bytes
         ]
+
+    def _least_expert_L(self, number: int, tokens: int) -> Matrix:
+        """In whichever dtype is quickest."""
+        found: Matrix = np.min(
+            [self._one_expert_L(number, dtype, tokens) for dtype in self.costs], axis=0
+        )
+        return found
+
+    def _busy_expert_L(self, number: int, tokens: int) -> Matrix:
+        return hit_chance(self.cost(number), tokens) * self._least_expert_L(number, tokens)
 
     def _one_expert_L(self, number: int, dtype: ComputeDtype, tokens: int) -> Matrix:
         cost, speed = self.costs[dtype], self.speed(number, dtype)
@@ -220,3 +271,7 @@ class Placing(PlacedModel):
             for size in set(cost.expert_bytes)
         }
         return np.array([by_size[size] for size in cost.expert_bytes])
+
+
+def _rows_s(cost: ModelCost, link: Link, tokens: int) -> float:
+    return expert_rows_s(cost, link, tokens=tokens)

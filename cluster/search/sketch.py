@@ -18,6 +18,7 @@ from .ceiling import Ceiling, numbers
 from .division import Share
 from .expert_cost import hosts_s
 from .expert_split import in_turn
+from .mix import mean
 from .placing import Placing
 from .problem import Matrix
 
@@ -95,11 +96,11 @@ class Sketch:
         while counts.sum() < cost.num_experts:
             counts[((counts + 1) / speeds).argmin()] += 1
         held_OHE = in_turn(counts[None, :], cost.num_experts)
-        each = (1.0, tokens), (placing.chunks(tokens), placing.chunk_tokens)
-        return sum(
-            weight * float(hosts_s(cost, 0, seats, held_OHE, tokens=n)[0])
-            for weight, n in each
-            if weight
+        return float(
+            mean(
+                placing.mixes(tokens),
+                lambda n: hosts_s(cost, 0, seats, held_OHE, tokens=n)[0],
+            )
         )
 
     def _of_chains(self, share: Share) -> float:

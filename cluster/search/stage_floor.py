@@ -28,6 +28,7 @@ from .expert_cost import (
     least_hosts_s,
     one_expert_s,
 )
+from .mix import mean
 from .placing import Placing
 
 _TINY = 1e-9
@@ -67,17 +68,18 @@ class _Sharing:
         self._layer = layer = cost.expert_bytes.index(min(cost.expert_bytes))
         self._problem = placing.problem(tokens)
         count = len(self._problem.sites)
-        prompts = placing.chunks(tokens)
-        self._parts = [(1.0, tokens), (prompts, placing.chunk_tokens)][: 1 + (prompts > 0)]
-        """Of a step: weights, and sequences at once."""
+        self._tokens, self._mixes = tokens, placing.mixes(tokens)
         self._seats = [placing.seat(home, site) for site in range(count)]
         asked = np.array([self._asked_s(seat) for seat in self._seats])
-        rows, one, busy = np.zeros(count), np.zeros(count), np.zeros(count)
-        for weight, n in self._parts:
-            each = np.array([one_expert_s(cost, layer, s.speed, tokens=n) for s in self._seats])
-            one += weight * each
-            busy += weight * hit_chance(cost, n) * each
-            rows += weight * np.array([_rows_s(cost, seat, n) for seat in self._seats])
+
+        def one_N(n: int) -> Array:
+            return np.array([one_expert_s(cost, layer, s.speed, tokens=n) for s in self._seats])
+
+        one = mean(self._mixes, one_N)
+        busy = mean(self._mixes, lambda n: hit_chance(cost, n) * one_N(n))
+        rows = mean(
+            self._mixes, lambda n: np.array([_rows_s(cost, seat, n) for seat in self._seats])
+        )
         self._asked_N, self._rows_N, self._computed_N = asked, rows, busy
         self._card_N = np.array([_row_s(cost, seat) for seat in self._seats])
         # A step needs a host at least as often as the share of the experts that it has.
@@ -87,8 +89,8 @@ class _Sharing:
     def _asked_s(self, seat: Seat) -> float:
         if seat.link is None:
             return 0.0
-        weights = sum(weight for weight, _ in self._parts)
-        return weights * asked_host_s(self._seats[self._home].speed, seat.link)
+        steps = mean(self._mixes, lambda _: 1.0)
+        return steps * asked_host_s(self._seats[self._home].speed, seat.link)
 
     def floors_MK(self, masks: Array) -> Array:
         """Of stages with the members `masks`, home included."""
@@ -99,10 +101,10 @@ class _Sharing:
         room_K, rooms_MN = self._rooms(layers, present_MN)
         fits_MK = (room_K >= 0) & (room_K + rooms_MN.sum(axis=1)[:, None] >= experts_K)
         room_K = np.maximum(room_K, 0.0)
-        help_M = np.zeros(len(masks))
-        for weight, n in self._parts:
-            least_M = least_hosts_s(cost, self._layer, self._seats, present_MN, tokens=n)
-            help_M += weight * least_M
+        help_M = mean(
+            self._mixes,
+            lambda n: least_hosts_s(cost, self._layer, self._seats, present_MN, tokens=n),
+        )
         shared_MK = help_M[:, None] * layers
         # Rows to one helper pass its link; those to all of them, the one network card of the home.
         alone_M = np.zeros(len(masks))
@@ -124,10 +126,6 @@ class _Sharing:
         away_MN[:, self._home] = False
         found: Array = np.where(away_MN, each_N, np.inf).min(axis=1)
         return found
-
-    @property
-    def _tokens(self) -> int:
-        return self._parts[0][1]
 
     def _rooms(self, layers: Array, present_MN: Array) -> tuple[Array, Array]:
         """[K] experts that the home has room for, negative: none for its own work; [M, N] those of
@@ -209,16 +207,14 @@ class _Sharing:
         return found
 
     def _chances(self) -> Array:
-        """Of steps that need one of n experts, by n from 0 on; weighed as asked for."""
-        found = np.zeros(self._cost.num_experts + 1)
-        for weight, n in self._parts:
-            found += weight * (1 - self._without() ** n)
-        found /= sum(weight for weight, _ in self._parts)
-        return found
+        """Of steps that need one of n experts, by n from 0 on."""
+        # Where there are more steps than one, they count with what each is asked for.
+        single = [tuple((w / sum(w for w, _ in mix), n) for w, n in mix) for mix in self._mixes]
+        return mean(single, lambda n: 1 - self._without() ** n)
 
     def _rows(self) -> Array:
         """Rows there and back for n experts, by n from 0 on: fewest if one host has all of them."""
-        tokens = sum(weight * n for weight, n in self._parts)
+        tokens = mean(self._mixes, float)
         shares = np.arange(self._cost.num_experts + 1) / self._cost.num_experts
         found: Array = tokens * (1 - self._without() + self._cost.experts_per_token * shares)
         return found

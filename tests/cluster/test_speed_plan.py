@@ -220,9 +220,9 @@ def test_steps_are_small_where_prompts_would_hold_up_the_others() -> None:
         (pipeline,) = found.pipelines
         assert len(pipeline.stages) > 1
         told = f"steps have at most {pipeline.max_step_tokens} tokens"
-        assert (told in " ".join(plan_table(found).split())) == (pipeline.max_step_tokens == 128)
+        assert (told in " ".join(plan_table(found).split())) == (pipeline.max_step_tokens == 16)
         return pipeline.max_step_tokens
 
-    assert steps(500, "throughput") == 128
+    assert steps(500, "throughput") == 16
     assert steps(1e6, "throughput") == 512
     assert steps(500, "latency") is None
