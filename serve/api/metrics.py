@@ -173,7 +173,7 @@ def _share_in_use(stats: EngineStats) -> float:
 
 
 def _pipeline_families(stats: EngineStats) -> Iterator[tuple[str, str, str, list[_Sample]]]:
-    """Of each of several pipelines; under names of their own, so that sums count nothing twice."""
+    """Of each pipeline; under names of their own, so that sums count nothing twice."""
     if not stats.pipelines:
         return
     readings: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
@@ -187,7 +187,13 @@ def _pipeline_families(stats: EngineStats) -> Iterator[tuple[str, str, str, list
             ("", {"pipeline": str(index)}, read(each)) for index, each in enumerate(stats.pipelines)
         ]
         yield f"pipeline_{name}", "gauge", text, samples
-    text = "Requests that another pipeline took over when theirs was lost."
+    text = "How often the pipeline was lost and came back."
+    restarts: list[_Sample] = [
+        ("", {"pipeline": str(index)}, each.num_restarts)
+        for index, each in enumerate(stats.pipelines)
+    ]
+    yield "pipeline_restarts_total", "counter", text, restarts
+    text = "Requests that went on elsewhere, or later, when their pipeline was lost."
     yield "requests_moved_total", "counter", text, [("", {}, stats.num_moved)]
 
 

@@ -12,13 +12,17 @@ CACHE_S = 5.0
 
 
 class Readiness:
-    """Remembers the last probe of an engine for `CACHE_S`; probes one at a time."""
+    """Remembers the last probe of an engine for `CACHE_S`, but not beyond its end or return.
+
+    Probes one at a time.
+    """
 
     def __init__(self, engine: EngineLike, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._clock = clock
         self._lock: asyncio.Lock | None = None
         self._measured_at = float("-inf")
+        self._was_over = False
         self._probe_s: float | None = None
         self._reason = ""
 
@@ -31,13 +35,15 @@ class Readiness:
         if self._lock is None:
             self._lock = asyncio.Lock()
         async with self._lock:
-            if self._clock() - self._measured_at >= CACHE_S:
+            is_old = self._clock() - self._measured_at >= CACHE_S
+            if is_old or self._engine.stats().is_over != self._was_over:
                 await self._measure()
         if self._probe_s is None:
             raise NotReady(self._reason)
         return self._probe_s
 
     async def _measure(self) -> None:
+        self._was_over = self._engine.stats().is_over
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 self._probe_s = await self._engine.probe()

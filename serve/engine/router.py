@@ -8,10 +8,13 @@ block by block, and what they say is what is there.
 
 A pipeline that is lost takes no answer with it. All that an answer depends on is its prompt, its
 parameters with the seed, and its tokens so far, and these are here: another pipeline goes on with
-them, and the client does not notice.
+them, and the client does not notice. Where there is no other, the answer waits for its pipeline to
+be started again, and the client notices a pause.
 """
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -21,7 +24,8 @@ from ...errors import MagnetarError, QueueFullError, StageLostError, UsageError
 from ...settings import KV_BLOCK_TOKENS
 from .blocks import blocks_for, prompt_digests
 from .request import GenerationParams, TokenEvent
-from .stats import EngineStats, total
+from .returns import Returns
+from .stats import EngineStats, since, total
 
 BUSIER: Final = 1.5
 """So many times the load of the least busy pipeline are clearly more."""
@@ -32,6 +36,8 @@ TELLING_SHARE: Final = 0.25
 MAX_FRUITLESS: Final = 2
 """Pipelines that a request may lose one after the other without a token from any of them: it may be
 the request that breaks them, and must not take all along."""
+MAX_WAIT_S: Final = 120.0
+"""For lost pipelines to come back, in all the life of a request; the weights are read meanwhile."""
 
 
 class PipelineEngine(Protocol):
@@ -110,12 +116,31 @@ class Routed:
 
 
 class Router:
-    """Plays one engine in front of several. For one event loop; `stats` from any thread."""
+    """Plays one engine in front of all. For one event loop, but for what any thread may call."""
 
-    def __init__(self, pipelines: Sequence[Routed]) -> None:
+    def __init__(self, pipelines: Sequence[Routed], *, max_wait_s: float = MAX_WAIT_S) -> None:
         """The engines stay their owner's, who starts and stops them."""
-        self._pipelines = tuple(pipelines)
+        self._max_wait_s = max_wait_s
         self._num_moved = 0
+        self._returns = Returns()
+        self._is_closed = False
+        # What any thread touches, under the lock.
+        self._lock = threading.Lock()
+        self._pipelines = list(pipelines)
+        self._past: dict[int, EngineStats] = {}
+        """Of the engines that a pipeline had before."""
+
+    def replace(self, number: int, routed: Routed) -> None:
+        """A pipeline was lost and is back, with another engine. Any thread may call it."""
+        with self._lock:
+            self._past[number] = self._stats_of(number)
+            self._pipelines[number] = routed
+        self._returns.tell()
+
+    def close(self) -> None:
+        """Nothing comes back any more: whoever waits for that ends now. Any thread may call it."""
+        self._is_closed = True
+        self._returns.tell()
 
     async def generate(
         self, prompt_ids: Sequence[int], params: GenerationParams
@@ -125,12 +150,14 @@ class Router:
         Raises:
             UsageError: no pipeline can serve it.
             QueueFullError: too many requests wait, in each that could.
-            StageLostError: no pipeline is left that could go on with it, or they were stopped.
+            StageLostError: no pipeline is up, none came back in time that could go on with it, or
+                they were stopped.
         """
         answer_ids: list[int] = []
         begun_ids: tuple[int, ...] | None = None
-        obstacle: MagnetarError = _all_lost()
+        obstacle: MagnetarError = _none_is_up()
         num_fruitless = 0
+        patience_s, seen = self._max_wait_s, self._returns.count
         untried = self._preferred(prompt_ids, params)
         while untried:
             routed, num_before = untried.pop(0), len(answer_ids)
@@ -151,6 +178,16 @@ class Router:
                 if num_fruitless == MAX_FRUITLESS:
                     raise
                 obstacle, begun_ids = error, tuple(answer_ids)
+                seen = self._returns.count
+                untried = self._preferred(prompt_ids, params)
+                self._num_moved += bool(untried)
+            # What was accepted once waits for those that are lost, if no other can go on with it.
+            while begun_ids is not None and not untried and self._may_come_back:
+                before_s = time.monotonic()
+                if not await self._returns.later_than(seen, timeout_s=patience_s):
+                    raise obstacle
+                patience_s -= time.monotonic() - before_s
+                seen = self._returns.count
                 untried = self._preferred(prompt_ids, params)
                 self._num_moved += bool(untried)
         raise obstacle
@@ -162,7 +199,7 @@ class Router:
             StageLostError: none does.
         """
         probes = [asyncio.create_task(each.engine.probe()) for each in self._living]
-        error = _all_lost()
+        error = _none_is_up()
         try:
             for probe in asyncio.as_completed(probes):
                 try:
@@ -175,13 +212,22 @@ class Router:
         raise error
 
     def stats(self) -> EngineStats:
-        """Sums, and the numbers of each pipeline."""
-        each = [routed.engine.stats() for routed in self._pipelines]
-        return total(each, num_moved=self._num_moved)
+        """Sums, and the numbers of each pipeline. Any thread may call it."""
+        with self._lock:
+            each = [self._stats_of(number) for number in range(len(self._pipelines))]
+        return total(each, num_moved=self._num_moved, num_between=self._returns.num_waiting)
+
+    def _stats_of(self, number: int) -> EngineStats:
+        now, past = self._pipelines[number].engine.stats(), self._past.get(number)
+        return now if past is None else since(past, now)
 
     @property
     def _living(self) -> list[Routed]:
-        return [routed for routed in self._pipelines if routed.engine.lost is None]
+        return [routed for routed in list(self._pipelines) if routed.engine.lost is None]
+
+    @property
+    def _may_come_back(self) -> bool:
+        return not self._is_closed and len(self._living) < len(self._pipelines)
 
     def _preferred(self, prompt_ids: Sequence[int], params: GenerationParams) -> list[Routed]:
         living = self._living
@@ -195,8 +241,8 @@ class Router:
         return [living[index] for index in preference(loads, len(prompt_ids))]
 
 
-def _all_lost() -> StageLostError:
-    return StageLostError("every pipeline is lost; start the model again")
+def _none_is_up() -> StageLostError:
+    return StageLostError("no pipeline is up now; lost ones are started again, try it later")
 
 
 def _cached_tokens(

@@ -1,7 +1,7 @@
 """How busy an engine is, in numbers; those of several engines together."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,17 +25,36 @@ class EngineStats:
     is_over: bool = False
     """It serves nobody any more."""
     num_moved: int = 0
-    """Requests that another pipeline took over when theirs was lost."""
+    """Requests that went on in another pipeline, or later, when theirs was lost."""
+    num_restarts: int = 0
+    """How often the pipeline was lost and came back."""
     pipelines: tuple["EngineStats", ...] = ()
-    """Of each pipeline, where there are several."""
+    """Of each pipeline, where a router is before them."""
 
 
-def total(pipelines: Sequence[EngineStats], *, num_moved: int = 0) -> EngineStats:
-    """Of all pipelines together; the KV blocks are those of the pipelines that still serve."""
+def since(past: EngineStats, now: EngineStats) -> EngineStats:
+    """`now`, of the engine that took the place of one with `past`: what counts, counts on."""
+    return replace(
+        now,
+        num_preemptions=past.num_preemptions + now.num_preemptions,
+        num_cache_queries=past.num_cache_queries + now.num_cache_queries,
+        num_cache_hits=past.num_cache_hits + now.num_cache_hits,
+        num_restarts=past.num_restarts + 1,
+        expert_tokens=_sums([past.expert_tokens, now.expert_tokens]),
+    )
+
+
+def total(
+    pipelines: Sequence[EngineStats], *, num_moved: int = 0, num_between: int = 0
+) -> EngineStats:
+    """Of all pipelines together; the KV blocks are those of the pipelines that serve.
+
+    `num_between` requests wait in none of them.
+    """
     serving = [each for each in pipelines if not each.is_over] or pipelines
     return EngineStats(
         running=sum(each.running for each in pipelines),
-        waiting=sum(each.waiting for each in pipelines),
+        waiting=sum(each.waiting for each in pipelines) + num_between,
         steps_in_flight=sum(each.steps_in_flight for each in pipelines),
         num_kv_blocks=sum(each.num_kv_blocks for each in serving),
         kv_blocks_free=sum(each.kv_blocks_free for each in serving),
@@ -45,6 +64,7 @@ def total(pipelines: Sequence[EngineStats], *, num_moved: int = 0) -> EngineStat
         expert_tokens=_sums(each.expert_tokens for each in pipelines),
         is_over=all(each.is_over for each in pipelines),
         num_moved=num_moved,
+        num_restarts=sum(each.num_restarts for each in pipelines),
         pipelines=tuple(pipelines),
     )
 

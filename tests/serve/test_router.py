@@ -1,9 +1,11 @@
 """Which pipeline a request goes to, and that it goes on elsewhere when that one is lost."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -120,7 +122,10 @@ def test_few_tokens_of_a_long_prompt_in_the_cache_do_not_count() -> None:
 
 @contextmanager
 def routing(
-    *pipelines: Sequence[FakeStage], num_kv_blocks: int = 64, max_waiting: int = 256
+    *pipelines: Sequence[FakeStage],
+    num_kv_blocks: int = 64,
+    max_waiting: int = 256,
+    max_wait_s: float = TIMEOUT_S,
 ) -> Iterator[tuple[Router, list[Engine]]]:
     """A router over engines with real links; 8 requests at once each."""
     with ExitStack() as stack:
@@ -132,10 +137,11 @@ def routing(
             )[0]
             for stages in pipelines
         ]
-        yield (
-            Router([Routed(engine=each, speed=1.0, max_running=8) for each in engines]),
-            engines,
-        )
+        yield Router([routed(each) for each in engines], max_wait_s=max_wait_s), engines
+
+
+def routed(engine: Engine) -> Routed:
+    return Routed(engine=engine, speed=1.0, max_running=8)
 
 
 def gated(count: int) -> list[GatedStage]:
@@ -259,14 +265,114 @@ def test_one_that_is_lost_gets_no_request_any_more_and_the_last_one_ends_with_it
         assert await router.probe() > 0
         with pytest.raises(StageLostError, match="told to fail"):
             await answer(router, range(300), replace(params, max_tokens=100))
-        with pytest.raises(StageLostError, match="every pipeline is lost"):
+        with pytest.raises(StageLostError, match="no pipeline is up now"):
             await answer(router, PROMPT, params)
-        with pytest.raises(StageLostError, match="every pipeline is lost"):
+        with pytest.raises(StageLostError, match="no pipeline is up now"):
             await router.probe()
 
-    with routing(stages_that_fail_at(5), stages_that_fail_at(120)) as (router, engines):
+    failing = (stages_that_fail_at(5), stages_that_fail_at(120))
+    with routing(*failing, max_wait_s=0.01) as (router, engines):
         asyncio.run(run(router, engines))
         assert router.stats().is_over
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not reached():
+            await asyncio.sleep(0.001)
+
+
+def test_answers_wait_for_their_lost_pipeline_and_go_on_when_it_is_back() -> None:
+    prompts = [tuple(range(start, start + 20)) for start in range(6)]
+    gate, *_ = gated(1)
+    gate.fail_at_step = 9
+    (again,) = gated(1)
+    again.gate.set()
+
+    async def run(router: Router, lost: Engine, back: Engine) -> list[list[TokenEvent]]:
+        params = GenerationParams(max_tokens=30)
+        asking = [asyncio.create_task(answer(router, prompt, params)) for prompt in prompts]
+        await asyncio.sleep(0)
+        gate.gate.set()
+        await until(lambda: router.stats().waiting == len(prompts) and lost.lost is not None)
+        # Who comes now is told at once.
+        with pytest.raises(StageLostError, match="no pipeline is up now"):
+            await answer(router, PROMPT, params)
+        with pytest.raises(StageLostError, match="no pipeline is up now"):
+            await router.probe()
+        asking[-1].cancel()
+        await until(lambda: router.stats().waiting == len(prompts) - 1)
+        thread = threading.Thread(target=router.replace, args=(0, routed(back)))
+        thread.start()
+        answers = await asyncio.gather(*asking[:-1])
+        thread.join()
+        assert tokens(await answer(router, PROMPT, params)) == expected_tokens(PROMPT, 30)
+        return answers
+
+    with (
+        routing([gate]) as (router, (lost,)),
+        running_engine([again], num_kv_blocks=64) as (back, _),
+    ):
+        answers = asyncio.run(run(router, lost, back))
+        stats = router.stats()
+        queries = lost.stats().num_cache_queries + back.stats().num_cache_queries
+    assert [tokens(events) for events in answers] == [expected_tokens(p, 30) for p in prompts[:-1]]
+    assert stats.num_moved == len(prompts) - 1
+    assert (stats.num_restarts, stats.pipelines[0].num_restarts) == (1, 1)
+    assert stats.num_cache_queries == queries  # what counts, counts on
+    assert not stats.is_over
+
+
+def test_a_pipeline_that_is_lost_again_and_again_ends_no_answer_that_goes_on() -> None:
+    async def run(router: Router, engines: list[Engine]) -> None:
+        asking = asyncio.create_task(answer(router, PROMPT, GenerationParams(max_tokens=40)))
+        for before, back in pairwise(engines):
+            await until(lambda before=before: before.lost is not None)  # type: ignore[misc]
+            router.replace(0, routed(back))
+        assert tokens(await asking) == expected_tokens(PROMPT, 40)
+
+    with ExitStack() as stack:
+        engines = [
+            stack.enter_context(running_engine(stages_that_fail_at(step), num_kv_blocks=64))[0]
+            for step in (5, 6, 7, None)
+        ]
+        router = Router([routed(engines[0])])
+        asyncio.run(run(router, engines))
+        assert router.stats().num_restarts == 3
+
+
+def test_what_only_the_lost_pipeline_could_hold_waits_for_it() -> None:
+    prompt = PROMPT[:20]
+    failing, healthy = stages_that_fail_at(5), fake_stages(1, num_kv_blocks=64)
+
+    async def run(router: Router, lost: Engine, back: Engine) -> None:
+        asking = asyncio.create_task(answer(router, prompt, GenerationParams(max_tokens=30)))
+        await until(lambda: lost.lost is not None and router.stats().waiting == 1)
+        router.replace(1, routed(back))
+        assert tokens(await asking) == expected_tokens(prompt, 30)
+
+    with (
+        running_engine(fake_stages(1, num_kv_blocks=2), num_kv_blocks=2) as (small, _),
+        running_engine(failing, num_kv_blocks=64) as (lost, _),
+        running_engine(healthy, num_kv_blocks=64) as (back, _),
+    ):
+        asyncio.run(run(Router([routed(small), routed(lost)]), lost, back))
+
+
+def test_nobody_waits_longer_than_the_limit_or_beyond_the_end() -> None:
+    async def run(router: Router, engine: Engine) -> None:
+        asking = asyncio.create_task(answer(router, PROMPT, GenerationParams(max_tokens=40)))
+        await until(lambda: engine.lost is not None and router.stats().waiting == 1)
+        router.close()
+        with pytest.raises(StageLostError, match="told to fail"):
+            await asking
+
+    with routing(stages_that_fail_at(5)) as (router, (engine,)):
+        asyncio.run(run(router, engine))
+    with routing(stages_that_fail_at(5), max_wait_s=0.01) as (router, _):
+        with pytest.raises(StageLostError, match="told to fail"):
+            asyncio.run(answer(router, PROMPT, GenerationParams(max_tokens=40)))
+        assert router.stats().waiting == 0
 
 
 def test_a_request_that_breaks_whatever_it_comes_to_does_not_break_all() -> None:
