@@ -84,7 +84,7 @@ def demo(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
                 answer = ask(endpoint.url, endpoint.model_name, api_key_file=args.api_key_file)
                 console.data(f"Q: {QUESTION}\nA: {answer}")
                 return
-            endpoint.wait(on_warning=console.warning)
+            endpoint.wait(on_warning=console.warning, on_note=console.note)
     _raise_if(stop)
 
 

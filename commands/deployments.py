@@ -51,7 +51,7 @@ def up(args: argparse.Namespace, console: Console, stop: threading.Event) -> Non
         if args.detach:
             console.note(f"{spec.name} goes on by itself; stop it with: magnetar down {spec.name}")
             return
-        endpoint.wait(on_warning=console.warning)
+        endpoint.wait(on_warning=console.warning, on_note=console.note)
     if stop.is_set():
         raise InterruptedByUserError("stopped; what was downloaded and verified is kept")
 

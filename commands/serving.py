@@ -116,10 +116,11 @@ def status_table(found: Sequence[Mapping[str, Any]], *, details: bool) -> str:
         if details:
             lines += [
                 f"  {'yes' if each['status'] else 'no ':<3}  {each['type']:<15}  {each['reason']}"
-                f"  {each['message']}".rstrip()
+                f"  {_since(each)}{each['message']}".rstrip()
                 for each in told.get("conditions") or ()
             ]
             lines += _stage_lines(told)
+            lines += _restart_lines(told)
             lines += [
                 f"  node {node['host']}: {format_bytes(node['wan_received_bytes'])} from outside, "
                 f"{format_bytes(node['lan_received_bytes'])} from nodes, "
@@ -128,6 +129,25 @@ def status_table(found: Sequence[Mapping[str, Any]], *, details: bool) -> str:
                 if node["received_bytes"] or node["sent_bytes"]
             ]
     return "\n".join(lines)
+
+
+def _since(condition: Mapping[str, Any]) -> str:
+    """Of what is amiss, from when on it is."""
+    return "" if condition["status"] else f"since {condition['last_transition_time']}: "
+
+
+def _restart_lines(told: Mapping[str, Any]) -> Iterator[str]:
+    """Of pipelines that were lost at some time."""
+    pipelines = told.get("pipelines") or ()
+    for each in pipelines:
+        if not each["cause"]:
+            continue
+        which = f"pipeline {each['number']}" if len(pipelines) > 1 else "the pipeline"
+        state = {"up": "up", "waiting": "down", "starting": "being started again"}[each["state"]]
+        yield (
+            f"  {which}: {state} since {each['since']}, restarts: {each['num_restarts']}, "
+            f"failures in a row: {each['num_failures']}, lost by: {each['cause']}"
+        )
 
 
 def _stage_lines(told: Mapping[str, Any]) -> Iterator[str]:

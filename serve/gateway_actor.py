@@ -1,13 +1,16 @@
 """The actor with the API, and an engine for each pipeline behind it."""
 
 import asyncio
+import contextlib
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ..cluster.deployment.assignment import GatewayAssignment, RingAssignment
+from ..errors import StageLostError
 from ..fetcher.checkpoint.release import ReleaseFacts, facts_from_json
 from .api.server import Server, bind
 from .ring import join_ring, listen
@@ -16,8 +19,8 @@ from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ..cluster.links.listener import LinkListener
-    from .api.served_model import EngineLike
     from .engine.engine import Engine
+    from .engine.router import Routed, Router
 
 DRAIN_S: Final = 5.0
 """For answers that run when the deployment is stopped."""
@@ -35,10 +38,13 @@ class GatewayActor:
         self._facts: ReleaseFacts | None = None
         self._tokenizer: Tokenizer | None = None
         self._assignment: GatewayAssignment | None = None
-        # Of each pipeline.
-        self._listeners: list[LinkListener] = []
-        self._engines: list[Engine] = []
+        # Of each pipeline by its number, and of its newest start.
+        self._rings: dict[int, RingAssignment] = {}
+        self._listeners: dict[int, LinkListener] = {}
+        self._engines: dict[int, Engine] = {}
+        self._router: Router | None = None
         self._server: Server | None = None
+        self._stopped = threading.Event()
 
     def bind(self) -> int:
         """Take the port; nobody is answered yet."""
@@ -46,39 +52,38 @@ class GatewayActor:
         self._socket = bind(host, port, has_api_key=self._api_key is not None)
         return int(self._socket.getsockname()[1])
 
-    def listen(self, assignment: GatewayAssignment) -> tuple[str, ...]:
-        """Read the tokenizer and open the links on which the last stages answer."""
+    def brief(self, assignment: GatewayAssignment) -> None:
+        """Read the tokenizer."""
         # A second of imports that `connect` would take when all the stages are ready.
         from .engine.engine import Engine  # noqa: F401
 
         self._assignment = assignment
         self._facts = facts_from_json(assignment.facts_json)
         self._tokenizer = load_tokenizer(Path(assignment.folder), self._facts)
-        self._listeners = [listen(ring.links) for ring in assignment.rings]
-        return tuple(listener.address for listener in self._listeners)
 
-    def connect(self, downstreams: Sequence[str]) -> None:
-        """Close the rings and start the engines."""
-        assert self._assignment is not None
-        rings = self._assignment.rings
-        joined = zip(rings, self._listeners, downstreams, strict=True)
-        for number, (ring, listener, downstream) in enumerate(joined):
-            name = f"engine of pipeline {number}" if len(rings) > 1 else "engine"
-            engine = self._engine_of(ring, listener, downstream, name)
-            self._engines.append(engine)
-            engine.start()
+    def listen(self, pipeline: int, ring: RingAssignment) -> str:
+        """Open the link on which the last stage answers; end what an earlier start has left."""
+        if (before := self._listeners.pop(pipeline, None)) is not None:
+            before.close()
+        if (lost := self._engines.get(pipeline)) is not None:
+            # Its stages are gone, so that it ends by itself, and callers hear of what.
+            with contextlib.suppress(StageLostError):
+                if not lost.wait(ENDING_S):
+                    lost.stop()
+        self._rings[pipeline] = ring
+        self._listeners[pipeline] = listener = listen(ring.links)
+        return listener.address
 
-    def _engine_of(
-        self, ring: RingAssignment, listener: "LinkListener", downstream: str, name: str
-    ) -> "Engine":
+    def connect(self, pipeline: int, downstream: str) -> None:
+        """Close the ring and start the engine."""
         from .engine.engine import Engine
 
-        given, facts = self._assignment, self._facts
+        given, facts, ring = self._assignment, self._facts, self._rings[pipeline]
         assert given is not None
         assert facts is not None
         assert self._tokenizer is not None
-        upstream, first_stage = join_ring(ring.links, listener, downstream)
-        return Engine(
+        upstream, first_stage = join_ring(ring.links, self._listeners[pipeline], downstream)
+        self._engines[pipeline] = engine = Engine(
             config=facts.config,
             num_kv_blocks=ring.num_kv_blocks,
             max_context_tokens=given.max_context_tokens,
@@ -89,28 +94,27 @@ class GatewayActor:
             downstream=first_stage,
             upstream=upstream,
             eos_token_ids=self._tokenizer.eos_ids,
-            name=name,
+            name=f"engine of pipeline {pipeline}" if given.num_pipelines > 1 else "engine",
         )
+        engine.start()
 
-    def warm(self) -> tuple[float, ...]:
-        """Seconds that one token took through every stage of each pipeline."""
-
-        async def probe_all() -> list[float]:
-            return await asyncio.gather(*(engine.probe() for engine in self._engines))
-
-        return tuple(asyncio.run(probe_all()))
+    def warm(self, pipeline: int) -> float:
+        """Seconds that one token took through every stage."""
+        return asyncio.run(self._engines[pipeline].probe())
 
     def serve(self) -> str:
         """Answer requests from now on."""
         from .api.app import create_app
+        from .engine.router import Router
 
         given, facts = self._assignment, self._facts
         assert given is not None
         assert facts is not None
         assert self._tokenizer is not None
         assert self._socket is not None
+        self._router = Router([self._routed(number) for number in range(given.num_pipelines)])
         app = create_app(
-            engine=self._served(given.rings),
+            engine=self._router,
             tokenizer=self._tokenizer,
             chat_format=facts.chat_format,
             model_name=given.model_name,
@@ -122,25 +126,26 @@ class GatewayActor:
         self._server.start()
         return self._server.url
 
-    def _served(self, rings: Sequence[RingAssignment]) -> "EngineLike":
-        """The engine, or what plays one in front of several."""
-        from .engine.router import Routed, Router
+    def admit(self, pipeline: int) -> None:
+        """Let requests go to a pipeline that was started again."""
+        assert self._router is not None
+        self._router.replace(pipeline, self._routed(pipeline))
 
-        if len(self._engines) == 1:
-            return self._engines[0]
-        return Router(
-            [
-                Routed(engine=engine, speed=ring.speed, max_running=ring.max_running)
-                for engine, ring in zip(self._engines, rings, strict=True)
-            ]
+    def _routed(self, pipeline: int) -> "Routed":
+        from .engine.router import Routed
+
+        ring = self._rings[pipeline]
+        return Routed(
+            engine=self._engines[pipeline], speed=ring.speed, max_running=ring.max_running
         )
+
+    def run(self) -> None:
+        """Stay until `stop`."""
+        self._stopped.wait()
 
     def expert_tokens(self) -> Mapping[int, Sequence[int]]:
         """By layer, the tokens that each expert was chosen for, in all pipelines together."""
-        from .engine.stats import total
-
-        stats = [engine.stats() for engine in self._engines]
-        return total(stats).expert_tokens if stats else {}
+        return {} if self._router is None else self._router.stats().expert_tokens
 
     def ending(self, pipeline: int) -> None:
         """Raise what broke the ring of this pipeline, if that is known within a moment."""
@@ -148,11 +153,14 @@ class GatewayActor:
 
     def stop(self) -> None:
         """End the API, then the engines, then the links."""
+        if self._router is not None:
+            self._router.close()
         if self._server is not None:
             self._server.stop(DRAIN_S)
         elif self._socket is not None:
             self._socket.close()
-        for engine in self._engines:
+        for engine in list(self._engines.values()):
             engine.stop()
-        for listener in self._listeners:
+        for listener in list(self._listeners.values()):
             listener.close()
+        self._stopped.set()

@@ -74,24 +74,29 @@ class Endpoint:
         stop: threading.Event | None = None,
         *,
         on_warning: Callable[[str], None] = lambda text: None,
+        on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Return when `stop` is set (by default the one that `up` was given).
 
-        `on_warning` hears, once each, what is amiss although the deployment serves.
+        `on_warning` hears, once each, what is amiss although the deployment goes on, and `on_note`
+        when a pipeline that was lost is back.
 
         Raises:
             MagnetarError: the deployment failed or was stopped by somebody else.
         """
         stop = stop or self._stop
-        heard: set[str] = set()
+        told: set[str] = set()
         while not stop.wait(5 * POLL_S):
             status = self._session.poll().status
             if status.failure is not None:
                 raise status.failure.to_error()
-            amiss = {each.message for each in status.conditions if not each.status} - heard
-            for message in sorted(amiss):
+            amiss = {each.message for each in status.conditions if not each.status}
+            back = {each.message for each in status.conditions if each.reason == "Restarted"}
+            for message in sorted(amiss - told):
                 on_warning(message)
-            heard |= amiss
+            for message in sorted(back - told):
+                on_note(message)
+            told = amiss | back
 
     def close(self) -> None:
         """End the deployment, or only leave it alone when it is detached."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from magnetar.cluster.deployment.assignment import (
     GatewayAssignment,
     HelperAssignment,
+    RingAssignment,
     StageAssignment,
 )
 from magnetar.cluster.deployment.status import StageLoad
@@ -86,27 +87,34 @@ class FakeGateway:
 
     def __init__(self, host: str, port: int, api_key: str | None) -> None:
         self._wish = (host, port)
+        self._rings: dict[int, RingAssignment] = {}
+        self._downstreams: dict[int, str] = {}
+        self._admitted: list[int] = []
+        self._stop = threading.Event()
 
     def bind(self) -> int:
         if self._wish[1] == 1:
             raise PortInUseError("port 1 is in use")
         return self._wish[1]
 
-    def listen(self, assignment: GatewayAssignment) -> tuple[str, ...]:
+    def brief(self, assignment: GatewayAssignment) -> None:
         self._assignment = assignment
-        return tuple(f"{ring.links.listen_host}:{9 + n}" for n, ring in enumerate(assignment.rings))
 
-    def connect(self, downstreams: Sequence[str]) -> None:
-        self._downstreams = downstreams
+    def listen(self, pipeline: int, ring: RingAssignment) -> str:
+        self._rings[pipeline] = ring
+        return f"{ring.links.listen_host}:{9 + pipeline}"
 
-    def warm(self) -> tuple[float, ...]:
+    def connect(self, pipeline: int, downstream: str) -> None:
+        self._downstreams[pipeline] = downstream
+
+    def warm(self, pipeline: int) -> float:
         if self._wish[1] == 2:
             raise StageLostError("stage 0 does not answer")
-        return (0.001,) * len(self._downstreams)
+        return 0.001
 
-    def facts(self) -> GatewayAssignment:
-        """What it was told, for assertions."""
-        return self._assignment
+    def facts(self) -> tuple[GatewayAssignment, dict[int, RingAssignment], list[int]]:
+        """What it was told, and whom it admitted, for assertions."""
+        return self._assignment, self._rings, self._admitted
 
     def expert_tokens(self) -> Mapping[int, Sequence[int]]:
         return {0: (3, 1)}
@@ -114,8 +122,17 @@ class FakeGateway:
     def serve(self) -> str:
         return f"http://{self._wish[0]}:{self._wish[1]}/on/{socket.gethostname()}"
 
+    def admit(self, pipeline: int) -> None:
+        self._admitted.append(pipeline)
+
+    def run(self) -> None:
+        self._stop.wait()
+
+    def crash(self) -> None:
+        os._exit(1)
+
     def ending(self, pipeline: int) -> None:
         pass
 
     def stop(self) -> None:
-        pass
+        self._stop.set()

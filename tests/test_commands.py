@@ -245,7 +245,13 @@ def test_status_tells_of_each_pipeline_and_of_what_is_amiss() -> None:
     pipelines = [{"stages": [stage | {"host": host}]} for host in "hi"]
     message = "1 of 2 pipelines lost, requests go to the others: pipeline 1: it died"
     conditions = [
-        {"type": "AllPipelinesUp", "status": False, "reason": "PipelineLost", "message": message},
+        {
+            "type": "AllPipelinesUp",
+            "status": False,
+            "reason": "PipelineLost",
+            "message": message,
+            "last_transition_time": "noon",
+        },
         {"type": "Ready", "status": True, "reason": "Serving", "message": ""},
     ]
     serving = {
@@ -255,9 +261,25 @@ def test_status_tells_of_each_pipeline_and_of_what_is_amiss() -> None:
         "conditions": conditions,
         "loaded": [{"pipeline": 1, "index": 0, "num_layers": 3}],
         "plan": {"pipelines": pipelines},
+        "pipelines": [
+            {"number": 0, "state": "up", "since": "dawn", "num_restarts": 0, "cause": ""},
+            {
+                "number": 1,
+                "state": "starting",
+                "since": "noon",
+                "num_restarts": 2,
+                "num_failures": 3,
+                "cause": "it died",
+            },
+        ],
     }
     lines = status_table([serving], details=True).splitlines()
     assert lines[1].split() == ["a", "serving", "yes", "-", "-"]
     assert lines[2] == f"a: {message}"
-    assert lines[-2] == "  pipeline 0, stage 0: layers 0-3 on h (cpu, bf16)"
-    assert lines[-1] == "  pipeline 1, stage 0: layers 0-3 on i (cpu, bf16), 3 ready"
+    assert f"  no   AllPipelinesUp   PipelineLost  since noon: {message}" in lines
+    assert lines[-3] == "  pipeline 0, stage 0: layers 0-3 on h (cpu, bf16)"
+    assert lines[-2] == "  pipeline 1, stage 0: layers 0-3 on i (cpu, bf16), 3 ready"
+    assert lines[-1] == (
+        "  pipeline 1: being started again since noon, restarts: 2, failures in a row: 3, "
+        "lost by: it died"
+    )

@@ -61,6 +61,11 @@ class NodeAgent:
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._fetch: Fetch | None = None
+        self._source: SourceSpec | None = None
+        self._ranges: tuple[ByteRange, ...] | None = None
+        self._is_verified = False
+        self._kept: LoadChecks | None = None
+        """Of a release that is there, after its fetch has ended."""
         self._used: ReleaseFolder | None = None
         self._has_metadata = False
         self._lendings: dict[str, Lending] = {}
@@ -98,6 +103,7 @@ class NodeAgent:
         """
 
         def work() -> str | None:
+            self._source = source
             fetch = self._fetch_of(source)
             if not self._has_metadata:
                 if torrent is not None:
@@ -128,7 +134,12 @@ class NodeAgent:
 
     def restrict(self, ranges: tuple[ByteRange, ...] | None) -> None:
         """Want these bytes of the weights alone, or the whole release. After `metadata`."""
-        self._run(lambda: self._started().restrict(ranges))
+
+        def work() -> None:
+            self._ranges = ranges
+            self._started().restrict(ranges)
+
+        self._run(work)
 
     def order(self, steps: tuple[tuple[ByteRange, ...], ...]) -> None:
         """Bring the bytes of each step before those of the next. After `metadata`."""
@@ -139,22 +150,30 @@ class NodeAgent:
         return self._run(lambda: str(self._started().folder()))
 
     def wait(self, ranges: tuple[ByteRange, ...], timeout_s: float) -> bool:
-        """Whether these bytes may be read, now or within the time. After `folder`."""
-        return self._running().wait(ranges, timeout_s)
+        """Whether these bytes may be read, now or within the time. After `folder`.
+
+        This and the next three answer also after `end_fetch`, for whoever loads again what is
+        there.
+        """
+        return self._kept is not None or self._running().wait(ranges, timeout_s)
 
     def load_checks(self) -> LoadChecks:
         """What tensors can be checked against as they are loaded. After `folder`."""
-        return self._running().load_checks()
+        return self._kept or self._running().load_checks()
 
     def keep_sums(self, sums: Mapping[ByteRange, str]) -> None:
         """Remember SHA-256 of tensors for the next time. After `folder`."""
-        self._running().keep_sums(sums)
+        if (kept := self._kept) is not None:
+            self._kept = replace(kept, manifest=kept.manifest.merged(sums))
+        else:
+            self._running().keep_sums(sums)
 
     def mend(self, part: ByteRange) -> None:
         """Check the pieces of these bytes again and fetch bad ones anew; also during `download`."""
-        if self._running().mend_meanwhile(part):
-            return
-        self._run(lambda: self._started().mend(part))
+        if self._kept is not None:
+            self._run(lambda: self._mend_again(part))
+        elif not self._running().mend_meanwhile(part):
+            self._run(lambda: self._started().mend(part))
 
     def check_disk(self) -> None:
         """Raise DiskSpaceError where the rest of what is wanted does not fit. After `metadata`."""
@@ -182,7 +201,12 @@ class NodeAgent:
 
     def verify(self) -> None:
         """Check the release's own checksums. After `download`."""
-        self._run(lambda: self._started().verify())
+
+        def work() -> None:
+            self._started().verify()
+            self._is_verified = True
+
+        self._run(work)
 
     def fetched(self) -> FetchedShare:
         """What was brought to this node. After `metadata`."""
@@ -202,14 +226,7 @@ class NodeAgent:
     def end_fetch(self) -> None:
         """End the fetch and keep what resumes it; fine if there is none."""
 
-        def work() -> None:
-            fetch, self._fetch = self._fetch, None
-            self._has_metadata = False
-            if fetch is not None:
-                fetch.close()
-                self._past = added((self._past, fetch.traffic))
-
-        self._run(work)
+        self._run(self._close_fetch)
 
     def lend(self, info_hash: str, to: tuple[str, ...]) -> Lender | None:
         """Let nodes with these addresses have what this node's store holds of a release.
@@ -266,6 +283,27 @@ class NodeAgent:
     def progress(self, cursor: int) -> tuple[tuple[Progress, ...], int]:
         """What is new since `cursor`, and the next cursor."""
         return self._board.since(cursor)
+
+    def _close_fetch(self) -> None:
+        fetch = self._fetch
+        if fetch is None:
+            return
+        if self._is_verified:  # before the fetch is gone, for some may be asking
+            self._kept = fetch.load_checks()
+        self._fetch = None
+        self._has_metadata = False
+        fetch.close()
+        self._past = added((self._past, fetch.traffic))
+
+    def _mend_again(self, part: ByteRange) -> None:
+        """After the fetch has ended: with another one, for as long as it takes."""
+        assert self._source is not None
+        try:
+            fetch = self._fetch_of(self._source)
+            fetch.restrict(self._ranges)
+            fetch.mend(part)
+        finally:
+            self._close_fetch()
 
     def _fetch_of(self, source: SourceSpec) -> Fetch:
         if self._fetch is None:

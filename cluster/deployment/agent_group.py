@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from ...errors import MagnetarError
 from ...fetcher.checkpoint.release import ReleaseFacts, facts_from_json
 from ...fetcher.ownership import Member
 from ...fetcher.piece_map import ByteRange
@@ -24,6 +25,7 @@ from .turn import turn
 START_TIMEOUT_S: Final = 120.0
 CLOSE_TIMEOUT_S: Final = 20.0
 TRAFFIC_TIMEOUT_S: Final = 10.0
+LIVES_TIMEOUT_S: Final = 10.0
 _METHODS_AT_ONCE: Final = 16
 """More than a node has stages that wait for their layers."""
 
@@ -42,8 +44,6 @@ class AgentGroup:
         on_progress: ProgressSink,
         stop: threading.Event,
     ) -> None:
-        import ray
-
         self._deployment = deployment
         self._home = home
         self._addresses = tuple(node.address for node in nodes)
@@ -53,24 +53,14 @@ class AgentGroup:
         self._stop = stop
         self._foreman: Foreman | None = None
         self._cursors = {node.host: 0 for node in nodes}
-        actor = ray.remote(NodeAgent)
-        self._agents: dict[str, Any] = {
-            node.host: actor.options(
-                name=agent_name(deployment, node.host),
-                lifetime="detached" if detached else None,
-                num_cpus=0,
-                max_concurrency=_METHODS_AT_ONCE,
-                label_selector=node.selector,
-            ).remote(
-                host=node.host,
-                address=node.address,
-                store=store,
-                memory_limit_bytes=node.memory_bytes,
-                cpu_limit=node.num_cpus,
-                shares_lan=len(nodes) > 1,
-            )
-            for node in nodes
-        }
+        self._store = store
+        self._lifetime = "detached" if detached else None
+        # What an agent has to bring, for one that takes the place of a dead one.
+        self._source: SourceSpec | None = None
+        self._torrent: bytes | None = None
+        self._shares: Mapping[str, tuple[ByteRange, ...] | None] = {}
+        self._renewing = threading.Lock()
+        self._agents: dict[str, Any] = {node.host: self._start(node) for node in nodes}
 
     def read_facts(self, source: SourceSpec) -> tuple[ReleaseFacts, str | None]:
         """What the release is and its info-hash, learnt by the agent of the home node."""
@@ -92,19 +82,16 @@ class AgentGroup:
 
     def metadata(self, hosts: Sequence[str], source: SourceSpec) -> None:
         """Let the agents of `hosts` learn what the release consists of. After `read_facts`."""
-        torrent = None
+        self._source = source
         if source.kind == "magnet":
             # Some nodes may have no way out to ask for it, and none needs to ask again.
             lead = self._agents[self._home]
-            torrent = self._all({self._home: lead.torrent.remote()})[self._home]
-        self._look_for_lenders(hosts)
-        lenders = tuple(self._lenders.values())
-        self._all(
-            {host: self._agents[host].metadata.remote(source, torrent, lenders) for host in hosts}
-        )
+            self._torrent = self._all({self._home: lead.torrent.remote()})[self._home]
+        self._tell_metadata(hosts)
 
     def restrict(self, shares: Mapping[str, tuple[ByteRange, ...] | None]) -> None:
         """Let each host want these bytes of the weights alone; None: the whole release."""
+        self._shares = {**self._shares, **shares}
         self._all(
             {host: self._agents[host].restrict.remote(ranges) for host, ranges in shares.items()}
         )
@@ -171,6 +158,27 @@ class AgentGroup:
         """End all fetches and keep what resumes them; what is there is lent to whoever asks."""
         self._all({host: agent.end_fetch.remote() for host, agent in self._agents.items()})
 
+    def renew(self, nodes: Sequence[RayNode]) -> None:
+        """Let these nodes have an agent that lives, and what it has to bring. After `end_fetches`.
+
+        Blocks, where an agent is new, until what its node lacks is there. Any thread.
+        """
+        with self._renewing:
+            dead = [node for node in nodes if not self._lives(node.host)]
+            for node in dead:
+                self._agents[node.host] = self._start(node)
+                self._cursors[node.host] = 0
+            hosts = [node.host for node in dead]
+            if not hosts:
+                return
+            self._tell_metadata(hosts)
+            self.restrict({host: self._shares[host] for host in hosts if host in self._shares})
+            self.check_disks(hosts)
+            self.folders(hosts)
+            self._all({host: self._agents[host].download.remote() for host in hosts})
+            self.verify(hosts)
+            self._all({host: self._agents[host].end_fetch.remote() for host in hosts})
+
     def interrupt(self) -> None:
         """Make whatever the agents are doing end with InterruptedByUserError, soon."""
         for agent in self._agents.values():
@@ -187,6 +195,45 @@ class AgentGroup:
         for agent in self._agents.values():
             ray.kill(agent)
         self._agents = {}
+
+    def _start(self, node: RayNode) -> Any:
+        import ray
+
+        return (
+            ray.remote(NodeAgent)
+            .options(
+                name=agent_name(self._deployment, node.host),
+                lifetime=self._lifetime,
+                num_cpus=0,
+                max_concurrency=_METHODS_AT_ONCE,
+                label_selector=node.selector,
+            )
+            .remote(
+                host=node.host,
+                address=node.address,
+                store=self._store,
+                memory_limit_bytes=node.memory_bytes,
+                cpu_limit=node.num_cpus,
+                shares_lan=len(self._addresses) > 1,
+            )
+        )
+
+    def _lives(self, host: str) -> bool:
+        import ray
+
+        agent, cursor = self._agents[host], self._cursors[host]
+        try:
+            answer = agent.progress.remote(cursor)
+            call(answer, who=f"the agent on {host}", timeout_s=LIVES_TIMEOUT_S)
+        except MagnetarError:
+            ray.kill(agent)  # one that does not answer must not stay beside the next
+            return False
+        return True
+
+    def _tell_metadata(self, hosts: Sequence[str]) -> None:
+        self._look_for_lenders(hosts)
+        told = (self._source, self._torrent, tuple(self._lenders.values()))
+        self._all({host: self._agents[host].metadata.remote(*told) for host in hosts})
 
     def _look_for_lenders(self, fetching: Sequence[str]) -> None:
         """Nodes that hold the release, of all deployments, but for those of ours that fetch it."""

@@ -84,8 +84,7 @@ class RingAssignment:
 class GatewayAssignment:
     """The engines and the API."""
 
-    rings: tuple[RingAssignment, ...]
-    """Of each pipeline."""
+    num_pipelines: int
     folder: str
     """The release on its node, whose config and tokenizer are there already."""
     facts_json: str
@@ -167,20 +166,36 @@ class GatewayRole(Protocol):
         """The port; raises PortInUseError or UsageError where it cannot be had."""
         ...
 
-    def listen(self, assignment: GatewayAssignment) -> tuple[str, ...]:
-        """Open the links on which the last stages answer; the ``HOST:PORT`` for each pipeline."""
+    def brief(self, assignment: GatewayAssignment) -> None:
+        """Read what is needed besides the pipelines; blocks."""
         ...
 
-    def connect(self, downstreams: Sequence[str]) -> None:
-        """Dial stage 0, accept the last one, start the engine, for each pipeline; blocks."""
+    def listen(self, pipeline: int, ring: RingAssignment) -> str:
+        """Open the link on which the last stage of a pipeline answers; its ``HOST:PORT``.
+
+        This call and the next two come for each pipeline, and again where it is started again.
+        What is left of its engine before is ended.
+        """
         ...
 
-    def warm(self) -> tuple[float, ...]:
-        """Seconds that one token took through every stage of each pipeline."""
+    def connect(self, pipeline: int, downstream: str) -> None:
+        """Dial stage 0, accept the last one, start the engine; blocks."""
+        ...
+
+    def warm(self, pipeline: int) -> float:
+        """Seconds that one token took through every stage."""
         ...
 
     def serve(self) -> str:
         """Answer requests from now on; the URL."""
+        ...
+
+    def admit(self, pipeline: int) -> None:
+        """Let requests go to a pipeline that is warm again."""
+        ...
+
+    def run(self) -> None:
+        """Stay until `stop`; whoever called hears when the process dies."""
         ...
 
     def expert_tokens(self) -> Mapping[int, Sequence[int]]:

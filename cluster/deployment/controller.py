@@ -1,7 +1,7 @@
 """One deployment, from its spec to serving and to its end: a Ray actor with a thread of its own."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final
@@ -19,6 +19,7 @@ from ..runtime.ray_runtime import RayNode
 from ..spec import DeploymentSpec
 from .agent_group import AgentGroup
 from .assignment import PipelineRoles
+from .keepers import Keepers
 from .pipeline_group import PipelineGroup
 from .progress_board import ProgressBoard
 from .shard import loading_steps, shard_of
@@ -41,9 +42,9 @@ _CONDITION_OF: Final[dict[Phase, ConditionType]] = {
 class Controller:
     """Works from its creation on; `poll` tells how far it is, `stop` ends everything it started.
 
-    A failure before serving ends everything too. A stage lost while serving does not: other
-    pipelines take the requests over, and a condition says so. Where there is none, requests get
-    errors and `Ready` is false with the reason, until somebody stops the deployment.
+    A failure before serving ends everything too. A stage lost while serving does not: its pipeline
+    is started again, as often as need be. Meanwhile other pipelines take the requests over, and a
+    condition says so; where there is none, `Ready` is false with the reason.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Controller:
     def _run(self) -> None:
         try:
             self._deploy()
-            self._watch()
+            self._keep()
         except Exception as error:  # crosses to the driver, which raises it again
             self._fail(error)
         finally:
@@ -227,29 +228,23 @@ class Controller:
             return None
         return ranges_of(shard_of(facts.index, plan, host))
 
-    def _watch(self) -> None:
-        """Until `stop`: notice what dies."""
+    def _keep(self) -> None:
+        """Until `stop`: keep every pipeline up, and notice when the gateway dies."""
         plan = self._record.status.plan
         assert plan is not None
-        num_pipelines = len(plan.pipelines)
-        lost: dict[int, MagnetarError] = {}
-        while not self._stop.wait(WATCH_S if len(lost) == num_pipelines else 0):
-            if len(lost) == num_pipelines or not (found := self._pipeline.lost(WATCH_S)):
-                continue
-            lost |= found
-            if num_pipelines > 1:
-                self._record.hold(
-                    "AllPipelinesUp", "PipelineLost", _losses(lost, num_pipelines), status=False
-                )
-            if len(lost) == num_pipelines:
-                last = next(iter(found.values()))
-                self._record.hold(
-                    "StagesReady",
-                    "StageLost",
-                    str(last),
-                    status=False,
-                    failure=Failure.of(last),
-                )
+        keepers = Keepers(plan, group=self._pipeline, agents=self._agents, record=self._record)
+        try:
+            while not self._stop.wait(WATCH_S):
+                if (death := self._pipeline.gateway_death()) is not None:
+                    break
+            else:
+                raise InterruptedByUserError("the deployment was stopped")
+        finally:
+            keepers.stop()
+        # Nobody answers any more, and no pipeline helps: that is left to whoever started it.
+        failure = Failure.of(death)
+        self._record.hold("EndpointReady", "GatewayLost", str(death), status=False, failure=failure)
+        self._stop.wait()
         raise InterruptedByUserError("the deployment was stopped")
 
     def _fail(self, error: Exception) -> None:
@@ -312,8 +307,3 @@ def _placed(pipeline: Pipeline) -> str:
         f"{len(pipeline.stages)} stage{'s' * (len(pipeline.stages) > 1)} on {', '.join(hosts)}"
         + f", experts on {', '.join(helpers)} too" * bool(helpers)
     )
-
-
-def _losses(lost: Mapping[int, MagnetarError], num_pipelines: int) -> str:
-    told = "; ".join(f"pipeline {number}: {error}" for number, error in sorted(lost.items()))
-    return f"{len(lost)} of {num_pipelines} pipelines lost, requests go to the others: {told}"

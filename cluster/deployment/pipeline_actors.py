@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Final
 
 from ...errors import MagnetarError, StageLostError
 from ..plan import ExpertHost, Pipeline, StagePlan
-from ..runtime.ray_calls import any_ended, endings
+from ..runtime.ray_calls import endings
 from .arrivals import agent_name
 from .assignment import (
     HelperAssignment,
@@ -16,6 +17,7 @@ from .assignment import (
     helper_name,
     stage_name,
 )
+from .reservation import Reservation
 
 DEATH_NOTICE_S: Final = 1.0
 """Ray tells of a dead actor within 0.05 s."""
@@ -33,29 +35,38 @@ class Loading:
 
 
 class PipelineActors:
-    """One pipeline of a deployment, while its ring is closed, runs, and breaks."""
+    """One pipeline of a deployment, from its start to its end; it is started again as another."""
 
     def __init__(
         self,
         pipeline: Pipeline,
         *,
         number: int | None,
+        num_restarts: int,
         roles: PipelineRoles,
-        start: Callable[[type[Any], object, str], Any],
+        reservation: Reservation,
+        first_bundle: int,
         links: Callable[[str], LinkSetup],
         loading: Loading,
     ) -> None:
-        """Start the actors, in the order of `members_of`.
+        """Start the actors, in the order of `members_of`, in the bundles from `first_bundle` on.
 
-        `number` says which of several pipelines it is; `start` takes a role, its assignment and a
-        name; `links` makes the setup for an end on a host.
+        `number` says which of several pipelines it is; `links` makes the setup for an end on a
+        host.
         """
+        bundles = count(first_bundle)
+
+        def start(role: type[Any], assignment: object, name: str) -> Any:
+            return reservation.start(role, assignment, prefix + name, next(bundles))
+
         self._running: list[Any] = []
         self.stages: list[Any] = []
         self.helpers: list[list[Any]] = [[] for _ in pipeline.stages]
         """Of each stage."""
         self._names = ["the gateway"]
         prefix = "" if number is None else f"p{number}/"
+        if num_restarts:  # Ray may still know those of before by their names
+            prefix += f"r{num_restarts}/"
         for stage in pipeline.stages:
             assignment = StageAssignment(
                 links=links(stage.host),
@@ -67,7 +78,7 @@ class PipelineActors:
                 batch_invariant=loading.batch_invariant,
                 pipeline=number,
             )
-            self.stages.append(start(roles.stage, assignment, f"{prefix}s{stage.index}"))
+            self.stages.append(start(roles.stage, assignment, f"s{stage.index}"))
             self._names.append(stage_name(stage.index, number))
         for stage, helper in helpers_of(pipeline):
             task = HelperAssignment(
@@ -83,7 +94,7 @@ class PipelineActors:
                 pipeline=number,
             )
             helpers = self.helpers[stage.index]
-            name = f"{prefix}s{stage.index}/h{len(helpers)}"
+            name = f"s{stage.index}/h{len(helpers)}"
             helpers.append(start(roles.helper, task, name))
             self._names.append(helper_name(helper, of=stage_name(stage.index, number)))
 
@@ -110,11 +121,6 @@ class PipelineActors:
     def running(self) -> list[Any]:
         """The calls that end when the pipeline does: whoever leaves closes the links to others."""
         return self._running
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether any of it has."""
-        return any_ended(self._running, timeout_s=0)
 
     def cause(self, at_gateway: Any) -> MagnetarError:
         """What ended it; `at_gateway` is the call that asks the gateway. Waits a moment."""

@@ -1,34 +1,36 @@
-"""The actors of a deployment's pipelines in one placement group, and a gateway before them."""
+"""The actors of a deployment's pipelines in one reservation, and a gateway before them."""
 
-import contextlib
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import count
 from typing import Any, Final
 
-from ...errors import InterruptedByUserError, MagnetarError, PreflightError
+from ...errors import MagnetarError, StageLostError
 from ...fetcher.progress import ProgressSink
-from ..plan import ExpertHost, Plan, StagePlan
-from ..runtime.ray_calls import any_ended, call, gather
-from ..runtime.ray_runtime import RayNode
+from ..plan import Plan
+from ..runtime.ray_calls import any_ended, gather
+from ..runtime.ray_runtime import RayNode, living_nodes
 from ..spec import DeploymentSpec
-from .assignment import GatewayAssignment, LinkSetup, PipelineRoles, RingAssignment
+from .assignment import LinkSetup, PipelineRoles
+from .front import Front, ring_assignment
 from .load_progress import load_progress
 from .pipeline_actors import Loading, PipelineActors, members_of
+from .reservation import Reservation
 from .status import StageLoad
 
-PLACE_TIMEOUT_S: Final = 60.0
 CONNECT_TIMEOUT_S: Final = 120.0
-WARM_TIMEOUT_S: Final = 300.0
 STOP_TIMEOUT_S: Final = 15.0
-_METHODS_AT_ONCE: Final = 4
+_MAX_STARTS: Final = 1 << 20
+"""Of one pipeline under one epoch of the deployment."""
 
 
 class PipelineGroup:
-    """One incarnation of all pipelines; every actor's name carries its epoch."""
+    """All pipelines from `place` to `stop`; every actor's name carries the deployment's epoch.
+
+    What concerns one pipeline after `serve` is for a thread of that pipeline.
+    """
 
     def __init__(
         self,
@@ -48,64 +50,32 @@ class PipelineGroup:
         self._lifetime = "detached" if detached else None
         self._stop = stop
         self._secret = secrets.token_bytes(32)
-        self._gateway: Any = None
-        self._gateway_host = ""
-        self._briefing: Any = None
-        self._answers_to: tuple[str, ...] = ()
-        """Where the gateway hears the last stage of each pipeline."""
+        self._front: Front | None = None
+        self._plan: Plan | None = None
+        self._spec: DeploymentSpec | None = None
+        self._loading: Loading | None = None
+        self._reservation: Reservation | None = None
         self._pipelines: list[PipelineActors] = []
-        self._lost: set[int] = set()
-        self._group: Any = None
+        self._num_starts: list[int] = []
+        """Of each pipeline, the first included."""
 
     def bind_gateway(self, host: str, *, listen: tuple[str, int], api_key: str | None) -> None:
-        """Start the gateway on the node `host` and take its port; once."""
-        if self._gateway is not None:
-            return
-        import ray
-
-        self._gateway_host = host
-        self._gateway = (
-            ray.remote(self._roles.gateway)
-            .options(
-                name=f"{self._prefix}/gateway",
-                lifetime=self._lifetime,
-                num_cpus=0,
-                max_concurrency=_METHODS_AT_ONCE,
-                label_selector=self._nodes[host].selector,
-            )
-            .remote(*listen, api_key)
+        """Start the gateway on the node `host` and take its port."""
+        self._front = Front(
+            self._roles.gateway,
+            node=self._nodes[host],
+            name=f"{self._prefix}/gateway",
+            lifetime=self._lifetime,
+            listen=listen,
+            api_key=api_key,
+            stop=self._stop,
         )
-        gather([self._gateway.bind.remote()], who="the gateway", stop=self._stop)
 
     def brief_gateway(
         self, plan: Plan, spec: DeploymentSpec, *, folder: str, facts_json: str
     ) -> None:
         """Tell the gateway what it will serve; it reads the tokenizer while the stages load."""
-        num_pipelines, speeds = len(plan.pipelines), _speeds(plan)
-        max_running = spec.running_limit
-        if spec.max_running is not None:  # what was asked for is for all together
-            max_running = -(-spec.max_running // num_pipelines)
-        assignment = GatewayAssignment(
-            rings=tuple(
-                RingAssignment(
-                    links=self._links(plan, number, self._gateway_host),
-                    num_stages=pipeline.steps_at_once,
-                    max_step_tokens=pipeline.max_step_tokens,
-                    num_kv_blocks=pipeline.num_kv_blocks,
-                    max_running=max_running,
-                    max_waiting=-(-spec.max_waiting // num_pipelines),
-                    speed=speed,
-                )
-                for pipeline, number, speed in zip(
-                    plan.pipelines, _numbers(plan), speeds, strict=True
-                )
-            ),
-            folder=folder,
-            facts_json=facts_json,
-            max_context_tokens=plan.max_context_tokens,
-            model_name=spec.model_name,
-        )
-        self._briefing = self._gateway.listen.remote(assignment)
+        self._gateway.brief(plan, spec, folder=folder, facts_json=facts_json)
 
     def place(
         self,
@@ -122,58 +92,24 @@ class PipelineGroup:
         Raises:
             PreflightError: somebody else has reserved the memory in the meantime.
         """
-        from ray.util.placement_group import placement_group
-
-        members = [member for pipeline in plan.pipelines for member in members_of(pipeline)]
-        self._group = placement_group(
-            # A card's memory is not Ray's to count; the bundle then only pins the node.
-            [{"memory": _reserved_bytes(member)} for member in members],
-            strategy="PACK",
-            name=self._prefix,
-            lifetime=self._lifetime,
-            bundle_label_selector=[self._nodes[member.host].selector for member in members],
-        )
-        self._wait_placed(members)
-        bundles = count()
-        loading = Loading(
+        self._plan, self._spec = plan, spec
+        self._loading = Loading(
             deployment=self._deployment,
             folders=folders,
             facts_json=facts_json,
             batch_invariant=spec.batch_invariant,
         )
-
-        def start(role: type[Any], assignment: object, name: str) -> Any:
-            return self._start(role, assignment, name, next(bundles))
-
-        for pipeline, number in zip(plan.pipelines, _numbers(plan), strict=True):
-            self._pipelines.append(
-                PipelineActors(
-                    pipeline,
-                    number=number,
-                    roles=self._roles,
-                    start=start,
-                    links=partial(self._links, plan, number),
-                    loading=loading,
-                )
-            )
-
-    def _start(self, role: type[Any], assignment: object, name: str, bundle: int) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        return (
-            ray.remote(role)
-            .options(
-                name=f"{self._prefix}/{name}",
-                lifetime=self._lifetime,
-                num_cpus=0,
-                max_concurrency=_METHODS_AT_ONCE,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._group, placement_group_bundle_index=bundle
-                ),
-            )
-            .remote(assignment)
+        self._reservation = Reservation(
+            [member for pipeline in plan.pipelines for member in members_of(pipeline)],
+            nodes=self._nodes,
+            prefix=self._prefix,
+            lifetime=self._lifetime,
+            stop=self._stop,
         )
+        self._reservation.wait()
+        self._num_starts = [0 for _ in plan.pipelines]
+        for number in range(len(plan.pipelines)):
+            self._pipelines.append(self._actors_of(number))
 
     def load(
         self,
@@ -203,84 +139,86 @@ class PipelineGroup:
             ):
                 on_progress(progress)
 
-        refs = [self._briefing, *(member.load.remote() for member in self._members)]
-        found = gather(refs, who="the pipeline", stop=self._stop, meanwhile=tell)
-        self._answers_to = tuple(found[0])
+        members = [member for pipeline in self._pipelines for member in pipeline.members]
+        refs = [self._gateway.briefing, *(member.load.remote() for member in members)]
+        gather(refs, who="the pipeline", stop=self._stop, meanwhile=tell)
         tell(finished=True)
 
     def connect(self) -> None:
-        """Close the rings: gateway -> stage 0 -> ... -> last stage -> gateway; join the helpers."""
-        members = self._members
-        addresses = self._together([member.listen.remote() for member in members])
-        address_of = dict(zip(members, addresses, strict=True))
-        first = [address_of[pipeline.stages[0]] for pipeline in self._pipelines]
-        connecting = [self._gateway.connect.remote(first)]
-        for pipeline, answers_to in zip(self._pipelines, self._answers_to, strict=True):
-            connecting += pipeline.connect(address_of, answers_to)
-        self._together(connecting)
-        for pipeline in self._pipelines:
-            pipeline.run()
+        """Close all rings: gateway -> stage 0 -> ... -> last stage -> gateway; join the helpers."""
+        self._connect(range(len(self._pipelines)))
 
     def warm(self) -> tuple[float, ...]:
         """Send one token through every stage; the seconds it took in each pipeline."""
-        (seconds,) = gather(
-            [self._gateway.warm.remote()],
-            who="the gateway",
-            stop=self._stop,
-            timeout_s=WARM_TIMEOUT_S,
-        )
-        return tuple(map(float, seconds))
+        return tuple(self._gateway.warm(range(len(self._pipelines))))
 
     def serve(self) -> str:
         """Open the API; its URL on the gateway's node."""
-        return str(call(self._gateway.serve.remote(), who="the gateway"))
+        return self._gateway.serve()
 
     def expert_tokens(self) -> dict[int, tuple[int, ...]]:
         """By layer, the tokens that each expert was chosen for, as the gateway knows it."""
-        told = call(self._gateway.expert_tokens.remote(), who="the gateway")
-        return {int(layer): tuple(counts) for layer, counts in told.items()}
+        return self._gateway.expert_tokens()
 
-    def lost(self, timeout_s: float) -> dict[int, MagnetarError]:
-        """Wait up to `timeout_s` for pipelines to end by themselves; what ended each of these.
+    def gateway_death(self) -> MagnetarError | None:
+        """What ended the gateway's process; None while it lives. After `serve`."""
+        return self._gateway.death()
 
-        Each is told of once. While others live, what remains of it is ended too.
+    def lost(self, number: int, timeout_s: float) -> MagnetarError | None:
+        """Wait up to `timeout_s` for a pipeline to end by itself; what ended it."""
+        pipeline = self._pipelines[number]
+        if not any_ended(pipeline.running, timeout_s=timeout_s):
+            return None
+        return pipeline.cause(self._gateway.actor.ending.remote(number))
+
+    def clear(self, number: int) -> None:
+        """End what is left of a pipeline at once, and wait until its memory is free."""
+        self._pipelines[number].kill()
+
+    def missing(self, number: int) -> tuple[str, ...]:
+        """Nodes of a pipeline that Ray does not have now."""
+        assert self._plan is not None
+        return tuple(sorted(set(self._plan.pipelines[number].hosts) - living_nodes().keys()))
+
+    def start_again(self, number: int) -> None:
+        """Start a pipeline where it was, from the files that are there, until requests go to it.
+
+        After `clear`. Raises what kept it from that.
         """
-        living = {n: each for n, each in enumerate(self._pipelines) if n not in self._lost}
-        running = [ref for pipeline in living.values() for ref in pipeline.running]
-        if not any_ended(running, timeout_s=timeout_s):
-            return {}
-        found = {
-            number: pipeline.cause(self._gateway.ending.remote(number))
-            for number, pipeline in living.items()
-            if pipeline.has_ended
-        }
-        self._lost.update(found)
-        if len(self._lost) < len(self._pipelines):
-            for number in found:
-                self._pipelines[number].kill()
-        return found
+        assert self._reservation is not None
+        self._reservation.wait()
+        self._num_starts[number] += 1
+        self._pipelines[number] = pipeline = self._actors_of(number)
+        gather(
+            [member.load.remote() for member in pipeline.members],
+            who=f"pipeline {number}",
+            stop=self._stop,
+            meanwhile=partial(self._check_nodes, number),
+        )
+        self._connect([number])
+        self._gateway.warm([number])
+        self._gateway.admit(number)
 
     def stop(self) -> None:
         """End the API, stages, helpers and the reservation; dying actors are not waited for."""
         import ray
-        from ray.util.placement_group import remove_placement_group
 
-        for actors in ([self._gateway] if self._gateway else [], self._stages, self._helpers):
+        gateway = [] if self._front is None else [self._front.actor]
+        for actors in (gateway, self._stages, self._helpers):
             stopping = [actor.stop.remote() for actor in actors]
             if stopping:
                 ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
             for actor in actors:
                 ray.kill(actor)
-        if self._group is not None:
-            with contextlib.suppress(ray.exceptions.RayError):
-                remove_placement_group(self._group)
-        self._gateway, self._group = None, None
+        if self._reservation is not None:
+            self._reservation.end()
+        self._front, self._reservation = None, None
         self._pipelines = []
 
     @property
-    def _members(self) -> list[Any]:
-        """All actors but the gateway."""
-        return [member for pipeline in self._pipelines for member in pipeline.members]
+    def _gateway(self) -> Front:
+        assert self._front is not None, "the gateway comes first"
+        return self._front
 
     @property
     def _stages(self) -> list[Any]:
@@ -291,47 +229,67 @@ class PipelineGroup:
         """Of all stages, pipeline by pipeline."""
         return [member for each in self._pipelines for member in each.members[len(each.stages) :]]
 
+    def _actors_of(self, number: int) -> PipelineActors:
+        assert self._plan is not None
+        assert self._reservation is not None
+        assert self._loading is not None
+        before = self._plan.pipelines[:number]
+        return PipelineActors(
+            self._plan.pipelines[number],
+            number=self._name_of(number),
+            num_restarts=self._num_starts[number],
+            roles=self._roles,
+            reservation=self._reservation,
+            first_bundle=sum(len(members_of(pipeline)) for pipeline in before),
+            links=partial(self._links, number),
+            loading=self._loading,
+        )
+
+    def _connect(self, numbers: Sequence[int]) -> None:
+        assert self._plan is not None
+        assert self._spec is not None
+        gateway, members, listening = self._gateway, [], []
+        for number in numbers:
+            members += self._pipelines[number].members
+            links = self._links(number, gateway.host)
+            ring = ring_assignment(self._plan, self._spec, links, number)
+            listening.append(gateway.actor.listen.remote(number, ring))
+        addresses = self._together([member.listen.remote() for member in members])
+        address_of = dict(zip(members, addresses, strict=True))
+        answers_to = self._together(listening)
+        connecting = []
+        for number, answers in zip(numbers, answers_to, strict=True):
+            pipeline = self._pipelines[number]
+            first = address_of[pipeline.stages[0]]
+            connecting.append(gateway.actor.connect.remote(number, first))
+            connecting += pipeline.connect(address_of, answers)
+        self._together(connecting)
+        for number in numbers:
+            self._pipelines[number].run()
+
     def _together(self, refs: list[Any]) -> list[Any]:
         return gather(refs, who="the pipeline", stop=self._stop, timeout_s=CONNECT_TIMEOUT_S)
 
-    def _links(self, plan: Plan, number: int | None, host: str) -> LinkSetup:
+    def _check_nodes(self, number: int) -> None:
+        if missing := self.missing(number):
+            raise StageLostError(f"{', '.join(missing)} left the cluster")
+
+    def _name_of(self, number: int) -> int | None:
+        """What a pipeline is called: nothing where there is only one."""
+        assert self._plan is not None
+        return number if len(self._plan.pipelines) > 1 else None
+
+    def _links(self, number: int, host: str) -> LinkSetup:
         """Loopback where everything is on one node, else the node's own address."""
-        alone = set(plan.hosts) == {self._gateway_host}
+        assert self._plan is not None
+        name = self._name_of(number)
+        alone = set(self._plan.hosts) == {self._gateway.host}
+        # A node that came back may have another address.
+        node = self._nodes[host] if alone else living_nodes().get(host, self._nodes[host])
         return LinkSetup(
-            ring=self._deployment if number is None else f"{self._deployment}/p{number}",
-            epoch=self._epoch,
+            ring=self._deployment if name is None else f"{self._deployment}/p{name}",
+            # Later starts of a pipeline, and of the deployment, are above all earlier ones.
+            epoch=self._epoch * _MAX_STARTS + self._num_starts[number],
             secret=self._secret,
-            listen_host="127.0.0.1" if alone else self._nodes[host].address,
+            listen_host="127.0.0.1" if alone else node.address,
         )
-
-    def _wait_placed(self, members: Sequence[StagePlan | ExpertHost]) -> None:
-        deadline = time.monotonic() + PLACE_TIMEOUT_S
-        while not self._group.wait(1):
-            if self._stop.is_set():
-                raise InterruptedByUserError("stopped")
-            if time.monotonic() > deadline:
-                wanted = ", ".join(
-                    f"{_reserved_bytes(member) / 1e9:.1f} GB on {member.host}" for member in members
-                )
-                raise PreflightError(
-                    f"Ray does not grant the memory that the plan found free ({wanted}); another "
-                    "deployment has reserved it: take that down, or use other nodes"
-                )
-
-
-def _numbers(plan: Plan) -> Sequence[int | None]:
-    """What the pipelines are called: nothing where there is only one."""
-    return range(len(plan.pipelines)) if len(plan.pipelines) > 1 else (None,)
-
-
-def _speeds(plan: Plan) -> list[float]:
-    """Of each pipeline against the others: as predicted, or else by what fits at once."""
-    told = [each.prediction.tokens_per_s for each in plan.pipelines if each.prediction is not None]
-    if len(told) == len(plan.pipelines):
-        return told
-    return [float(each.max_concurrency) for each in plan.pipelines]
-
-
-def _reserved_bytes(member: StagePlan | ExpertHost) -> int:
-    kv_bytes = member.kv_bytes if isinstance(member, StagePlan) else 0
-    return max(1, member.weights_bytes + kv_bytes) if member.device == "cpu" else 1

@@ -9,6 +9,7 @@ from ... import errors
 from ...errors import MagnetarError
 from ...fetcher.progress import Phase, Progress
 from ..plan import Plan
+from .health import PipelineHealth
 
 ConditionType = Literal[
     "SourceVerified",
@@ -30,7 +31,7 @@ PARTS: tuple[ConditionType, ...] = (
 """`Ready` is the AND of these.
 
 Of the others, `DiskHasRoom` is there, and false, only while the download of a node waits for room;
-`AllPipelinesUp` from when a pipeline is lost while another serves."""
+`AllPipelinesUp` from when a pipeline is lost, and true again when all are back."""
 _ORDER: Final = get_args(ConditionType)
 
 
@@ -129,6 +130,8 @@ class DeploymentStatus:
     """By node of the plan, once everything is there; empty for a plain folder."""
     loaded: tuple[StageLoad, ...] = ()
     """By stage, one pipeline after the other, from when they have begun."""
+    pipelines: tuple[PipelineHealth, ...] = ()
+    """Of each pipeline, from when the deployment serves."""
     failure: Failure | None = None
     finished: bool = False
     """Everything that the deployment had started has ended."""

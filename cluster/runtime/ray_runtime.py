@@ -154,26 +154,7 @@ def ray_nodes() -> tuple[RayNode, ...]:
     Raises:
         UsageError: two nodes have the same label.
     """
-    import ray
-
-    nodes = []
-    for row in ray.nodes():
-        if not row["Alive"]:
-            continue
-        labels: Mapping[str, str] = row.get("Labels", {})
-        memory = row["Resources"].get("memory")
-        nodes.append(
-            RayNode(
-                host=labels.get(HOST_LABEL, row["NodeManagerAddress"]),
-                address=row["NodeManagerAddress"],
-                node_id=row["NodeID"],
-                labelled=HOST_LABEL in labels,
-                memory_bytes=None if memory is None else int(memory),
-                num_cpus=int(row["Resources"].get("CPU", 0)) or None,
-                is_head="node:__internal_head__" in row["Resources"],
-            )
-        )
-    nodes.sort(key=lambda node: node.host)
+    nodes = _living()
     for before, after in pairwise(nodes):
         if before.host == after.host:
             raise UsageError(
@@ -196,6 +177,34 @@ def home_node(nodes: tuple[RayNode, ...]) -> RayNode:
 
     own = ray.get_runtime_context().get_node_id()
     return next(node for node in nodes if node.node_id == own)
+
+
+def living_nodes() -> dict[str, RayNode]:
+    """As `ray_nodes`, by host and without complaints: where two have a label, either."""
+    return {node.host: node for node in _living()}
+
+
+def _living() -> list[RayNode]:
+    import ray
+
+    nodes = []
+    for row in ray.nodes():
+        if not row["Alive"]:
+            continue
+        labels: Mapping[str, str] = row.get("Labels", {})
+        memory = row["Resources"].get("memory")
+        nodes.append(
+            RayNode(
+                host=labels.get(HOST_LABEL, row["NodeManagerAddress"]),
+                address=row["NodeManagerAddress"],
+                node_id=row["NodeID"],
+                labelled=HOST_LABEL in labels,
+                memory_bytes=None if memory is None else int(memory),
+                num_cpus=int(row["Resources"].get("CPU", 0)) or None,
+                is_head="node:__internal_head__" in row["Resources"],
+            )
+        )
+    return sorted(nodes, key=lambda node: node.host)
 
 
 def _init(options: dict[str, Any]) -> str:

@@ -13,7 +13,12 @@ import pytest
 from magnetar.cluster.deployment.assignment import PipelineRoles
 from magnetar.cluster.deployment.controller import Controller
 from magnetar.cluster.deployment.pipeline_group import PipelineGroup
-from magnetar.cluster.deployment.status import DeploymentStatus, Report, StageLoad
+from magnetar.cluster.deployment.status import (
+    Condition,
+    DeploymentStatus,
+    Report,
+    StageLoad,
+)
 from magnetar.cluster.journal import controller_journal
 from magnetar.cluster.plan import Pipeline, Plan
 from magnetar.cluster.runtime.ray_calls import call
@@ -185,16 +190,44 @@ def test_serves_after_every_phase_and_leaves_nothing_behind(ray: Any, spec: Depl
             threading.Event().wait(0.05)
 
 
-def test_a_stage_that_dies_makes_it_unready_with_the_reason(ray: Any, spec: DeploymentSpec) -> None:
+def condition_of(status: DeploymentStatus, kind: str) -> Condition:
+    (found,) = (condition for condition in status.conditions if condition.type == kind)
+    return found
+
+
+def test_a_stage_that_dies_makes_it_unready_with_the_reason_until_it_is_started_again(
+    ray: Any, spec: DeploymentSpec
+) -> None:
     with controlled(ray, spec) as controller:
-        status_when(controller, lambda status: status.ready)
+        status = status_when(controller, lambda status: status.ready)
+        assert [(each.state, each.num_restarts) for each in status.pipelines] == [("up", 0)]
+        before = actor_names(ray, spec)
         ray.get_actor(f"{spec.name}/g1/s1", namespace=NAMESPACE).crash.remote()
         status = status_when(controller, lambda status: not status.ready)
-        ready = next(condition for condition in status.conditions if condition.type == "Ready")
-        assert ready.reason == "StageLost"
+        assert condition_of(status, "Ready").reason == "PipelineLost"
+        assert "stage 1 died" in condition_of(status, "Ready").message
+        assert status.failure is None
+        status = status_when(controller, lambda status: status.ready)
+        (pipeline,) = status.pipelines
+        assert (pipeline.state, pipeline.num_restarts, pipeline.num_failures) == ("up", 1, 1)
+        assert "stage 1 died" in pipeline.cause
+        up = condition_of(status, "AllPipelinesUp")
+        assert (up.status, up.reason) == (True, "Restarted")
+        assert up.message.startswith("back after: stage 1 died")
+        assert up.message.endswith("(started again once so far)")
+        assert before - {"/g1/s0", "/g1/s1"} < actor_names(ray, spec)
+        assert {"/g1/r1/s0", "/g1/r1/s1"} < actor_names(ray, spec)
+
+
+def test_a_gateway_that_dies_is_a_failure(ray: Any, spec: DeploymentSpec) -> None:
+    with controlled(ray, spec) as controller:
+        status_when(controller, lambda status: status.ready)
+        ray.get_actor(f"{spec.name}/g1/gateway", namespace=NAMESPACE).crash.remote()
+        status = status_when(controller, lambda status: status.failure is not None)
+        assert condition_of(status, "Ready").reason == "GatewayLost"
         assert status.failure is not None
         assert isinstance(status.failure.to_error(), StageLostError)
-        assert "stage 1 died" in status.failure.message
+        assert "the gateway died" in status.failure.message
 
 
 def test_a_taken_port_ends_it_with_its_own_error(ray: Any, spec: DeploymentSpec) -> None:
@@ -248,7 +281,7 @@ def test_a_node_that_waits_for_room_is_a_condition_until_there_is_some(
             assert not waits(status)
 
 
-def test_each_of_several_pipelines_has_a_ring_and_one_that_is_lost_is_named_and_ended(
+def test_each_of_several_pipelines_has_a_ring_and_one_that_is_lost_starts_again_alone(
     ray: Any, spec: DeploymentSpec
 ) -> None:
     spec = replace(spec, max_running=9, max_waiting=5)
@@ -267,22 +300,36 @@ def test_each_of_several_pipelines_has_a_ring_and_one_that_is_lost_is_named_and_
         # Stages listen at their index, the gateway at 9 and 10.
         downstream = {name: facts[1].split(":")[1] for name, facts in told.items()}
         assert downstream == {"p0/s0": "9", "p1/s0": "1", "p1/s1": "10"}
-        rings = ray.get(actor("gateway").facts.remote()).rings
+        _, told_rings, _ = ray.get(actor("gateway").facts.remote())
+        rings = [told_rings[0], told_rings[1]]
         assert [r.max_step_tokens for r in rings] == [128, 256]
         assert [(r.num_kv_blocks, r.max_running, r.max_waiting, r.speed) for r in rings] == [
             (5, 5, 3, 1.0),
             (6, 5, 3, 2.0),
         ]
 
-        assert group.lost(0.05) == {}
+        assert group.lost(1, 0.05) is None
         actor("p1/s1").crash.remote()
-        ((number, error),) = group.lost(20).items()
-        assert number == 1
-        assert "stage 1 of pipeline 1 died" in str(error)
+        assert "stage 1 of pipeline 1 died" in str(group.lost(1, 20))
+        assert group.lost(0, 0.05) is None
+        group.clear(1)
         deadline = time.monotonic() + 20
         while actor_names(ray, spec) != {"/g3/gateway", "/g3/p0/s0"}:
             assert time.monotonic() < deadline, actor_names(ray, spec)
             threading.Event().wait(0.05)
-        assert group.lost(0.05) == {}
-        actor("p0/s0").crash.remote()
-        assert [*group.lost(20)] == [0]
+
+        group.start_again(1)
+        assert actor_names(ray, spec) == everybody - {"/g3/p1/s0", "/g3/p1/s1"} | {
+            "/g3/p1/r1/s0",
+            "/g3/p1/r1/s1",
+        }
+        again, downstream_again = ray.get(actor("p1/r1/s1").facts.remote())
+        assert downstream_again.split(":")[1] == "10"
+        before = told["p1/s1"][0]
+        assert again.links.epoch > before.links.epoch
+        assert replace(again, links=before.links) == before
+        _, told_rings, admitted = ray.get(actor("gateway").facts.remote())
+        assert told_rings[1].links.epoch == again.links.epoch
+        assert told_rings[0] == rings[0]
+        assert admitted == [1]
+        assert group.lost(1, 0.05) is None

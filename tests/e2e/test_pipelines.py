@@ -1,6 +1,8 @@
-"""Two pipelines of a cluster behind one address, one of which dies while streams run."""
+"""A stage is killed while streams run: of one of two pipelines, and of the only one."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,6 +106,17 @@ def stage_processes() -> list[psutil.Process]:
     return [each for each in ours if "ray::StageActor" in "".join(each.cmdline())]
 
 
+def hide(release: Path) -> None:
+    """No pipeline comes back until `show`: so long a test may look around."""
+    for path in release.glob("*.safetensors"):
+        path.rename(path.with_suffix(".hidden"))
+
+
+def show(release: Path) -> None:
+    for path in release.glob("*.hidden"):
+        path.rename(path.with_suffix(".safetensors"))
+
+
 def test_streams_go_on_in_the_other_pipeline_when_one_dies(address: str, tmp_path: Path) -> None:
     release = tmp_path / "tiny"
     write_release(release, layout="huggingface")
@@ -129,6 +142,7 @@ def test_streams_go_on_in_the_other_pipeline_when_one_dies(address: str, tmp_pat
             assert sum(running) == NUM_STREAMS
             assert min(running) >= NUM_STREAMS / 2 - 1
 
+            hide(release)
             stages[0].kill()
             for reader, _ in reading:
                 reader.goes_on.set()
@@ -142,9 +156,78 @@ def test_streams_go_on_in_the_other_pipeline_when_one_dies(address: str, tmp_pat
             told = metrics(client)
             assert sorted(told[f'pipeline_up{{pipeline="{n}"}}'] for n in (0, 1)) == [0, 1]
             assert told["requests_moved_total"] >= NUM_STREAMS / 2 - 1
-            assert len(stage_processes()) == 1
 
+            show(release)
+            assert "stage 0 of pipeline" in up.until("note")["message"]
+            assert len(stage_processes()) == 2
+            told = metrics(client)
+            assert [told[f'pipeline_up{{pipeline="{n}"}}'] for n in (0, 1)] == [1, 1]
+            restarts = [told[f'pipeline_restarts_total{{pipeline="{n}"}}'] for n in (0, 1)]
+            assert sorted(restarts) == [0, 1]
             reading = read_all(client, pool)
+            for reader, _ in reading:
+                assert reader.well_begun.wait(WAIT_S)
+            told = metrics(client)
+            assert min(told[f'pipeline_requests_running{{pipeline="{n}"}}'] for n in (0, 1)) > 0
             for reader, _ in reading:
                 reader.goes_on.set()
             assert [answer.result(WAIT_S) for _, answer in reading] == answers
+
+
+def test_streams_of_the_only_pipeline_wait_until_it_is_back(address: str, tmp_path: Path) -> None:
+    release = tmp_path / "tiny"
+    write_release(release, layout="huggingface")
+    right = expected(release)
+    with (
+        magnetar(
+            *("up", str(release), f"--ray-address={address}", f"--store={tmp_path}/{{host}}"),
+            *("--stages=2", "--batch-invariant", "--name=tiny", "--port=0"),
+            "--max-concurrency=16",
+        ) as up,
+        ThreadPoolExecutor(NUM_STREAMS) as pool,
+    ):
+        url = up.until("ready")["url"]
+        with httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client:
+            assert client.get("/readyz").status_code == 200
+            stages = stage_processes()
+            assert len(stages) == 2
+            reading = read_all(client, pool)
+            for reader, _ in reading:
+                assert reader.well_begun.wait(WAIT_S)
+
+            hide(release)
+            stages[0].kill()
+            for reader, _ in reading:
+                reader.goes_on.set()
+            warned = up.until("warning")["message"]
+            assert "died" in warned
+            assert warned.endswith("; it is being started again")
+            refused = client.post("/v1/completions", json={"model": "tiny", "prompt": [1]})
+            assert refused.status_code == 503, refused.text
+            assert int(refused.headers["Retry-After"]) > 0
+            assert client.get("/readyz").status_code == 503
+            (found,) = status()
+            assert not found["ready"]
+            amiss = {each["type"]: each["status"] for each in found["conditions"]}
+            assert not amiss["AllPipelinesUp"]
+            assert found["pipelines"][0]["num_failures"] >= 1
+            assert not any(answer.done() for _, answer in reading)
+
+            show(release)
+            answers = [answer.result(WAIT_S) for _, answer in reading]
+            assert answers[:NUM_COMPUTED] == right
+            assert "(started again once so far)" in up.until("note")["message"]
+            assert client.get("/readyz").status_code == 200
+            told = metrics(client)
+            assert told['pipeline_restarts_total{pipeline="0"}'] == 1
+            assert told["requests_moved_total"] == NUM_STREAMS
+            (found,) = status()
+            assert found["ready"]
+            assert found["pipelines"][0]["num_restarts"] == 1
+
+
+def status() -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "magnetar.cli", "status", "--output=json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
