@@ -184,10 +184,10 @@ class PipelinesPlanner:
         is_exact = self._is_best and portion(self._workload.max_concurrency) == 1
         if is_exact and all(each.is_exact for each in self._planners.values()):
             return score
-        bounds = [self._ceiling.most_in_all(), score]
-        if self._workload.num_pipelines is None:
-            bounds.append(self._planner(self._every, floor=score).bound(score))
-        return max(bounds)
+        most = max(self._ceiling.most_in_all(), score)
+        if self._workload.num_pipelines is not None:
+            return most
+        return max(most, self._planner(self._every, floor=score).bound(score, enough=most))
 
     def unused(self, pipelines: Sequence[Pipeline], smallest_bytes: int) -> tuple[UnusedNode, ...]:
         """Why each node without a part in these has none, and each device of the others: what the

@@ -174,13 +174,15 @@ class SpeedPlanner:
             return min(score, 1 / self._outlook(1).most)
         return least_round_trip_s(search.problem, score, num_stages=self._workload.num_stages)
 
-    def bound(self, tokens_per_s: float) -> float:
-        """What no pipeline goes beyond, or `tokens_per_s`, which some plan has, if that is more."""
+    def bound(self, tokens_per_s: float, *, enough: float = 0.0) -> float:
+        """What no pipeline goes beyond, or `tokens_per_s`, which some plan has, if that is more. Up
+        to `enough` it may be loose."""
         if self._is_small:
             most = (self._outlook(tokens).most for tokens in self._batches())
             return max(tokens_per_s, *most)
         problems = [self.placing.problem(tokens) for tokens in self._batches()]
-        return most_tokens_per_s(problems, tokens_per_s, num_stages=self._workload.num_stages)
+        asked = self._workload.num_stages
+        return most_tokens_per_s(problems, tokens_per_s, num_stages=asked, enough=enough)
 
     def _batches(self) -> list[int]:
         """Sequences per step for every number of micro-batches that may pay, most first."""

@@ -65,24 +65,25 @@ def unused_hosts(
 
 def _with(number: int, stages: list[Stage], search: Search, now: Route, *, is_busy: bool) -> str:
     alone = Stage.alone(number)
-    routes = [
-        search.best_in_order((*stages[:at], alone, *stages[at:]), throughput=is_busy)
-        for at in range(len(stages) + 1)
-    ]
-    found = [route for route in routes if route is not None]
-    if not found:
-        return "not needed: no split with one layer or more on it fits"
+    orders = [(*stages[:at], alone, *stages[at:]) for at in range(len(stages) + 1)]
     if is_busy:
-        best = max(route.tokens_per_s(search.problem) for route in found)
-        return (
-            f"not needed: with it at best {best:.1f} tokens/s in place of "
+        best = 0.0
+        for order in orders:
+            if not best or search.may_beat(best, order):
+                route = search.best_in_order(order, throughput=True)
+                best = max(best, route.tokens_per_s(search.problem) if route else 0.0)
+        told = (
+            f"with it at best {best:.1f} tokens/s in place of "
             f"{now.tokens_per_s(search.problem):.1f}"
         )
-    least = min(route.round_trip_s for route in found)
-    return (
-        f"not needed: with it a token takes {milliseconds(least)} in place of "
-        f"{milliseconds(now.round_trip_s)}"
-    )
+    else:
+        routes = [search.best_in_order(order) for order in orders]
+        best = min((route.round_trip_s for route in routes if route is not None), default=0.0)
+        told = (
+            f"with it a token takes {milliseconds(best)} in place of "
+            f"{milliseconds(now.round_trip_s)}"
+        )
+    return f"not needed: {told if best else 'no split with one layer or more on it fits'}"
 
 
 def _slower(number: int, sites: Sequence[int], problem: Problem) -> str:

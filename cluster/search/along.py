@@ -14,51 +14,51 @@ from dataclasses import dataclass
 import numpy as np
 
 from .problem import Matrix, Route
-from .stage_times import Stage, StageTimes, start_of, with_stage
+from .stage_times import Growth, Stage, Within, start_of
 
 _SAFE = 1 - 1e-9
 """Of a sum that is compared with one of another order."""
 
 
-def least_with_all(times: StageTimes, order: Sequence[Stage], limit_s: float) -> Route | None:
-    """The best cut of an order, with stages and transfers of at most `limit_s`."""
-    hops = times.hops(limit_s)
-    cost_V = _nothing(times.problem.num_layers)
-    steps = []
+def least_with_all(within: Within) -> Route | None:
+    """The best cut with all these stages in their order."""
+    order, hops, band_SKV = within.stages, within.hops, within.band_SKV
+    cost_V = _nothing(within.times.problem.num_layers)
+    grow = Growth(band_SKV)
+    before = []
     for number, stage in enumerate(order):
         if number:
             cost_V = cost_V + hops[order[number - 1].home, stage.home]
-        band_KV = times.band_KV(stage, limit_s)
-        steps.append((cost_V, band_KV))
-        cost_V = with_stage(cost_V, band_KV)
+        before.append(cost_V)
+        cost_V = grow(cost_V[None], band_SKV[number : number + 1])[0]
     if cost_V[-1] == np.inf:
         return None
     ends = [len(cost_V) - 1]
-    for before_V, band_KV in reversed(steps[1:]):
-        ends.insert(0, start_of(before_V, band_KV, ends[0]))
-    return times.route(order, ends)
+    for number in range(len(order) - 1, 0, -1):
+        ends.insert(0, start_of(before[number], band_SKV[number], ends[0]))
+    return within.times.route(order, ends)
 
 
 def least_with_some(
-    times: StageTimes, order: Sequence[Stage], limit_s: float, num_stages: int | None = None
+    within: Within, order: Sequence[int], num_stages: int | None = None
 ) -> Route | None:
-    """The best cut of those stages of an order that are best, `num_stages` if that is given."""
-    hops, num_layers = times.hops(limit_s), times.problem.num_layers
+    """The best cut of those that are best of these stages in an order of their numbers, with
+    `num_stages` if that is given."""
+    num_layers, grow = within.times.problem.num_layers, Growth(within.band_SKV)
     # By number of stages; without a wish for it, the first pool holds them all.
-    pools = [_Pool(len(order) + 1, num_layers) for _ in range((num_stages or 0) + 1)]
+    pools = [_Pool(len(order) + 1, within) for _ in range((num_stages or 0) + 1)]
     pools[0].add(_nothing(num_layers), None)
-    for position, stage in enumerate(order):
-        band_KV = times.band_KV(stage, limit_s)
+    for position, number in enumerate(order):
         for depth in range(min(num_stages or 1, position + 1), 0, -1):
             pool = pools[depth - 1]
             if not pool.lasts:
                 continue
-            before_V = pool.arriving(stage, hops).min(axis=0)
-            cost_V = with_stage(before_V, band_KV)
+            before_V = np.minimum.reduce(pool.arriving(number), axis=0)
+            cost_V = grow(before_V[None], within.band_SKV[number : number + 1])[0]
             if np.minimum.reduce(cost_V) < np.inf:
-                last = _Last(stage, band_KV, before_V, pool, len(pool.lasts))
+                last = _Last(number, before_V, pool, len(pool.lasts))
                 pools[depth if num_stages else 0].add(cost_V, last)
-    return pools[-1].best(times, hops)
+    return pools[-1].best()
 
 
 def _nothing(num_layers: int) -> Matrix:
@@ -70,10 +70,9 @@ def _nothing(num_layers: int) -> Matrix:
 
 @dataclass(frozen=True, slots=True)
 class _Last:
-    """The last stage of partial routes."""
+    """The last stage of partial routes, by its number."""
 
-    stage: Stage
-    band_KV: Matrix
+    number: int
     before_V: Matrix
     pool: _Pool
     count: int
@@ -83,50 +82,53 @@ class _Last:
 class _Pool:
     """Partial routes, each the cheapest for any number of layers."""
 
-    def __init__(self, most: int, num_layers: int) -> None:
+    def __init__(self, most: int, within: Within) -> None:
         self.lasts: list[_Last | None] = []
-        self._cost_PV = np.empty((most, num_layers + 1))
+        self._within = within
+        self._cost_PV = np.empty((most, within.band_SKV.shape[2]))
         self._home_P = np.zeros(most, dtype=np.int64)
 
     def add(self, cost_V: Matrix, last: _Last | None) -> None:
         """`last` is None where there is no stage yet."""
         self._cost_PV[len(self.lasts)] = cost_V
-        self._home_P[len(self.lasts)] = -1 if last is None else last.stage.home
+        home = -1 if last is None else self._within.stages[last.number].home
+        self._home_P[len(self.lasts)] = home
         self.lasts.append(last)
 
-    def arriving(self, stage: Stage, hops: Matrix, count: int | None = None) -> Matrix:
-        """[P, V]: seconds to the home of a stage."""
-        count = len(self.lasts) if count is None else count
-        home_P = self._home_P[:count]
-        way_P = np.where(home_P < 0, 0.0, hops[home_P, stage.home])
-        found: Matrix = self._cost_PV[:count] + way_P[:, None]
+    def arriving(self, number: int, count: int | None = None) -> Matrix:
+        """[P, V]: seconds to the home of a stage, of the first `count` alone if that is given."""
+        home_P = self._home_P[: len(self.lasts) if count is None else count]
+        way_P = self._within.hops[home_P, self._within.stages[number].home]
+        way_P[home_P < 0] = 0.0
+        found: Matrix = self._cost_PV[: len(home_P)] + way_P[:, None]
         return found
 
-    def best(self, times: StageTimes, hops: Matrix) -> Route | None:
+    def best(self) -> Route | None:
         """The least round trip of those with all layers."""
+        return_s, stages = self._within.times.problem.return_s, self._within.stages
         whole = []
-        for number, last in enumerate(self.lasts):
-            if last is not None and self._cost_PV[number, -1] < np.inf:
-                back_s = times.problem.return_s[last.stage.home].min()
-                whole.append((float(self._cost_PV[number, -1] + back_s), number, last))
+        for at, last in enumerate(self.lasts):
+            if last is not None and self._cost_PV[at, -1] < np.inf:
+                back_s = return_s[stages[last.number].home].min()
+                whole.append((float(self._cost_PV[at, -1] + back_s), at, last))
         best: tuple[float, int, Route] | None = None
-        for least_s, number, last in sorted(whole, key=lambda each: each[:2]):
+        for least_s, at, last in sorted(whole, key=lambda each: each[:2]):
             if best is not None and least_s * _SAFE > best[0]:
                 break
-            route = _route(last, times, hops)
-            if best is None or (route.round_trip_s, number) < best[:2]:
-                best = route.round_trip_s, number, route
+            route = _route(self._within, last)
+            if best is None or (route.round_trip_s, at) < best[:2]:
+                best = route.round_trip_s, at, route
         return None if best is None else best[2]
 
 
-def _route(last: _Last | None, times: StageTimes, hops: Matrix) -> Route:
+def _route(within: Within, last: _Last | None) -> Route:
     stages: list[Stage] = []
     ends: list[int] = []
-    end = times.problem.num_layers
+    end = within.times.problem.num_layers
     while last is not None:
-        stages.insert(0, last.stage)
+        stages.insert(0, within.stages[last.number])
         ends.insert(0, end)
-        end = start_of(last.before_V, last.band_KV, end)
-        costs_P = last.pool.arriving(last.stage, hops, last.count)[:, end]
+        end = start_of(last.before_V, within.band_SKV[last.number], end)
+        costs_P = last.pool.arriving(last.number, last.count)[:, end]
         last = last.pool.lasts[int(costs_P.argmin())]
-    return times.route(stages, ends)
+    return within.times.route(stages, ends)

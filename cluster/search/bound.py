@@ -36,15 +36,22 @@ def least_round_trip_s(problem: Problem, found_s: float, *, num_stages: int | No
 
 
 def most_tokens_per_s(
-    problems: Sequence[Problem], found: float, *, num_stages: int | None = None
+    problems: Sequence[Problem],
+    found: float,
+    *,
+    num_stages: int | None = None,
+    enough: float = 0.0,
 ) -> float:
     """No plan has more tokens per second at any of these numbers of sequences per step; `found` is
-    what one has, and the least that comes back."""
+    what one has, and the least that comes back. A bound of up to `enough` need not be tight."""
     built = [
         programme(problem, score=found, throughput=True, num_stages=num_stages)
         for problem in problems
     ]
     divided = [_solved(each, whole=False) for each in built]
+    loose = found / max(min(1.0, *divided), _SLACK)
+    if loose <= enough:
+        return loose
     least = 1.0
     for share, each in sorted(zip(divided, built, strict=True), key=lambda pair: pair[0]):
         # A better bound than the worst of the others is of no use.

@@ -125,7 +125,14 @@ def least_hosts_s(
     that suit it best, they would be done at the d-th of all moments at which a host is done with
     one more. Rows of one expert travel at least.
     """
-    each_H = np.array([one_expert_s(model, layer, seat.speed, tokens=tokens) for seat in seats])
+    speeds = [seat.speed for seat in seats]
+    per_expert = tokens * model.experts_per_token / model.num_experts
+    each_H = np.maximum(
+        model.expert_bytes[layer] / (np.array([each.read_gbps for each in speeds]) * 1e9),
+        per_expert
+        * expert_flops(model, layer)
+        / (np.array([each.gemm_gflops for each in speeds]) * 1e9),
+    )
     away_H = np.array([_least_away_s(model, seat.link, tokens=tokens) for seat in seats])
     is_exact = model.num_experts <= MOST_EXACT_EXPERTS
     if not is_exact:
@@ -159,10 +166,14 @@ def asked_host_s(home: Speed, link: Link) -> float:
 
 
 def expert_rows_s(model: ModelCost, link: Link, *, tokens: int) -> float:
-    """Rows and outputs on a link for every expert of a host, on average and at least: of all
-    experts a host gets each row once, of some no less than their share of that."""
-    rows = tokens * (1 + model.experts_per_token) / model.num_experts
-    return transfer_s(rows * model.hidden_bytes, link)
+    """Of `expert_rows_bytes` on a link."""
+    return transfer_s(expert_rows_bytes(model, tokens=tokens), link)
+
+
+def expert_rows_bytes(model: ModelCost, *, tokens: int) -> float:
+    """Rows and outputs for every expert of a host, on average and at least: of all experts a host
+    gets each row once, of some no less than their share of that."""
+    return tokens * (1 + model.experts_per_token) / model.num_experts * model.hidden_bytes
 
 
 def _least_away_s(model: ModelCost, link: Link | None, *, tokens: int) -> float:

@@ -87,6 +87,10 @@ class PlacedModel:
     def _begin(self) -> None:
         """Know nothing yet of these places together."""
         self.attention_L = cache(self._attention_L)
+        self.seat = cache(self._seat)
+        """One of the hosts of a stage's experts: the home itself, or a helper behind its link, as
+        ``seat(home, site)``."""
+        self.ways = cache(self._ways)
         self._cut: dict[int, Any] = {}
 
     def part(self, numbers: Sequence[int], streams: int) -> Self:
@@ -130,6 +134,16 @@ class PlacedModel:
         hosts = self.host(number), self.host(other)
         return self._links.get(hosts) or assumed_link(*hosts)
 
+    def _ways(self) -> tuple[Matrix, Matrix, Matrix]:
+        """[i, j] of the links between places: overhead, round trip and gigabytes per second."""
+        count = range(len(self.places))
+        links = [[self.link(a, b) for b in count] for a in count]
+        return (
+            np.array([[link.overhead_s for link in row] for row in links]),
+            np.array([[link.rtt_s for link in row] for row in links]),
+            np.array([[link.gbps for link in row] for row in links]),
+        )
+
     def overhead_bytes(self, number: int) -> int:
         """What a stage on a place takes besides layers."""
         return self.footprint_of(number).workspace_bytes(self.workload.max_context_tokens)
@@ -154,8 +168,7 @@ class PlacedModel:
         """The hosts of a stage's experts, the home first, as its experts see them."""
         return [self.seat(home, site) for site in sites_of(home, members)]
 
-    def seat(self, home: int, site: int) -> Seat:
-        """One of them: the home itself, or a helper behind its link."""
+    def _seat(self, home: int, site: int) -> Seat:
         link = None if site == home else self.link(home, site)
         return Seat(speed=self.speed(site, self.dtypes[home]), link=link)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache, partial
-from itertools import permutations
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ..machines import ComputeDtype, Link
+from ..machines import ComputeDtype
 from .cost import (
     TOKEN_ID_BYTES,
     ModelCost,
@@ -20,13 +19,11 @@ from .cost import (
     hop_s,
     layer_s,
     output_s,
-    transfer_s,
 )
 from .expert_cost import (
     Array,
     Seat,
-    asked_host_s,
-    expert_rows_s,
+    expert_rows_bytes,
     hit_chance,
     hosts_s,
     least_hosts_s,
@@ -48,13 +45,14 @@ class Placing(PlacedModel):
         self.least_layer_L = cache(self._least_layer_L)
         """Seconds of each layer at least, with the best help that any of `members` can give, as
         ``least_layer_L(home, members, tokens)``."""
+        self.least_experts_s = cache(self._least_experts_s)
+        """Of the experts of a layer of some size alone."""
         self.splits_are_exact = True
         """Of all that were asked for so far."""
 
     def _problem(self, tokens: int) -> Problem:
         """At so many sequences per step; sites are the places."""
-        count = range(len(self.places))
-        links = [[self.link(a, b) for b in count] for a in count]
+        overhead_s, rtt_s, gbps = self.ways()
         # The hidden state is bf16 whatever the stages.
         carried = mean(self.mixes(tokens), float)
         hidden = carried * next(iter(self.costs.values())).hidden_bytes
@@ -70,10 +68,10 @@ class Placing(PlacedModel):
         around = np.array([[place.device.step_overhead_s] for place in self.places])
         may_share = self._may_share
         return Problem(
-            sites=tuple(self._site(number, tokens) for number in count),
-            hop_s=around + np.array([[hop_s(hidden, link) for link in row] for row in links]),
-            return_s=around + np.array([[hop_s(ids, link) for link in row] for row in links]),
-            transfer_s=np.array([[transfer_s(hidden, link) for link in row] for row in links]),
+            sites=tuple(self._site(number, tokens) for number in range(len(self.places))),
+            hop_s=around + (overhead_s + rtt_s / 2 + hidden / (gbps * 1e9)),
+            return_s=around + (overhead_s + rtt_s / 2 + ids / (gbps * 1e9)),
+            transfer_s=hidden / (gbps * 1e9),
             step_tokens=tokens,
             streams=self.workload.max_concurrency,
             shared=shared if may_share else None,
@@ -216,12 +214,12 @@ class Placing(PlacedModel):
             one_expert.append(mean(mixes, partial(self._least_expert_L, home)))
             expert.append(mean(mixes, partial(self._busy_expert_L, home)))
         overhead = min(each.workspace_bytes(0) for each in self.weights.values())
-        asked_NN, rows_NN = np.zeros((len(count), len(count))), np.zeros((len(count), len(count)))
-        for home, host in permutations(count, 2):
-            cost, link = self.cost(home), self.link(home, host)
-            asked_s = asked_host_s(self.speed(home), link)
-            asked_NN[home, host] = mean(mixes, lambda _: 1.0) * asked_s
-            rows_NN[home, host] = mean(mixes, partial(_rows_s, cost, link))
+        # What a host is asked for, and rows of an expert, as `expert_cost.py` has them.
+        overhead_s, rtt_s, gbps = self.ways()
+        away = ~np.eye(len(count), dtype=bool)
+        home_s = np.array([[self.speed(home).helper_overhead_s] for home in count])
+        asked_NN = mean(mixes, lambda _: 1.0) * (2 * overhead_s + rtt_s + home_s) * away
+        rows_NN = away * mean(mixes, lambda n: expert_rows_bytes(cost, tokens=n) / (gbps * 1e9))
         return Least(
             layer_NL=np.array(layer),
             own_NL=np.array(own),
@@ -236,23 +234,21 @@ class Placing(PlacedModel):
         )
 
     def _least_layer_L(self, home: int, members: int, tokens: int) -> Matrix:
-        cost = self.cost(home)
         if not self._may_share:
             return np.diff(self.seconds_L(home, tokens))
-        helpers = [n for n in helpers_of(home, members) if self.spans.get(self.host(n)) is None]
-        seats = self.seats(home, 1 << home | sum(1 << helper for helper in helpers))
-        every = np.ones((1, len(seats)), dtype=bool)
-
-        def least_s(layer: int, count: int) -> float:
-            return float(least_hosts_s(cost, layer, seats, every, tokens=count)[0])
-
+        sizes = self.cost(home).expert_bytes
         by_size = {
-            size: mean(self.mixes(tokens), partial(least_s, cost.expert_bytes.index(size)))
-            for size in set(cost.expert_bytes)
+            size: mean(self.mixes(tokens), partial(self.least_experts_s, home, members, size))
+            for size in set(sizes)
         }
-        return np.array(self.attention_L(home, tokens)) + [
-            by_size[size] for size in cost.expert_bytes
-        ]
+        return np.array(self.attention_L(home, tokens)) + [by_size[size] for size in sizes]
+
+    def _least_experts_s(self, home: int, members: int, size: int, tokens: int) -> float:
+        cost = self.cost(home)
+        helpers = [n for n in helpers_of(home, members) if self.spans.get(self.host(n)) is None]
+        seats = [self.seat(home, site) for site in (home, *helpers)]
+        every, layer = np.ones((1, len(seats)), dtype=bool), cost.expert_bytes.index(size)
+        return float(least_hosts_s(cost, layer, seats, every, tokens=tokens)[0])
 
     def _least_expert_L(self, number: int, tokens: int) -> Matrix:
         """In whichever dtype is quickest."""
@@ -271,7 +267,3 @@ class Placing(PlacedModel):
             for size in set(cost.expert_bytes)
         }
         return np.array([by_size[size] for size in cost.expert_bytes])
-
-
-def _rows_s(cost: ModelCost, link: Link, tokens: int) -> float:
-    return expert_rows_s(cost, link, tokens=tokens)

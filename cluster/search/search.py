@@ -119,22 +119,32 @@ class Search:
         self, limit_s: float, below_s: float, num_stages: int | None = None
     ) -> Route | None:
         """Exact, over every set of stages in every order."""
-        assert self.exact_stages is not None
-        return least_trip(self.times, self.exact_stages, limit_s, below_s, num_stages)
+        if not self.exact_stages:
+            return None
+        return least_trip(self.times.within(self.exact_stages, limit_s), below_s, num_stages)
 
     def along_orders(
         self, limit_s: float, below_s: float, num_stages: int | None = None
     ) -> Route | None:
         """The best without helpers along a few orders of the sites; any may be left out."""
-        routes = [least_with_some(self.times, order, limit_s, num_stages) for order in self._orders]
+        if not self._useful:
+            return None
+        within = self.times.within(self._useful, limit_s)
+        routes = [least_with_some(within, order, num_stages) for order in self._orders]
         found = [route for route in routes if route is not None and route.round_trip_s < below_s]
         return min(found, key=lambda route: route.round_trip_s, default=None)
 
     @cached_property
-    def _orders(self) -> list[list[Stage]]:
-        useful = [each.home for each in self.alone if len(self.times.every(each))]
-        orders = likely_orders(self.problem, useful)
-        return [[self.alone[site] for site in order] for order in orders]
+    def _useful(self) -> list[Stage]:
+        """Those that may have layers, without helpers."""
+        return [stage for stage in self.alone if len(self.times.every(stage))]
+
+    @cached_property
+    def _orders(self) -> list[list[int]]:
+        """Of the useful ones, by their numbers."""
+        homes = [stage.home for stage in self._useful]
+        orders = likely_orders(self.problem, homes)
+        return [[homes.index(home) for home in order] for order in orders]
 
     def best_in_order(
         self, order: Sequence[Stage], *, throughput: bool = False, floor: float = 0.0
@@ -142,16 +152,25 @@ class Search:
         """The best cut with all stages of an order, in that order: the least round trip, or the
         most tokens per second, if more than `floor`. None: it does not fit."""
         if not throughput:
-            return least_with_all(self.times, order, math.inf)
+            return least_with_all(self.times.within(order, math.inf))
         stages = [(stage.home, stage.members) for stage in order]
         if floor and self.outlook is not None and not self.outlook.may_yield(floor, stages):
             return None
 
+        if floor and not self.may_beat(floor, order):
+            return None
+
         def least(limit_s: float, _: float) -> Route | None:
-            return least_with_all(self.times, order, limit_s)
+            return least_with_all(self.times.within(order, limit_s))
 
         routes = list(self.improvements(floor, least, order))
         return routes[-1] if routes else None
+
+    def may_beat(self, floor: float, order: Sequence[Stage]) -> bool:
+        """Whether a cut with all stages of an order may have more tokens per second than that."""
+        problem = self.problem
+        route = least_with_all(self.times.within(order, problem.step_tokens / floor))
+        return route is not None and problem.streams / route.round_trip_s > floor
 
     def evened(self, route: Route, round_trip_s: float) -> Route:
         """The same stages in the same order, cut so that the slowest of them and of the transfers
@@ -161,7 +180,7 @@ class Search:
         low, high = 0, int(np.searchsorted(limits, route.bottleneck_s)) - 1
         while low <= high:
             middle = (low + high) // 2
-            found = least_with_all(self.times, order, float(limits[middle]))
+            found = least_with_all(self.times.within(order, float(limits[middle])))
             if found is not None and found.round_trip_s <= round_trip_s:
                 route, high = found, middle - 1
             else:

@@ -16,28 +16,21 @@ import numpy as np
 
 from .expert_cost import Array
 from .problem import Matrix, Route
-from .stage_times import Stage, StageTimes, start_of, with_stage
+from .stage_times import Growth, Stage, StageTimes, Within, start_of
 
 _AT_ONCE = 1 << 18
 """Numbers of one temporary matrix."""
 
 
-def least_trip(
-    times: StageTimes,
-    stages: Sequence[Stage],
-    limit_s: float,
-    below_s: float,
-    num_stages: int | None = None,
-) -> Route | None:
-    """The route of least round trip under `below_s` whose stages, out of these, and transfers take
-    at most `limit_s`; None: there is none. `stages` are ordered by home."""
-    problem = times.problem
-    bands = [times.band_KV(stage, limit_s) for stage in stages]
-    usable = [n for n, band_KV in enumerate(bands) if np.isfinite(band_KV).any()]
-    if not usable:
+def least_trip(within: Within, below_s: float, num_stages: int | None = None) -> Route | None:
+    """The route of least round trip under `below_s` out of stages, ordered by home, and hops under
+    a limit; None: there is none."""
+    usable = np.flatnonzero(np.isfinite(within.band_SKV).any(axis=(1, 2)))
+    if not len(usable):
         return None
-    hops = times.hops(limit_s)
-    offers = _Offers([stages[n] for n in usable], [bands[n] for n in usable], hops)
+    problem, hops = within.times.problem, within.hops
+    stages = [within.stages[number] for number in usable]
+    offers = _Offers(stages, within.band_SKV[usable], hops)
     count, num_layers = len(problem.sites), problem.num_layers
     deepest = min(num_stages or count, num_layers, count)
     bound, best = below_s, None
@@ -57,27 +50,25 @@ def least_trip(
         if depth < deepest:
             now = grown.hopeful(offers.rest_PV(grown.members_P, deepest - depth), bound_P)
             bound = float(bound_P[-1])
-    return None if best is None else best[0].route(best[1], times, offers, hops)
+    return None if best is None else best[0].route(best[1], within.times, offers, hops)
 
 
 class _Offers:
     """The stages that there are, and what they can do for a pipeline at best."""
 
-    def __init__(self, stages: Sequence[Stage], bands: Sequence[Matrix], hops: Matrix) -> None:
-        self.stages, self.bands = stages, bands
+    def __init__(self, stages: Sequence[Stage], band_SKV: Matrix, hops: Matrix) -> None:
+        self.stages, self.band_SKV = stages, band_SKV
         self.home_S = np.array([stage.home for stage in stages])
         self.members_S = np.array([stage.members for stage in stages])
         self._homes_at = np.flatnonzero(np.diff(self.home_S, prepend=-1))
-        longest, self.num_layers = max(map(len, bands)), bands[0].shape[1] - 1
-        self.band_SKV = np.full((len(bands), longest, self.num_layers + 1), np.inf)
-        for number, band_KV in enumerate(bands):
-            self.band_SKV[number, longest - len(band_KV) :] = band_KV
+        _, longest, num_ends = band_SKV.shape
+        self.num_layers = num_ends - 1
         nearest_N = hops.min(axis=0, where=~np.eye(len(hops), dtype=bool), initial=np.inf)
         spans_K = np.arange(longest, 0, -1)
         way_s = nearest_N[self.home_S][:, None, None]
         # Seconds of a layer at least, with its part of the way there.
-        self._layer_s = ((self.band_SKV + way_s) / spans_K[:, None]).min(axis=(1, 2))
-        self._most_layers = np.array([len(band_KV) for band_KV in bands])
+        self._layer_s = ((band_SKV + way_s) / spans_K[:, None]).min(axis=(1, 2))
+        self._most_layers = longest - np.isfinite(band_SKV).any(axis=2).argmax(axis=1)
 
     def free(self, members: Array) -> Array:
         """[..., S]: whether a stage has none of these members."""
@@ -148,10 +139,11 @@ class _Depth:
         home_P = offers.home_S[stage_P]
         before_PV = self._arriving(hops)[from_P, home_P]
         cost_PV = np.empty_like(before_PV)
-        step = max(1, _AT_ONCE // offers.band_SKV[0].size)
-        for at in range(0, len(from_P), step):
+        step = min(max(1, _AT_ONCE // offers.band_SKV[0].size), len(from_P))
+        grow = Growth(offers.band_SKV, step)
+        for at in range(0, len(from_P), max(1, step)):
             some = slice(at, at + step)
-            cost_PV[some] = with_stage(before_PV[some], offers.band_SKV[stage_P[some]])
+            cost_PV[some] = grow(before_PV[some], offers.band_SKV[stage_P[some]])
         first_P = home_P if self.before is None else first_G[from_P]
         members_P = members_G[from_P] | offers.members_S[stage_P]
         return _Depth(self, cost_PV, stage_P, home_P, from_P, first_P, members_P, from_P[:0])
@@ -192,7 +184,7 @@ class _Depth:
             cost_PV = before.cost_PV[some]
             if before.before is not None:
                 cost_PV = cost_PV + hops[before.home_P[some], depth.home_P[at], None]
-            end = start_of(cost_PV.min(axis=0), offers.bands[stage], end)
+            end = start_of(cost_PV.min(axis=0), offers.band_SKV[stage], end)
             at = int(starts_G[group]) + int(cost_PV[:, end].argmin())
             depth = before
         return times.route(stages, ends)
