@@ -51,7 +51,7 @@ def fetch(args: argparse.Namespace, console: Console, stop: threading.Event) -> 
     source, store = spec.source, Path(spec.store.replace("{host}", host_label())).expanduser()
     only = None if args.only is None else parse_only(args.only)
     with fetching(source, store, console, stop, ray_address=ray_address) as fetch:
-        fetch.metadata()
+        fetch.metadata(waits=True)
         if only is not None:
             facts = fetch.facts(given=source.given, known=source.known)
             fetch.restrict(ranges_of(only.tensors(facts.index)))
@@ -91,7 +91,7 @@ def verify(args: argparse.Namespace, console: Console, stop: threading.Event) ->
             raise NotFoundError(
                 f"{store.root} does not hold the release {fetch.info_hash}: fetch it first"
             )
-        fetch.metadata()
+        fetch.metadata(waits=True)
         # What was verified before counts for nothing now.
         if fetch.info_hash is None:
             store.folder_record(Path(source.location)).write(Record())
@@ -121,9 +121,13 @@ def inspect(args: argparse.Namespace, console: Console, stop: threading.Event) -
 
     source = source_of(args, console)
     with fetching(source, store_of(args), console, stop) as fetch:
-        fetch.metadata()
-        facts = fetch.facts(given=source.given, known=source.known)
-        sizes, own = fetch.sizes(), fetch.piece_map()
+        look = fetch.look(given=source.given, known=source.known)
+        if look is None:
+            fetch.metadata(waits=True)
+            facts = fetch.facts(given=source.given, known=source.known)
+            sizes, own = fetch.sizes(), fetch.piece_map()
+        else:
+            facts, sizes, own = look.facts, look.sizes, look.piece_map
     told, table = release_json(facts), release_table(facts)
     if args.nodes is not None:
         costs = split_costs(facts.index, sizes, args.nodes, own)

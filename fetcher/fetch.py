@@ -16,6 +16,7 @@ from .piece_map import ByteRange, PieceMap
 from .progress import Phase, Progress, ProgressSink
 from .rates import RateLimits
 from .store import Store
+from .stored_look import StoredLook, look_stored
 from .torrent.connection import Connection, Sources
 from .torrent.lending import Lender
 from .torrent.libtorrent_session import LibtorrentSession
@@ -58,10 +59,11 @@ class Fetch:
         session_factory: Callable[[SessionSettings], TorrentSession] = LibtorrentSession,
         lan_address: str | None = None,
         limits: RateLimits | None = None,
+        who: str = "",
     ) -> None:
         """`peers`, `trackers` and `web_seeds` are asked besides those of the link. `dht` None asks
         the DHT only when no peer is named. `lan_address` is this node's own, on which it listens
-        for other nodes that fetch the same release.
+        for other nodes that fetch the same release. `who` wants it, for people who wait for that.
 
         Raises:
             MagnetError: the magnet link is beyond repair. UsageError: a peer is no HOST:PORT, or
@@ -87,6 +89,7 @@ class Fetch:
                 dht=dht,
                 lan_address=lan_address,
                 connect=self._connect,
+                who=who,
             )
         self._found: TorrentRelease | FolderRelease | None = None
 
@@ -166,14 +169,37 @@ class Fetch:
         if self._source is not None:
             self._source.adopt(torrent)
 
-    def metadata(self) -> Metainfo | None:
+    def look(self, *, given: ReleaseHints, known: ReleaseHints) -> StoredLook | None:
+        """What the store can tell of the release by itself, also while another process works on it.
+
+        None for a folder, and where something is missing: then `metadata` and `facts` find it.
+        Before `metadata`, which may be left out.
+
+        Raises:
+            What `read_release` raises about the release.
+        """
+        info_hash = self.identify()
+        if info_hash is None:
+            return None
+        return look_stored(self._store.release_folder(info_hash), given=given, known=known)
+
+    def metadata(self, *, waits: bool = False) -> Metainfo | None:
         """Learns which files there are, from the store if it was there before; None for a folder.
+
+        `waits` while another process works on the release, in place of raising PreflightError.
 
         Raises:
             NotFoundError: no such .torrent or folder. TimedOutError: nobody had the metadata.
             ReleaseError: unsafe, or not a release that can be loaded. PreflightError: another
             process works on it. InterruptedByUserError.
         """
+        if waits and self._source is not None and self._found is None:
+
+            def tell(holder: str) -> None:
+                waiting = f"waiting for {holder}, which works on this release"
+                self._on_progress(Progress(phase="metadata", message=waiting, node=self._node))
+
+            self._source.await_place(stop=self._stop, timeout_s=self._timeout_s, tell=tell)
         return self._release().metainfo
 
     def facts(self, *, given: ReleaseHints, known: ReleaseHints) -> "ReleaseFacts":

@@ -60,29 +60,37 @@ class ReleaseFolder:
         self._lock: int | None = None
         self._used: int | None = None
 
-    def lock(self) -> None:
+    def lock(self, who: str = "") -> None:
         """Takes the release for this process until `unlock`, or until the process ends.
+
+        `who` works on it, for people; the command where nothing is said.
 
         Raises:
             PreflightError: another process has it; the message says which.
         """
+        if (holder := self.try_lock(who)) is not None:
+            raise PreflightError(
+                f"{holder} is working on this release in {self.root}: "
+                "wait until it is done, end it, or use another --store"
+            )
+
+    def try_lock(self, who: str = "") -> str | None:
+        """As `lock`, but where another process has the release, says which in place of raising."""
         if self._lock is not None:
-            return
+            return None
         try:
             file = self._flocked("lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PreflightError(
-                f"{self._holder()} is working on this release in {self.root}: "
-                "wait until it is done, end it, or use another --store"
-            ) from error
+        except BlockingIOError:
+            return self._holder()
         except OSError as error:
             raise PreflightError(
                 f"{self.root} cannot be locked ({error.strerror}): use a --store on a local disk"
             ) from error
-        command = " ".join(Path(sys.argv[0]).name.split() + sys.argv[1:2])
+        who = who or " ".join(Path(sys.argv[0]).name.split() + sys.argv[1:2])
         os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} ({command})".encode(), 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} ({who})".encode(), 0)
         self._lock = file
+        return None
 
     def unlock(self) -> None:
         """Gives the release back; does nothing when it is not locked."""

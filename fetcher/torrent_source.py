@@ -1,10 +1,13 @@
 """A magnet link or a .torrent file, and the release that it names in a store."""
 
 import logging
+import math
+import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..errors import NotFoundError, ReleaseError, VerifyError
+from ..errors import InterruptedByUserError, NotFoundError, ReleaseError, VerifyError
 from .layout import Selection, select_files
 from .store import ReleaseFolder, Store
 from .torrent.bencode import decode, encode
@@ -23,6 +26,9 @@ from .torrent.session import TorrentJob
 
 logger = logging.getLogger(__name__)
 
+_WAIT_S = 0.5
+"""Between two looks at who has the release."""
+
 
 class TorrentSource:
     """Finds the metainfo of one torrent. Blocking; one thread; `close` in the end."""
@@ -39,9 +45,11 @@ class TorrentSource:
         dht: bool | None,
         lan_address: str | None,
         connect: Callable[[Sources], Connection],
+        who: str = "",
     ) -> None:
         """`dht` None asks the DHT only when no peer is named. The user names `trackers` and
-        `web_seeds`, which may be on the own network; those of a link or .torrent may not.
+        `web_seeds`, which may be on the own network; those of a link or .torrent may not. `who`
+        is as of `Fetch`.
 
         Raises:
             MagnetError: the magnet link is beyond repair. UsageError: a peer is no HOST:PORT, or
@@ -66,6 +74,7 @@ class TorrentSource:
         self._dht = not self._peers if dht is None else dht
         self._lan_address = lan_address
         self._connect = connect
+        self._who = who
         self._adopted: Metainfo | None = None
         self._file: Metainfo | None = None
         self._lenders: tuple[Lender, ...] = ()
@@ -133,6 +142,25 @@ class TorrentSource:
             metainfo = known or _ask_swarm(self._magnet, place, connection)
         return place, metainfo, _accepted(place, metainfo), connection, self._lenders
 
+    def await_place(
+        self, *, stop: threading.Event, timeout_s: float | None, tell: Callable[[str], None]
+    ) -> None:
+        """Locks the place of the release as soon as nobody else works on it. Before `find`.
+
+        `tell` hears again and again who that is.
+
+        Raises:
+            PreflightError: somebody still does after `timeout_s`. InterruptedByUserError.
+        """
+        place = self._place = self._place or self._store.release_folder(self.identify())
+        until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while (holder := place.try_lock(self._who)) is not None:
+            if time.monotonic() > until_s:
+                place.lock(self._who)
+            tell(holder)
+            if stop.wait(_WAIT_S):
+                raise InterruptedByUserError("stopped while another process had the release")
+
     def close(self) -> None:
         """Ends the session and unlocks the store. May be called twice."""
         try:
@@ -144,7 +172,7 @@ class TorrentSource:
 
     def _take_place(self, info_hash: str) -> ReleaseFolder:
         place = self._place = self._place or self._store.release_folder(info_hash)
-        place.lock()
+        place.lock(self._who)
         return place
 
     def _connected(self, link: Magnet | Metainfo, *, is_private: bool) -> Connection:

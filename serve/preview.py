@@ -120,7 +120,7 @@ def _look(
                 stop=stop,
             )
             try:
-                facts, info_hash = agents.read_facts(spec.source)
+                facts, info_hash = agents.look(spec.source)
                 inventory = agents.inventory(info_hash)
             finally:
                 agents.stop()
@@ -156,8 +156,10 @@ def _look_here(
     source, host = spec.source, host_label()
     store = Path(spec.store.replace("{host}", host)).expanduser()
     with contextlib.closing(fetch_of(source, store, on_progress=on_progress, stop=stop)) as fetch:
-        fetch.metadata()
-        facts = fetch.facts(given=source.given, known=source.known)
+        look = fetch.look(given=source.given, known=source.known)
+        if look is None:
+            fetch.metadata(waits=True)
+        facts = look.facts if look else fetch.facts(given=source.given, known=source.known)
         held = Store(store).held_bytes(fetch.info_hash)
     nodes = (replace(probe_node(host, "127.0.0.1", store), held_bytes=held),)
     return facts, Inventory(nodes=nodes, links=remembered_links(nodes))

@@ -49,14 +49,18 @@ class NodeAgent:
         memory_limit_bytes: int | None = None,
         cpu_limit: int | None = None,
         shares_lan: bool = False,
+        deployment: str = "",
     ) -> None:
-        """`shares_lan`: other nodes may fetch the same release, and find this one at `address`."""
+        """`shares_lan`: other nodes may fetch the same release, and find this one at `address`.
+        `deployment` is the name of the one that it works for.
+        """
         self._host = host
         self._address = address
         self._store = Path(store.replace("{host}", host)).expanduser()
         self._memory_limit_bytes = memory_limit_bytes
         self._cpu_limit = cpu_limit
         self._lan_address = address if shares_lan else None
+        self._who = f"deployment {deployment}" if deployment else ""
         self._board = ProgressBoard()
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
@@ -95,11 +99,13 @@ class NodeAgent:
         source: SourceSpec,
         torrent: bytes | None = None,
         lenders: tuple[Lender, ...] = (),
+        *,
+        waits: bool = False,
     ) -> str | None:
         """Learn what the release consists of; its info-hash, None for a plain folder.
 
         `torrent` is what the agent of another node found. `lenders` are asked before anybody
-        outside.
+        outside. `waits` is as of `Fetch.metadata`.
         """
 
         def work() -> str | None:
@@ -110,7 +116,7 @@ class NodeAgent:
                     fetch.adopt(torrent)
                 if lenders:
                     fetch.borrow(lenders, lan_address=self._address)
-                fetch.metadata()
+                fetch.metadata(waits=waits)
                 if self._used is None and fetch.info_hash is not None:
                     self._used = Store(self._store).release_folder(fetch.info_hash)
                     self._used.use()
@@ -131,6 +137,16 @@ class NodeAgent:
     def facts(self, given: ReleaseHints, known: ReleaseHints) -> str:
         """The release's facts as JSON, from the heads and tails of its files. After `metadata`."""
         return self._run(lambda: facts_to_json(self._started().facts(given=given, known=known)))
+
+    def look(self, source: SourceSpec) -> tuple[str, str | None] | None:
+        """Facts as JSON and info-hash of a release, from this node's store alone; else None."""
+
+        def work() -> tuple[str, str | None] | None:
+            fetch = self._fetch_of(source)
+            found = fetch.look(given=source.given, known=source.known)
+            return None if found is None else (facts_to_json(found.facts), fetch.info_hash)
+
+        return self._run(work)
 
     def restrict(self, ranges: tuple[ByteRange, ...] | None) -> None:
         """Want these bytes of the weights alone, or the whole release. After `metadata`."""
@@ -314,6 +330,7 @@ class NodeAgent:
                 stop=self._stop,
                 node=self._host,
                 lan_address=self._lan_address,
+                who=self._who,
             )
         return self._fetch
 

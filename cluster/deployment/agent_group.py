@@ -62,13 +62,27 @@ class AgentGroup:
         self._renewing = threading.Lock()
         self._agents: dict[str, Any] = {node.host: self._start(node) for node in nodes}
 
+    def look(self, source: SourceSpec) -> tuple[ReleaseFacts, str | None]:
+        """As `read_facts`, but from the home node's store alone where that has all it takes, for
+        which nobody has to wait."""
+        lead = self._agents[self._home]
+        found = self._all({self._home: lead.look.remote(source)})[self._home]
+        if found is None:
+            return self.read_facts(source)
+        facts, info_hash = found
+        return facts_from_json(facts), info_hash
+
     def read_facts(self, source: SourceSpec) -> tuple[ReleaseFacts, str | None]:
-        """What the release is and its info-hash, learnt by the agent of the home node."""
+        """What the release is and its info-hash, learnt by the agent of the home node.
+
+        While another deployment or command works on it there, this one waits. On other nodes
+        nobody does, so that no two deployments can wait for each other.
+        """
         lead = self._agents[self._home]
         self._info_hash = self._all({self._home: lead.identify.remote(source)})[self._home]
         self._look_for_lenders([self._home])
         lenders = tuple(self._lenders.values())
-        answer = lead.metadata.remote(source, None, lenders)
+        answer = lead.metadata.remote(source, None, lenders, waits=True)
         info_hash = self._all({self._home: answer})[self._home]
         facts = self._all({self._home: lead.facts.remote(source.given, source.known)})
         return facts_from_json(facts[self._home]), info_hash
@@ -215,6 +229,7 @@ class AgentGroup:
                 memory_limit_bytes=node.memory_bytes,
                 cpu_limit=node.num_cpus,
                 shares_lan=len(self._addresses) > 1,
+                deployment=self._deployment,
             )
         )
 

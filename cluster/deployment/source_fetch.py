@@ -16,10 +16,11 @@ def fetch_of(
     stop: threading.Event,
     node: str = "",
     lan_address: str | None = None,
+    who: str = "",
 ) -> Fetch:
     """Brings the release into `store` as the source says; the caller closes it.
 
-    `node` and `lan_address` are those of `Fetch`, which raises for what it cannot use.
+    `node`, `lan_address` and `who` are those of `Fetch`, which raises for what it cannot use.
     """
     return Fetch(
         kind=source.kind,
@@ -34,4 +35,5 @@ def fetch_of(
         stop=stop,
         node=node,
         lan_address=lan_address,
+        who=who,
     )

@@ -86,12 +86,15 @@ class PieceCheck:
 
     def is_right(self, piece: int) -> bool:
         """Whether the piece that is on the disk now has its hash, as far as that can be known."""
+        return self.look_at(piece) is not False
+
+    def look_at(self, piece: int) -> bool | None:
+        """Whether the piece that is on the disk now has its hash; None where nobody can know."""
         self._forget(piece)
         try:
-            self._whole(piece)
+            return None if self._whole(piece) is None else True
         except (DamagedPieceError, ReleaseError):
             return False
-        return True
 
     def _whole(self, piece: int) -> bytes | None:
         """The bytes of a piece; None where some of them are in no file of ours."""
