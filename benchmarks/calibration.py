@@ -1,12 +1,13 @@
-"""Predicted step times beside measured ones: 1, 2 and 4 stages, and experts in a helper.
+"""Predicted step times beside measured ones: 1, 2 and 4 stages, contexts, prompts, helpers.
 
     python benchmarks/calibration.py                  the demo model, the synthetic Mixtral, helpers
-    python benchmarks/calibration.py --case demo      one of the three
+    python benchmarks/calibration.py --case demo      one of the cases
     python benchmarks/calibration.py --quick          the demo model alone
 
 The machine is measured as `magnetar nodes` does, the plan is made as `magnetar plan --stages N`
-makes it, and the engine then decodes as deployed: a process a stage, joined by links. Helpers are
-those of `spread.py`, with one thread each.
+makes it, and the engine then decodes as deployed: a process a stage, joined by links; and computes
+a prompt, on one stage. Contexts and chunks of prompts are those of one stage in this process, with
+half of the layers. Helpers are those of `spread.py`, with one thread each.
 
 The gauge of the planner measures again before and after every round: what holds or not is the
 prediction for the machine that the rounds ran on, by the rounds in which it stayed the same and
@@ -17,6 +18,7 @@ are those of a plain sum and of the gauge.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -41,26 +43,31 @@ from magnetar.benchmarks.rounds_gauge import Moment, RoundsGauge
 from magnetar.benchmarks.steady_rounds import Round, median_ratio, rounds_of, steady
 from magnetar.benchmarks.synthetic import write_model
 from magnetar.benchmarks.up import machine
+from magnetar.benchmarks.whole_steps import HalfStage
 from magnetar.cluster.inventory.inventory import probe_node
 from magnetar.cluster.inventory.link_probe import probe_itself
 from magnetar.cluster.inventory.measure import measure_speeds
 from magnetar.cluster.inventory.pieces import lower_quartile
 from magnetar.cluster.machines import ComputeDtype, Inventory, Link, Node
-from magnetar.cluster.plan import Workload
+from magnetar.cluster.plan import Prediction, Workload
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.cost import (
     attention_s,
+    chunk_context,
     device_speed,
     embeddings_s,
+    layer_s,
     model_cost,
     output_s,
+    prefill_layer_s,
 )
 from magnetar.cluster.search.expert_cost import Seat, hosts_s
 from magnetar.fetcher.checkpoint.release import FolderReader, read_release
 from magnetar.fetcher.config import ModelConfig, ReleaseHints
 from magnetar.serve.gauge import ModelGauge
 
-CASES = ("demo", "moe", "spread")
+QUICK = ("demo", "demo-contexts", "demo-chunks")
+CASES = (*QUICK, "moe", "moe-contexts", "moe-chunks", "spread")
 STAGES = (1, 2, 4)
 DTYPE: ComputeDtype = "bf16"
 GOAL = 0.2
@@ -68,6 +75,12 @@ GOAL = 0.2
 NUM_TOKENS = 32
 CONTEXT_TOKENS = 64
 """About what a task has in use; the planner counts half of it."""
+PROMPT_TOKENS = 1024
+"""Of the prompt that a plan tells the time of."""
+SEQUENCES, CONTEXTS = (1, 4, 16), (64, 1024, 4096, 8192)
+CHUNKS, POSITIONS = (128, 256, 512), (0, 2048, 7680)
+CONTEXT_STEPS = 3
+"""Of every number of sequences and context in a round."""
 MOST = 4
 """Rounds, for each that shall be steady."""
 LEAST_STEADY = 3
@@ -78,10 +91,20 @@ SPREAD_STEPS = 12
 
 
 def stages_predicted(folder: Path, link: Link, num_stages: int, node: Node) -> dict[str, float]:
-    """One step around all stages, as the planner says."""
+    """One step around all stages, as the planner says; of one stage the first token, too."""
+    found = {f"{num_stages}-stages": _planned(folder, link, num_stages, node, CONTEXT_TOKENS)}
+    told = {name: each.round_trip_s for name, each in found.items()}
+    if num_stages == 1:
+        long = _planned(folder, link, num_stages, node, PROMPT_TOKENS)
+        assert long.prefill_tokens == PROMPT_TOKENS
+        told["prompt"] = long.prefill_s
+    return told
+
+
+def _planned(folder: Path, link: Link, num_stages: int, node: Node, context: int) -> Prediction:
     facts = read_release(FolderReader(folder), given=ReleaseHints(), known=ReleaseHints())
     workload = Workload(
-        max_context_tokens=CONTEXT_TOKENS,
+        max_context_tokens=context,
         max_concurrency=1,
         num_stages=num_stages,
         dtype=DTYPE,
@@ -89,14 +112,15 @@ def stages_predicted(folder: Path, link: Link, num_stages: int, node: Node) -> d
     )
     found = plan(facts.config, facts.index, Inventory(nodes=(node,), links=(link,)), workload)
     assert found.prediction is not None
-    return {f"{num_stages}-stages": found.prediction.round_trip_s}
+    return found.prediction
 
 
 def calibrate_stages(
     model: str, counts: Sequence[int], node: Node, link: Link, enough: int
 ) -> Iterator[dict[str, Any]]:
-    """A model through rings of processes: the time between two tokens of one stream."""
-    folder, gauge = model_folder(model), RoundsGauge(node, DTYPE)
+    """A model through rings of processes: the time between two tokens of one stream, and from a
+    prompt to its first token."""
+    folder, gauge, seeds = model_folder(model), RoundsGauge(node, DTYPE), itertools.count()
     for num_stages in counts:
         engine = Engine(model=model, stages=num_stages)
         runner = Runner(engine, command(engine, peers=Path(), threads=node.num_cpus))
@@ -106,7 +130,11 @@ def calibrate_stages(
 
         def measure(runner: Runner = runner, num_stages: int = num_stages) -> dict[str, float]:
             task = Task(kind="decode", num_streams=1, num_tokens=NUM_TOKENS)
-            return {f"{num_stages}-stages": runner.measure(task)["gap_p25_s"]}
+            found = {f"{num_stages}-stages": runner.measure(task)["gap_p25_s"]}
+            if num_stages == 1:  # with keys and values of nobody's, so that all is computed
+                task = Task(kind="prefill", num_prompt=PROMPT_TOKENS, seed=next(seeds))
+                found["prompt"] = runner.measure(task)["seconds"]
+            return found
 
         try:
             runner.loaded()
@@ -116,6 +144,50 @@ def calibrate_stages(
             yield from compared(model, told, rounds)
         finally:
             runner.close()
+
+
+def calibrate_steps(model: str, kind: str, node: Node, enough: int) -> Iterator[dict[str, Any]]:
+    """Steps of one stage: tokens of sequences with long contexts, or chunks of a prompt."""
+    import torch
+
+    torch.set_num_threads(node.num_cpus)
+    stage = HalfStage(model_folder(model), DTYPE)
+    cost = stage.cost
+
+    def predict(seen: Moment) -> dict[str, float]:
+        speed = device_speed(seen.node.devices[0], DTYPE)
+        assert speed is not None
+        if kind == "contexts":
+            layers = {
+                f"{rows}-at-{context}": layer_s(cost, 0, speed, tokens=rows, context_tokens=context)
+                for rows, context in itertools.product(SEQUENCES, CONTEXTS)
+            }
+        else:
+            layers = {
+                f"{rows}-at-{position}": prefill_layer_s(
+                    cost, 0, speed, tokens=rows, context_tokens=chunk_context(position, rows)
+                )
+                for rows, position in itertools.product(CHUNKS, POSITIONS)
+            }
+        return {name: stage.num_layers * seconds for name, seconds in layers.items()}
+
+    def measure() -> dict[str, float]:
+        if kind == "contexts":
+            return {
+                f"{rows}-at-{context}": lower_quartile(
+                    stage.seconds(rows, 1, context - 1, CONTEXT_STEPS)
+                )
+                for rows, context in itertools.product(SEQUENCES, CONTEXTS)
+            }
+        return {
+            f"{rows}-at-{position}": stage.seconds(1, rows, position, 1)[0]
+            for rows, position in itertools.product(CHUNKS, POSITIONS)
+        }
+
+    gauge = RoundsGauge(node, DTYPE)
+    told = predict(gauge.measure())
+    rounds = rounds_of(gauge, predict, measure, enough=enough, most=MOST * enough)
+    yield from compared(f"{model}-{kind}", told, rounds)
 
 
 def spread_predicted(link: Link, node: Node, both_gbps: float) -> dict[str, float]:
@@ -268,12 +340,14 @@ def main() -> None:
         "  steady rounds",
         file=sys.stderr,
     )
-    for case in [args.case] if args.case else ["demo"] if args.quick else CASES:
-        rows = (
-            calibrate_spread(link, args.rounds)
-            if case == "spread"
-            else calibrate_stages(case, args.stages or STAGES, node, link, args.rounds)
-        )
+    for case in [args.case] if args.case else QUICK if args.quick else CASES:
+        model, _, kind = case.partition("-")
+        if case == "spread":
+            rows = calibrate_spread(link, args.rounds)
+        elif kind:
+            rows = calibrate_steps(model, kind, node, args.rounds)
+        else:
+            rows = calibrate_stages(case, args.stages or STAGES, node, link, args.rounds)
         for row in rows:
             print(json.dumps(row), flush=True)
             if keep is not None:

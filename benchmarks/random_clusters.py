@@ -14,7 +14,14 @@ from magnetar.cluster.inventory.profiles import profiles
 from magnetar.cluster.machines import ComputeDtype, Inventory, Link, Node
 from magnetar.cluster.plan import Workload
 from magnetar.cluster.planning.pipelines_plan import PipelinesPlanner
-from magnetar.cluster.search.cost import attention_s, experts_s, hop_s, kv_touch_bytes, output_s
+from magnetar.cluster.search.cost import (
+    decode_scores_s,
+    experts_s,
+    hop_s,
+    output_s,
+    prompt_scores_s,
+    shared_s,
+)
 from magnetar.cluster.search.expert_cost import hosts_s
 from magnetar.cluster.search.expert_split import in_turn
 from magnetar.cluster.search.place import places_of
@@ -202,14 +209,19 @@ def _server(
         held, seats = in_turn(counts, cost.num_experts), placing.seats(home, members)
         times = [float(hosts_s(cost, start, seats, held, tokens=n) @ repeats) for n in _GRID]
     for at, n in enumerate(_GRID):
-        times[at] += layers * attention_s(cost, start, speed, tokens=n, context_tokens=0)
-    touched = layers * kv_touch_bytes(cost, tokens=1, context_tokens=CONTEXT_TOKENS // 4)
+        times[at] += layers * shared_s(cost, start, speed, tokens=n)
+    decoded_s = layers * decode_scores_s(cost, speed, tokens=1, context_tokens=CONTEXT_TOKENS // 4)
+    prompt_context = CONTEXT_TOKENS // 8
     is_last = end == problem.num_layers
 
     @cache
     def step_s(decodes: int, prompt: int) -> float:
         seconds = float(np.interp(decodes + prompt, _GRID, times))
-        seconds += decodes * touched / (speed.read_gbps * 1e9)
+        seconds += decodes * decoded_s
+        if prompt:
+            seconds += layers * prompt_scores_s(
+                cost, speed, tokens=prompt, context_tokens=prompt_context
+            )
         return seconds + is_last * output_s(cost, speed, tokens=max(1, decodes))
 
     return Server(step_s=step_s, kv_tokens=float("inf"))

@@ -4,7 +4,8 @@ import time
 from dataclasses import dataclass, replace
 
 from magnetar.cluster.machines import ComputeDtype, Node
-from magnetar.serve.gauge import SmallLayers, WeightReader
+from magnetar.serve.gauge import SmallLayers, WeightReader, kv_read_gbps
+from magnetar.serve.small_attention import SmallAttention
 from magnetar.serve.small_model import small_layer_bytes
 
 PLAIN_VALUES = 1 << 25
@@ -36,6 +37,7 @@ class RoundsGauge:
         self._node, self._dtype = node, dtype
         self._weights = WeightReader(dtype, "cpu", node.num_cpus)
         self._layers = SmallLayers(dtype, "cpu", self._weights)
+        self._attention = SmallAttention("cpu", node.num_cpus)
         self._values = torch.ones(PLAIN_VALUES)
 
     def measure(self) -> Moment:
@@ -47,6 +49,7 @@ class RoundsGauge:
             device,
             read_gbps=gbps,
             dtype_read_gbps=(),
+            kv_read_gbps=kv_read_gbps(self._attention, "cpu", threads),
             layer_overhead_s=rest_s,
         )
         devices = (now, *self._node.devices[1:])

@@ -27,6 +27,12 @@ class Device:
     """Billions of floating-point operations per second in large products; None: no limit known."""
     dtype_gemm_gflops: tuple[tuple[ComputeDtype, float], ...] = ()
     """The same where it depends on the dtype; counts before `gemm_gflops`."""
+    kv_read_gbps: float | None = None
+    """Gigabytes per second that decoding reads keys and values with, whose blocks lie anywhere;
+    None: those of weights."""
+    attention_gflops: float | None = None
+    """Billions of operations per second of attention in prompts, with heads of
+    `cost.ATTENTION_HEAD_DIM` in bf16; None: those of large products."""
     layer_overhead_s: float = 0.0
     """What a layer takes in every step whatever its size."""
     step_overhead_s: float = 0.0

@@ -8,8 +8,11 @@ from ..cluster.machines import ComputeDtype
 if TYPE_CHECKING:
     from ..cluster.machines import Device, Inventory, Node
 
-_HEAD = ("node", "device", "name", "cpus", "memory", "reads", "computes", "disk free")
-_SPARED = ("name", "disk free", "cpus")
+_HEAD = (
+    *("node", "device", "name", "cpus", "memory"),
+    *("reads", "reads kv", "computes", "attends", "disk free"),
+)
+_SPARED = ("name", "disk free", "cpus", "attends", "reads kv")
 """Columns that a narrow terminal does without, in this order; yaml and json have all."""
 
 
@@ -57,10 +60,16 @@ def _node_rows(node: "Node") -> "Iterator[tuple[str, ...]]":
             device.name or "-",
             str(node.num_cpus),
             gigabytes(device.memory_bytes),
-            f"{device.read_gbps:.1f} GB/s" if device.read_gbps else "?",
-            f"{device.gemm_gflops:.0f} GFLOP/s" if device.gemm_gflops else "?",
+            _told(device.read_gbps, ".1f", "GB/s"),
+            _told(device.kv_read_gbps, ".1f", "GB/s"),
+            _told(device.gemm_gflops, ".0f", "GFLOP/s"),
+            _told(device.attention_gflops, ".0f", "GFLOP/s"),
             gigabytes(node.disk_free_bytes),
         )
+
+
+def _told(rate: float | None, digits: str, unit: str) -> str:
+    return f"{rate:{digits}} {unit}" if rate else "?"
 
 
 def _speeds(inventory: "Inventory") -> list[tuple[str, ...]]:

@@ -58,6 +58,13 @@ class DeviceEntry(Part):
     gemm_by_dtype: dict[ComputeDtype, Work] = Field(
         default_factory=dict, description="The same for single number formats."
     )
+    kv_read_gigabytes_per_second: Rate | None = Field(
+        default=None, description="How fast decoding reads keys and values."
+    )
+    attention_gflops: Work | None = Field(
+        default=None,
+        description="Billions of operations per second of attention in prompts, heads of 128.",
+    )
     layer_overhead_microseconds: Overhead | None = Field(
         default=None, description="What a layer takes in every step whatever its size."
     )
@@ -91,6 +98,7 @@ class DeviceEntry(Part):
         """The same for the planner."""
         memory, kind = self.memory_bytes, self.kind
         reads, computes = self.read_gigabytes_per_second, self.gemm_gflops
+        reads_kv, attends = self.kv_read_gigabytes_per_second, self.attention_gflops
         overheads_us = (
             self.layer_overhead_microseconds,
             self.step_overhead_microseconds,
@@ -103,6 +111,11 @@ class DeviceEntry(Part):
             base = profiles()[self.profile].device
             memory, kind = memory or base.memory_bytes, kind or base.kind
             reads, computes = reads or base.read_gbps, computes or base.gemm_gflops
+            # A speed of its own is not that of the profile's attention.
+            if self.read_gigabytes_per_second is None:
+                reads_kv = reads_kv or base.kv_read_gbps
+            if self.gemm_gflops is None:
+                attends = attends or base.attention_gflops
             known_s = (base.layer_overhead_s, base.step_overhead_s, base.helper_overhead_s)
         layer_s, step_s, helper_s = (
             known if given is None else given / 1e6
@@ -120,6 +133,8 @@ class DeviceEntry(Part):
             dtype_read_gbps=tuple(self.read_by_dtype.items()),
             gemm_gflops=computes,
             dtype_gemm_gflops=tuple(self.gemm_by_dtype.items()),
+            kv_read_gbps=reads_kv,
+            attention_gflops=attends,
             layer_overhead_s=layer_s,
             step_overhead_s=step_s,
             helper_overhead_s=helper_s,

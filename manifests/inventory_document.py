@@ -56,6 +56,12 @@ def _device_value(device: Device) -> dict[str, Any]:
         value["gemmGflops"] = float(f"{device.gemm_gflops:.4g}")
     if device.dtype_gemm_gflops:
         value["gemmByDtype"] = rounded(device.dtype_gemm_gflops)
+    for name, rate in (
+        ("kvReadGigabytesPerSecond", device.kv_read_gbps),
+        ("attentionGflops", device.attention_gflops),
+    ):
+        if rate is not None:
+            value[name] = float(f"{rate:.4g}")
     for name, seconds in (
         ("layerOverheadMicroseconds", device.layer_overhead_s),
         ("stepOverheadMicroseconds", device.step_overhead_s),

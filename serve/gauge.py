@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Final
 from ..cluster.footprint import form_bytes
 from ..cluster.inventory.caches import last_level_cache_bytes
 from ..cluster.inventory.link_probe import PAUSE_S, loopback_s
-from ..cluster.inventory.measure import Overheads
+from ..cluster.inventory.measure import AttentionSpeed, Overheads
 from ..cluster.inventory.pieces import Piece, timed_pieces, undisturbed_s
 from ..cluster.machines import ComputeDtype
 from .model.threads import end_team, prepare_threads
+from .small_attention import SmallAttention
 from .small_model import small_layer_bytes, small_stage, small_step
 
 if TYPE_CHECKING:
@@ -73,6 +74,19 @@ class ModelGauge:
             seconds = _seconds([partial(product, rows)], device)
         return 2 * num_rows * width**2 / seconds / 1e9
 
+    def attention(self, device: str, num_threads: int) -> AttentionSpeed:
+        """Keys and values while tokens are decoded, and attention of chunks of prompts."""
+        import torch
+
+        parts = SmallAttention(device, num_threads)
+        with _threads(num_threads), torch.inference_mode():
+            deep_s = _seconds([parts.deep_chunk], device)
+            first_s = _seconds([parts.first_chunk], device)
+        return AttentionSpeed(
+            kv_read_gbps=kv_read_gbps(parts, device, num_threads),
+            gflops=parts.score_flops / max(deep_s - first_s, deep_s / 10) / 1e9,
+        )
+
     def overheads(
         self, dtype: ComputeDtype, device: str, num_threads: int, *, read_gbps: float
     ) -> Overheads:
@@ -92,6 +106,14 @@ class ModelGauge:
             step_s=max(0.0, around_s - NUM_LAYERS[0] * layer_s),
             helper_s=max(0.0, asking_s - layer_s),
         )
+
+
+def kv_read_gbps(attention: SmallAttention, device: str, num_threads: int) -> float:
+    """Gigabytes of keys and values per second while tokens are decoded."""
+    import torch
+
+    with _threads(num_threads), torch.inference_mode():
+        return attention.read_bytes / _seconds(attention.decoding, device) / 1e9
 
 
 class WeightReader:

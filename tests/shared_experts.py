@@ -242,7 +242,15 @@ def _stage_of(
         else:
             speed = placing.speed(home)
             best += layers * least(
-                lambda n: attention_s(cost, 0, speed, tokens=n, context_tokens=32 * tokens // n)
+                lambda n: attention_s(
+                    cost,
+                    0,
+                    speed,
+                    tokens=tokens,
+                    context_tokens=32,
+                    prompt_tokens=n - tokens,
+                    prompt_context_tokens=32 / 3,
+                )
             )
         return float(best + is_first * site.first_s + is_last * site.last_s)
 

@@ -13,7 +13,7 @@ from ...settings import data_dir
 from ..machines import ComputeDtype, Device, DeviceKind, Node
 from .other_work import OtherWork
 
-VERSION: Final = 7
+VERSION: Final = 8
 """Of the method; figures of another one are measured again."""
 DTYPES: Final[Mapping[DeviceKind, tuple[ComputeDtype, ...]]] = {
     "cpu": ("bf16", "fp32", "int8", "int4"),
@@ -33,6 +33,16 @@ class Overheads:
     """Of a layer with a helper, beside the layer itself and the way there and back."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSpeed:
+    """Of attention over keys and values in bf16, in blocks that lie anywhere."""
+
+    kv_read_gbps: float
+    """Gigabytes per second while tokens are decoded."""
+    gflops: float
+    """Billions of operations per second with a chunk of a prompt."""
+
+
 class Gauge(Protocol):
     """Measures the kernels that stages use. Calls block, each for a second at most."""
 
@@ -42,6 +52,10 @@ class Gauge(Protocol):
 
     def gemm_gflops(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
         """Billions of operations per second with hundreds of tokens."""
+        ...
+
+    def attention(self, device: str, num_threads: int) -> AttentionSpeed:
+        """Attention by itself, over contexts that no cache holds."""
         ...
 
     def overheads(
@@ -88,9 +102,12 @@ def _measure(device: Device, num_threads: int, gauge: Gauge) -> dict[str, Any]:
     dtypes, others = DTYPES[device.kind], OtherWork()
     read = {dtype: gauge.read_gbps(dtype, where, num_threads) for dtype in reversed(dtypes)}
     overheads = gauge.overheads("bf16", where, num_threads, read_gbps=read["bf16"])
+    attention = gauge.attention(where, num_threads)
     row = {
         "read_gbps": read,
         "gemm_gflops": {dtype: gauge.gemm_gflops(dtype, where, num_threads) for dtype in dtypes},
+        "kv_read_gbps": attention.kv_read_gbps,
+        "attention_gflops": attention.gflops,
         "layer_overhead_s": overheads.layer_s,
         "step_overhead_s": overheads.step_s,
         "helper_overhead_s": overheads.helper_s,
@@ -111,6 +128,8 @@ def _with_row(device: Device, row: dict[str, Any] | None) -> Device:
         dtype_read_gbps=others(row["read_gbps"]),
         gemm_gflops=row["gemm_gflops"]["bf16"],
         dtype_gemm_gflops=others(row["gemm_gflops"]),
+        kv_read_gbps=row["kv_read_gbps"],
+        attention_gflops=row["attention_gflops"],
         layer_overhead_s=row["layer_overhead_s"],
         step_overhead_s=row["step_overhead_s"],
         helper_overhead_s=row["helper_overhead_s"],

@@ -43,7 +43,8 @@ def _profile(name: str, row: Mapping[str, Any], around: Mapping[str, Any]) -> Pr
     assumed = (
         f"{name} is as fast as {'others measured' if is_measured else 'its data sheet, derated'}; "
         f"{milliseconds(layer_s)} for a layer and {milliseconds(step_s)} for a step beside their "
-        f"bytes: {around['assumed']}"
+        f"bytes: {around['assumed']}; keys and values at {around['kvReadShare']:g} of the speed of "
+        f"weights, attention in prompts at {around['attentionShare']:g} of that of products"
     )
     return Profile(
         device=Device(
@@ -53,6 +54,8 @@ def _profile(name: str, row: Mapping[str, Any], around: Mapping[str, Any]) -> Pr
             assumed=assumed,
             read_gbps=float(row["readGigabytesPerSecond"]),
             gemm_gflops=float(row["gemmGflops"]),
+            kv_read_gbps=row["readGigabytesPerSecond"] * around["kvReadShare"],
+            attention_gflops=row["gemmGflops"] * around["attentionShare"],
             layer_overhead_s=layer_s,
             step_overhead_s=step_s,
             helper_overhead_s=around["helperMicroseconds"] / 1e6,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..footprint import STEP_TOKENS
 from ..plan import ExpertHost, Pipeline, Prediction
 from ..search.cost import assumed_link, hop_s
 from ..search.expert_cost import Array
@@ -66,7 +67,9 @@ def predicted(placing: Placing, pipeline: Pipeline) -> Pipeline:
         round_trip_s=trip.round_trip_s,
         tokens_per_s=together.tokens_per_s(crowd),
         stream_tokens_per_s=1 / single.round_trip_s,
-        prefill_s=placing.prefill_s(sites, ends, prompt),
+        prefill_s=placing.prefill_s(
+            sites, ends, prompt, step_tokens=pipeline.max_step_tokens or STEP_TOKENS
+        ),
         prefill_tokens=prompt,
         assumed=_assumed(placing, sites, members),
     )

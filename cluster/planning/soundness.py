@@ -68,6 +68,8 @@ def _device(device: Device, where: str) -> Iterator[str]:
     rates = (
         ("read", "GB/s", MOST_GBPS, device.read_gbps, device.dtype_read_gbps),
         ("compute", "GFLOP/s", MOST_GFLOPS, device.gemm_gflops, device.dtype_gemm_gflops),
+        ("read", "GB/s of keys and values", MOST_GBPS, device.kv_read_gbps, ()),
+        ("attend", "GFLOP/s", MOST_GFLOPS, device.attention_gflops, ()),
     )
     for verb, unit, most, rate, by_dtype in rates:
         for said, each in (("", rate), *((f" {dtype}", one) for dtype, one in by_dtype)):

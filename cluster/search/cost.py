@@ -13,6 +13,9 @@ from ...fetcher.tensors import TensorIndex
 from ..footprint import Footprint, footprint
 from ..machines import ComputeDtype, Device, Inventory, Link
 
+ATTENTION_HEAD_DIM = 128
+"""Of the heads that the rate of attention is told for. What a score takes beside its two products
+does not depend on it, so that the rate is lower for smaller heads."""
 TOKEN_ID_BYTES = 256
 """What returns from the last stage for one token: its id in a small frame."""
 HIDDEN_ITEM_BYTES = 2
@@ -30,6 +33,12 @@ class Speed:
 
     read_gbps: float
     gemm_gflops: float = float("inf")
+    kv_read_gbps: float = float("inf")
+    """Of keys and values, as decoding meets them."""
+    score_gflops: float = float("inf")
+    """Of the two products of attention, which are in bf16 whatever the weights."""
+    score_s: float = 0.0
+    """What attention takes for every score of a query and a key beside these: the softmax."""
     layer_overhead_s: float = 0.0
     """What a layer takes in every step whatever its size."""
     helper_overhead_s: float = 0.0
@@ -48,6 +57,9 @@ class ModelCost:
     num_experts: int
     experts_per_token: int
     kv_bytes_per_token: int
+    num_heads: int
+    """Of queries: each has a score of its own with every key."""
+    head_dim: int
     hidden_bytes: int
     """One token's hidden state on a link."""
     embedding_bytes: int
@@ -89,6 +101,8 @@ def model_cost(
         num_experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
         kv_bytes_per_token=whole.kv_bytes_per_token,
+        num_heads=config.n_heads,
+        head_dim=config.head_dim,
         hidden_bytes=config.dim * HIDDEN_ITEM_BYTES,
         embedding_bytes=max(1, whole.embeddings_bytes // config.vocab_size),
         weight_bits=_bits_per_weight(whole, index),
@@ -112,9 +126,15 @@ def device_speed(device: Device, dtype: ComputeDtype) -> Speed | None:
     if read is None:
         return None
     gflops = dict(device.dtype_gemm_gflops).get(dtype, device.gemm_gflops)
+    products = float("inf") if device.gemm_gflops is None else device.gemm_gflops
+    attention = products if device.attention_gflops is None else device.attention_gflops
+    slower_s = (1 / attention - 1 / products) / 1e9
     return Speed(
         read_gbps=read,
         gemm_gflops=float("inf") if gflops is None else gflops,
+        kv_read_gbps=device.kv_read_gbps or device.read_gbps or read,
+        score_gflops=products,
+        score_s=max(0.0, slower_s * _score_flops(ATTENTION_HEAD_DIM)),
         layer_overhead_s=device.layer_overhead_s,
         helper_overhead_s=device.helper_overhead_s,
     )
@@ -138,20 +158,66 @@ def distinct_experts(
     return sum(1 - (1 - share) ** tokens for share in popularity)
 
 
-def kv_touch_bytes(model: ModelCost, *, tokens: int, context_tokens: int) -> int:
+def kv_touch_bytes(model: ModelCost, *, tokens: int, context_tokens: float) -> float:
     """Keys and values that one layer reads to decode `tokens` sequences."""
-    seen = context_tokens if model.window is None else min(context_tokens, model.window)
-    return tokens * seen * model.kv_bytes_per_token
+    return tokens * _seen(model, context_tokens) * model.kv_bytes_per_token
+
+
+def decode_scores_s(model: ModelCost, speed: Speed, *, tokens: int, context_tokens: float) -> float:
+    """One layer's attention in a decode step: every sequence reads keys and values of its own."""
+    touched = kv_touch_bytes(model, tokens=tokens, context_tokens=context_tokens)
+    scores_s = _scores_s(model, speed, tokens=tokens, context_tokens=context_tokens)
+    return max(touched / (speed.kv_read_gbps * 1e9), scores_s)
+
+
+def prompt_scores_s(model: ModelCost, speed: Speed, *, tokens: int, context_tokens: float) -> float:
+    """One layer's attention in a chunk of a prompt, of which a token sees so many keys on average:
+    all read the same ones."""
+    touched = kv_touch_bytes(model, tokens=1, context_tokens=context_tokens)
+    scores_s = _scores_s(model, speed, tokens=tokens, context_tokens=context_tokens)
+    return max(touched / (speed.kv_read_gbps * 1e9), scores_s)
+
+
+def _scores_s(model: ModelCost, speed: Speed, *, tokens: int, context_tokens: float) -> float:
+    scores = tokens * _seen(model, context_tokens) * model.num_heads
+    products_s = _score_flops(model.head_dim) / (speed.score_gflops * 1e9)
+    return scores * (products_s + speed.score_s)
+
+
+def _seen(model: ModelCost, context_tokens: float) -> float:
+    return context_tokens if model.window is None else min(context_tokens, model.window)
+
+
+def _score_flops(head_dim: int) -> int:
+    """Of one score: a query times a key, and what it makes of a value."""
+    return 4 * head_dim
+
+
+def shared_s(model: ModelCost, layer: int, speed: Speed, *, tokens: int) -> float:
+    """What all tokens of a step go through in one layer, scores and experts aside, and the layer's
+    overhead."""
+    weights = model.attention_bytes[layer]
+    return speed.layer_overhead_s + roofline_s(weights, _flops(model, weights) * tokens, speed)
 
 
 def attention_s(
-    model: ModelCost, layer: int, speed: Speed, *, tokens: int, context_tokens: int
+    model: ModelCost,
+    layer: int,
+    speed: Speed,
+    *,
+    tokens: int,
+    context_tokens: float,
+    prompt_tokens: int = 0,
+    prompt_context_tokens: float = 0.0,
 ) -> float:
-    """Attention of one layer, all else that every token goes through, and the layer's overhead."""
-    weights = model.attention_bytes[layer]
-    touched = kv_touch_bytes(model, tokens=tokens, context_tokens=context_tokens)
-    computed = roofline_s(weights + touched, _flops(model, weights) * tokens, speed)
-    return speed.layer_overhead_s + computed
+    """One layer of a step without its experts: `tokens` sequences that are decoded, each with keys
+    of so many tokens, and tokens of prompts, each of which sees so many on average."""
+    seen_s = decode_scores_s(model, speed, tokens=tokens, context_tokens=context_tokens)
+    if prompt_tokens:
+        seen_s += prompt_scores_s(
+            model, speed, tokens=prompt_tokens, context_tokens=prompt_context_tokens
+        )
+    return shared_s(model, layer, speed, tokens=tokens + prompt_tokens) + seen_s
 
 
 def experts_s(
@@ -181,17 +247,47 @@ def output_s(model: ModelCost, speed: Speed, *, tokens: int) -> float:
 
 
 def layer_s(
-    model: ModelCost, layer: int, speed: Speed, *, tokens: int, context_tokens: int
+    model: ModelCost,
+    layer: int,
+    speed: Speed,
+    *,
+    tokens: int,
+    context_tokens: float,
+    prompt_tokens: int = 0,
+    prompt_context_tokens: float = 0.0,
 ) -> float:
-    """One decode step of one layer."""
-    return attention_s(
-        model, layer, speed, tokens=tokens, context_tokens=context_tokens
-    ) + experts_s(model, layer, speed, tokens=tokens)
+    """One layer of a step, which has what `attention_s` says."""
+    attention = attention_s(
+        model,
+        layer,
+        speed,
+        tokens=tokens,
+        context_tokens=context_tokens,
+        prompt_tokens=prompt_tokens,
+        prompt_context_tokens=prompt_context_tokens,
+    )
+    return attention + experts_s(model, layer, speed, tokens=tokens + prompt_tokens)
 
 
-def prefill_layer_s(model: ModelCost, layer: int, speed: Speed, *, tokens: int) -> float:
-    """One layer over a prompt of `tokens` tokens, without attention between them."""
-    return layer_s(model, layer, speed, tokens=tokens, context_tokens=0)
+def prefill_layer_s(
+    model: ModelCost, layer: int, speed: Speed, *, tokens: int, context_tokens: float
+) -> float:
+    """One layer over a chunk of a prompt by itself, of which a token sees so many keys on
+    average."""
+    return layer_s(
+        model,
+        layer,
+        speed,
+        tokens=0,
+        context_tokens=0,
+        prompt_tokens=tokens,
+        prompt_context_tokens=context_tokens,
+    )
+
+
+def chunk_context(position: int, tokens: int) -> float:
+    """Keys that a token of a chunk sees on average, itself among them."""
+    return position + (tokens + 1) / 2
 
 
 def transfer_s(num_bytes: float, link: Link) -> float:

@@ -13,14 +13,16 @@ import numpy as np
 
 from ...fetcher.config import ModelConfig
 from ...fetcher.tensors import TensorIndex
-from ..footprint import Footprint, footprint
+from ..footprint import STEP_TOKENS, Footprint, footprint
 from ..machines import ComputeDtype, Inventory, Link
 from ..plan import Workload
 from .cost import (
+    TOKEN_ID_BYTES,
     ModelCost,
     Speed,
     assumed_link,
     attention_s,
+    chunk_context,
     device_speed,
     hop_s,
     known_links,
@@ -30,18 +32,26 @@ from .cost import (
     prefill_layer_s,
 )
 from .expert_cost import Seat
-from .mix import Mix, mean, mix, sizes
+from .mix import PROMPT_TOKENS, Mix, mean, mix, sizes
 from .place import Place
 from .problem import Matrix, helpers_of, sites_of
 
 
 class LayerSeconds(Protocol):
-    """A term of the cost of a layer."""
+    """A term of the cost of a layer in a step."""
 
     def __call__(
-        self, model: ModelCost, layer: int, speed: Speed, *, tokens: int, context_tokens: int
+        self,
+        model: ModelCost,
+        layer: int,
+        speed: Speed,
+        *,
+        tokens: int,
+        context_tokens: float,
+        prompt_tokens: int = 0,
+        prompt_context_tokens: float = 0.0,
     ) -> float:
-        """In a step of so many tokens, each with keys and values of so many."""
+        """As `attention_s`."""
         ...
 
 
@@ -185,6 +195,12 @@ class PlacedModel:
         """How many of a sequence are in use when it is timed: half of what there may be."""
         return max(1, self.workload.max_context_tokens // 2)
 
+    @property
+    def prompt_context_tokens(self) -> float:
+        """Keys that a token of the prompts sees on average. With P tokens of prompts for each that
+        is generated an answer of A tokens sees (P + 1/2) A of them, and its prompt P/2 A."""
+        return self.context_tokens * PROMPT_TOKENS / (2 * PROMPT_TOKENS + 1)
+
     def seconds_L(self, number: int, tokens: int) -> Matrix:
         """Of the layers before each on a place."""
         key = (self.seat_key(number), tokens, self._size, self.workload.objective)
@@ -205,10 +221,15 @@ class PlacedModel:
     def _layer_step_s(
         self, number: int, decoded: int, seconds: LayerSeconds, layer: int, tokens: int
     ) -> float:
-        # Whatever else a step has, it reads the keys and values of what it decodes.
-        context = self.context_tokens * decoded // tokens
-        cost, speed = self.cost(number), self.speed(number)
-        return seconds(cost, layer, speed, tokens=tokens, context_tokens=context)
+        return seconds(
+            self.cost(number),
+            layer,
+            self.speed(number),
+            tokens=decoded,
+            context_tokens=self.context_tokens,
+            prompt_tokens=max(0, tokens - decoded),
+            prompt_context_tokens=self.prompt_context_tokens,
+        )
 
     def layers_s(self, number: int, decoded: int, tokens: int, seconds: LayerSeconds) -> Matrix:
         """Of the layers before each on a place, in a step of so many tokens."""
@@ -220,20 +241,42 @@ class PlacedModel:
         found: Matrix = self.known[key]
         return found
 
-    def prefill_s(self, sites: Sequence[int], ends: Sequence[int], tokens: int) -> float:
-        """A prompt alone to its first token, every stage by its home alone."""
-        total = 0.0
-        for number, (site, start, end) in enumerate(zip(sites, (0, *ends[:-1]), ends, strict=True)):
-            cost, speed = self.cost(site), self.speed(site)
-            total += sum(
-                prefill_layer_s(cost, layer, speed, tokens=tokens) for layer in range(start, end)
-            )
-            if end == len(cost.expert_bytes):
-                total += output_s(cost, speed, tokens=1)
-            if number:
-                link = self.link(sites[number - 1], site)
-                total += hop_s(tokens * cost.hidden_bytes, link)
-        return total
+    def prefill_s(
+        self,
+        sites: Sequence[int],
+        ends: Sequence[int],
+        tokens: int,
+        *,
+        step_tokens: int = STEP_TOKENS,
+    ) -> float:
+        """A prompt alone to its first token, every stage by its home alone: in chunks of so many
+        tokens, as many at a time as the engine has steps under way."""
+        spans = list(zip(sites, (0, *ends[:-1]), ends, strict=True))
+        chunks = [(at, min(step_tokens, tokens - at)) for at in range(0, tokens, step_tokens)]
+        at_once = len(set(sites)) + 1
+        free_s = dict.fromkeys(sites, 0.0)
+        done_s: list[float] = []
+        for number, (position, count) in enumerate(chunks):
+            now_s = done_s[number - at_once] if number >= at_once else 0.0
+            for at, (site, start, end) in enumerate(spans):
+                if at:
+                    link = self.link(sites[at - 1], site)
+                    now_s += hop_s(count * self.cost(site).hidden_bytes, link)
+                now_s = max(now_s, free_s[site]) + self._chunk_s(site, start, end, position, count)
+                free_s[site] = now_s
+            done_s.append(now_s)
+        last, speed = self.cost(sites[-1]), self.speed(sites[-1])
+        back_s = hop_s(TOKEN_ID_BYTES, self.link(sites[-1], sites[0]))
+        return done_s[-1] + output_s(last, speed, tokens=1) + back_s
+
+    def _chunk_s(self, site: int, start: int, end: int, position: int, count: int) -> float:
+        """One stage's time of a chunk of a prompt."""
+        cost, speed = self.cost(site), self.speed(site)
+        context = chunk_context(position, count)
+        layers = cost.of_layers(
+            lambda layer: prefill_layer_s(cost, layer, speed, tokens=count, context_tokens=context)
+        )
+        return self.places[site].device.step_overhead_s + sum(layers[start:end])
 
     def unmeasured(self, sites: Sequence[int], members: Sequence[int]) -> list[str]:
         """Links that nobody measured between stages, back to the first one, and to helpers."""

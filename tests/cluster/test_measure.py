@@ -14,7 +14,12 @@ import pytest
 from magnetar.cluster.inventory.inventory import probe_node
 from magnetar.cluster.inventory.link_cache import remember_links, remembered_links
 from magnetar.cluster.inventory.link_probe import Echo, probe_link
-from magnetar.cluster.inventory.measure import Overheads, measure_speeds, with_known_speeds
+from magnetar.cluster.inventory.measure import (
+    AttentionSpeed,
+    Overheads,
+    measure_speeds,
+    with_known_speeds,
+)
 from magnetar.cluster.inventory.other_work import OtherWork
 from magnetar.cluster.machines import ComputeDtype, Inventory, Link, Node
 from magnetar.cluster.runtime.survey import rounds
@@ -36,6 +41,9 @@ class FixedGauge:
 
     def gemm_gflops(self, dtype: ComputeDtype, device: str, num_threads: int) -> float:
         return 100.0 * num_threads
+
+    def attention(self, device: str, num_threads: int) -> AttentionSpeed:
+        return AttentionSpeed(kv_read_gbps=0.75 * num_threads, gflops=80.0 * num_threads)
 
     def overheads(
         self, dtype: ComputeDtype, device: str, num_threads: int, *, read_gbps: float
@@ -59,6 +67,7 @@ def test_speeds_are_measured_once_and_known_to_every_later_probe(home: Path) -> 
     assert device.read_gbps == 4.0
     assert dict(device.dtype_read_gbps)["fp32"] == 8.0
     assert device.gemm_gflops == 400.0
+    assert (device.kv_read_gbps, device.attention_gflops) == (3.0, 320.0)
     assert (device.layer_overhead_s, device.step_overhead_s) == (0.001, 0.002)
     assert device.helper_overhead_s == 0.003
     num_calls = gauge.num_calls

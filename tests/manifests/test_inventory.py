@@ -33,6 +33,8 @@ def test_a_measured_inventory_survives_the_file(tmp_path: Path) -> None:
             dtype_read_gbps=(("fp32", 20.25),),
             gemm_gflops=310.0,
             dtype_gemm_gflops=(("fp32", 155.5),),
+            kv_read_gbps=12.25,
+            attention_gflops=250.0,
             layer_overhead_s=0.00015,
             step_overhead_s=0.0002,
             helper_overhead_s=0.0004,
