@@ -27,6 +27,7 @@ from magnetar.cluster.search.expert_split import in_turn
 from magnetar.cluster.search.place import places_of
 from magnetar.cluster.search.placing import Placing
 from magnetar.cluster.search.problem import Problem, Route, evaluate
+from magnetar.cluster.search.weighed import WeighedModel
 from magnetar.tests.planning import MIXTRAL
 
 LINKS = {"Wi-Fi": (4.0, 0.03), "1 GbE": (0.3, 0.117), "10 GbE": (0.1, 1.17)}
@@ -88,7 +89,12 @@ class Cluster:
         places = places_of(inventory)
         kv_bytes = STREAMS * CONTEXT_TOKENS * footprint(config, index, dtype).kv_bytes_per_token
         self.placing = Placing(
-            config, index, inventory, workload, places, [dtype] * len(places), kv_bytes=kv_bytes
+            WeighedModel(config, index),
+            inventory,
+            workload,
+            places,
+            [dtype] * len(places),
+            kv_bytes=kv_bytes,
         )
         self.found = PipelinesPlanner(self.placing).found
         """A planner for each pipeline; none: nothing fits."""

@@ -16,6 +16,7 @@ from magnetar.cluster.search.expert_cost import Array, Seat, hosts_s
 from magnetar.cluster.search.place import places_of
 from magnetar.cluster.search.placing import Placing
 from magnetar.cluster.search.problem import Problem
+from magnetar.cluster.search.weighed import WeighedModel
 from magnetar.tests.planning import model
 
 Stages = tuple[tuple[int, tuple[int, ...], int], ...]
@@ -95,7 +96,12 @@ def small_cluster(
     places = places_of(inventory)
     kv_bytes = streams * 64 * 1024
     return Placing(
-        config, index, inventory, workload, places, ["bf16"] * num_nodes, kv_bytes=kv_bytes
+        WeighedModel(config, index),
+        inventory,
+        workload,
+        places,
+        ["bf16"] * num_nodes,
+        kv_bytes=kv_bytes,
     )
 
 

@@ -59,6 +59,13 @@ class PipelinesPlanner:
             return tuple(sorted(self._several(), key=lambda planner: -planner.score))
         return self._one() if asked is None else ()
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether anything is found."""
+        if (self._workload.num_pipelines or 1) > 1:
+            return bool(self.found)
+        return bool(self._placing.places) and self._planner(self._every).is_possible
+
     @cached_property
     def _may_be_several(self) -> bool:
         workload = self._workload

@@ -7,11 +7,12 @@ from ..footprint import STEP_TOKENS
 from ..machines import ComputeDtype, Inventory
 from ..plan import Pipeline
 from ..search.bound import least_round_trip_s, most_tokens_per_s
+from ..search.ceiling import Ceiling
 from ..search.contest import Found, contenders
 from ..search.cost import device_speed
 from ..search.loop import Run, loop_tokens_per_s
 from ..search.mix import sizes
-from ..search.moves import improved
+from ..search.moves import has_seed, improved
 from ..search.place import Place
 from ..search.placing import Placing
 from ..search.problem import Route
@@ -76,6 +77,14 @@ class SpeedPlanner:
         start = [] if route is None else [(search, route)]
         found = improved([search], start, throughput=False, num_stages=asked)
         return found[0] if found else None
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether any route is found, in steps of one sequence."""
+        if not Ceiling(self.placing).fits((1 << len(self.places)) - 1, self.streams):
+            return False
+        asked, search = self._workload.num_stages, Search(self.placing.problem(1))
+        return search.is_possible(asked) or has_seed(search, asked)
 
     @cached_property
     def score(self) -> float:

@@ -66,6 +66,12 @@ def improved(
     return sorted(found, key=lambda each: -climbs[each[0]].score(each[1]))
 
 
+def has_seed(search: Search, num_stages: int | None = None) -> bool:
+    """Whether small steps have a place to begin where a search found nothing."""
+    climb = _Climb(search, throughput=False, num_stages=num_stages, most_routes=0)
+    return not search.is_exact and num_stages in (None, 1) and any(climb.seeds())
+
+
 def _order(route: Route) -> Order:
     return tuple(Stage(*each) for each in zip(route.sites, route.members, strict=True))
 

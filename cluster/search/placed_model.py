@@ -11,9 +11,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from ...fetcher.config import ModelConfig
-from ...fetcher.tensors import TensorIndex
-from ..footprint import STEP_TOKENS, Footprint, footprint
+from ..footprint import STEP_TOKENS, Footprint
 from ..machines import ComputeDtype, Inventory, Link
 from ..plan import Workload
 from .cost import (
@@ -27,7 +25,6 @@ from .cost import (
     hop_s,
     known_links,
     layer_s,
-    model_cost,
     output_s,
     prefill_layer_s,
 )
@@ -35,6 +32,7 @@ from .expert_cost import Seat
 from .mix import PROMPT_TOKENS, Mix, mean, mix, sizes
 from .place import Place
 from .problem import Matrix, helpers_of, sites_of
+from .weighed import WeighedModel
 
 
 class LayerSeconds(Protocol):
@@ -60,8 +58,7 @@ class PlacedModel:
 
     def __init__(
         self,
-        config: ModelConfig,
-        index: TensorIndex,
+        model: WeighedModel,
         inventory: Inventory,
         workload: Workload,
         places: Sequence[Place],
@@ -70,17 +67,13 @@ class PlacedModel:
         kv_bytes: int,
     ) -> None:
         """`kv_bytes`: keys and values of one layer for the whole workload."""
-        self.weights = {dtype: footprint(config, index, dtype) for dtype in set(dtypes)}
-        self.costs = {
-            dtype: model_cost(config, index, dtype, whole=whole)
-            for dtype, whole in self.weights.items()
-        }
+        self.weights = {dtype: model.footprint(dtype) for dtype in set(dtypes)}
+        self.costs = {dtype: model.cost(dtype) for dtype in self.weights}
         self._links = known_links(inventory)
         self._size: int | None = None
         """Of steps with prompts; None: whichever is best."""
         self.spans = {wish.host: wish.layers for wish in workload.nodes}
-        self.known: dict[object, Any] = {}
-        """What all parts share: seconds of layers, and of ways to spread experts."""
+        self.known = model.known
         self._sit(places, dtypes, workload, kv_bytes)
 
     def _sit(
@@ -170,9 +163,9 @@ class PlacedModel:
         """The node of a place."""
         return self.places[number].node.host
 
-    def seat_key(self, number: int) -> tuple[str, str, ComputeDtype]:
-        """What costs on a place depend on, the same in all parts."""
-        return self.host(number), self.places[number].device_name, self.dtypes[number]
+    def sharing_key(self, home: int, members: int) -> tuple[object, ...]:
+        """What the seconds of a stage's experts depend on besides how they are spread."""
+        return (self.dtypes[home], *self.seats(home, members))
 
     def seats(self, home: int, members: int) -> list[Seat]:
         """The hosts of a stage's experts, the home first, as its experts see them."""
@@ -203,11 +196,15 @@ class PlacedModel:
 
     def seconds_L(self, number: int, tokens: int) -> Matrix:
         """Of the layers before each on a place."""
-        key = (self.seat_key(number), tokens, self._size, self.workload.objective)
+        key = (self._place_key(number), tokens, self._size, self.workload.objective)
         if key not in self.known:
             self.known[key] = prefix_sums(self._mean_layers_s(number, tokens, layer_s))
         found: Matrix = self.known[key]
         return found
+
+    def _place_key(self, number: int) -> tuple[object, ...]:
+        """What seconds of layers depend on besides the steps."""
+        return self.dtypes[number], self.speed(number), self.context_tokens
 
     def _attention_L(self, home: int, tokens: int) -> list[float]:
         """Seconds of each layer besides its experts, with the prompts that come along."""
@@ -233,7 +230,7 @@ class PlacedModel:
 
     def layers_s(self, number: int, decoded: int, tokens: int, seconds: LayerSeconds) -> Matrix:
         """Of the layers before each on a place, in a step of so many tokens."""
-        key = (self.seat_key(number), decoded, tokens, seconds)
+        key = (self._place_key(number), decoded, tokens, seconds)
         if key not in self.known:
             step_s = partial(self._layer_step_s, number, decoded, seconds)
             each = self.cost(number).of_layers(lambda layer: step_s(layer, tokens))

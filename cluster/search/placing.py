@@ -32,7 +32,7 @@ from .expert_cost import (
 from .expert_split import Split, in_turn, spreads
 from .mix import mean
 from .placed_model import PlacedModel, prefix_sums
-from .problem import Least, Matrix, Problem, Route, Site, helpers_of, sites_of
+from .problem import Least, Matrix, Problem, Route, Site, helpers_of
 
 
 class Placing(PlacedModel):
@@ -141,8 +141,7 @@ class Placing(PlacedModel):
 
     def _spread_s(self, home: int, members: int, counts: tuple[int, ...], tokens: int) -> float:
         """A layer's experts, so many on each member."""
-        sharing = tuple(map(self.seat_key, sites_of(home, members)))
-        key = (sharing, counts, tokens)
+        key = (self.sharing_key(home, members), counts, tokens)
         if key not in self.known:
             cost, seats = self.cost(home), self.seats(home, members)
             layer = cost.expert_bytes.index(max(cost.expert_bytes))
@@ -171,14 +170,19 @@ class Placing(PlacedModel):
             max(0, (self.places[other].usable_bytes - overhead) // expert)
             for other in helpers_of(home, members)
         ]
-        found = Split(seconds_O, counts_OH, home_VK=home_VK, helper_rooms=rooms)
+        key = (self._spreads_key(home, members, tokens), home_VK.tobytes(), *rooms)
+        if key not in self.known:
+            self.known[key] = Split(seconds_O, counts_OH, home_VK=home_VK, helper_rooms=rooms)
+        found: Split = self.known[key]
         self.splits_are_exact &= found.is_exact
         return found
 
+    def _spreads_key(self, home: int, members: int, tokens: int) -> tuple[object, ...]:
+        return self.sharing_key(home, members), tokens, self._size, self.workload.objective
+
     def _spreads(self, home: int, members: int, tokens: int) -> tuple[Array, Array]:
         """Seconds of a layer's experts by the way they are spread, and the ways."""
-        sharing = tuple(self.seat_key(other) for other in (home, *helpers_of(home, members)))
-        key = (sharing, tokens, self._size, self.workload.objective)
+        key = self._spreads_key(home, members, tokens)
         if key not in self.known:
             cost, seats = self.cost(home), self.seats(home, members)
             layer = cost.expert_bytes.index(max(cost.expert_bytes))

@@ -83,6 +83,11 @@ class Search:
         below_s = seed.round_trip_s if seed else math.inf
         return self.over_subsets(math.inf, below_s, num_stages) or seed
 
+    def is_possible(self, num_stages: int | None = None) -> bool:
+        """Whether there is any route, as `fastest` would find it."""
+        found = self.along_orders(math.inf, math.inf, num_stages)
+        return (found or self.over_subsets(math.inf, math.inf, num_stages)) is not None
+
     def improvements(
         self, floor: float, least: Least, stages: Sequence[Stage] | None = None
     ) -> Iterator[Route]:

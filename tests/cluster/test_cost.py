@@ -25,6 +25,7 @@ from magnetar.cluster.search.cost import (
 )
 from magnetar.cluster.search.place import places_of
 from magnetar.cluster.search.placing import Placing
+from magnetar.cluster.search.weighed import WeighedModel
 from magnetar.tests.planning import MIXTRAL
 
 MODEL = model_cost(*MIXTRAL, "bf16")
@@ -165,8 +166,7 @@ def placing(*rates: float, step_overhead_s: float = 0.0) -> Placing:
     inventory = Inventory(nodes=nodes, links=links)
     workload = Workload(max_context_tokens=4096, max_concurrency=1)
     return Placing(
-        config,
-        index,
+        WeighedModel(config, index),
         inventory,
         workload,
         places_of(inventory),
