@@ -7,7 +7,7 @@
 The machine is measured as `magnetar nodes` does, the plan is made as `magnetar plan --stages N`
 makes it, and the engine then decodes as deployed: a process a stage, joined by links; and computes
 a prompt, on one stage. Contexts and chunks of prompts are those of one stage in this process, with
-half of the layers. Helpers are those of `spread.py`, with one thread each.
+some of the layers. Helpers are those of `spread.py`, with one thread each.
 
 The gauge of the planner measures again before and after every round: what holds or not is the
 prediction for the machine that the rounds ran on, by the rounds in which it stayed the same and
@@ -43,7 +43,7 @@ from magnetar.benchmarks.rounds_gauge import Moment, RoundsGauge
 from magnetar.benchmarks.steady_rounds import Round, median_ratio, rounds_of, steady
 from magnetar.benchmarks.synthetic import write_model
 from magnetar.benchmarks.up import machine
-from magnetar.benchmarks.whole_steps import HalfStage
+from magnetar.benchmarks.whole_steps import WHOLE_STEPS, FirstLayers
 from magnetar.cluster.inventory.inventory import probe_node
 from magnetar.cluster.inventory.link_probe import probe_itself
 from magnetar.cluster.inventory.measure import measure_speeds
@@ -53,13 +53,10 @@ from magnetar.cluster.plan import Prediction, Workload
 from magnetar.cluster.planning.planner import plan
 from magnetar.cluster.search.cost import (
     attention_s,
-    chunk_context,
     device_speed,
     embeddings_s,
-    layer_s,
     model_cost,
     output_s,
-    prefill_layer_s,
 )
 from magnetar.cluster.search.expert_cost import Seat, hosts_s
 from magnetar.fetcher.checkpoint.release import FolderReader, read_release
@@ -77,10 +74,8 @@ CONTEXT_TOKENS = 64
 """About what a task has in use; the planner counts half of it."""
 PROMPT_TOKENS = 1024
 """Of the prompt that a plan tells the time of."""
-SEQUENCES, CONTEXTS = (1, 4, 16), (64, 1024, 4096, 8192)
-CHUNKS, POSITIONS = (128, 256, 512), (0, 2048, 7680)
-CONTEXT_STEPS = 3
-"""Of every number of sequences and context in a round."""
+NUM_LAYERS = 4
+"""Of a stage whose steps have long contexts, or chunks of prompts."""
 MOST = 4
 """Rounds, for each that shall be steady."""
 LEAST_STEADY = 3
@@ -147,42 +142,22 @@ def calibrate_stages(
 
 
 def calibrate_steps(model: str, kind: str, node: Node, enough: int) -> Iterator[dict[str, Any]]:
-    """Steps of one stage: tokens of sequences with long contexts, or chunks of a prompt."""
+    """Steps of some layers: tokens of sequences with long contexts, or chunks of a prompt."""
     import torch
 
     torch.set_num_threads(node.num_cpus)
-    stage = HalfStage(model_folder(model), DTYPE)
-    cost = stage.cost
+    layers, steps = (
+        FirstLayers(model_folder(model), DTYPE, num_layers=NUM_LAYERS),
+        WHOLE_STEPS[kind],
+    )
 
     def predict(seen: Moment) -> dict[str, float]:
         speed = device_speed(seen.node.devices[0], DTYPE)
         assert speed is not None
-        if kind == "contexts":
-            layers = {
-                f"{rows}-at-{context}": layer_s(cost, 0, speed, tokens=rows, context_tokens=context)
-                for rows, context in itertools.product(SEQUENCES, CONTEXTS)
-            }
-        else:
-            layers = {
-                f"{rows}-at-{position}": prefill_layer_s(
-                    cost, 0, speed, tokens=rows, context_tokens=chunk_context(position, rows)
-                )
-                for rows, position in itertools.product(CHUNKS, POSITIONS)
-            }
-        return {name: stage.num_layers * seconds for name, seconds in layers.items()}
+        return {step.name: NUM_LAYERS * step.layer_s(layers.cost, speed) for step in steps}
 
     def measure() -> dict[str, float]:
-        if kind == "contexts":
-            return {
-                f"{rows}-at-{context}": lower_quartile(
-                    stage.seconds(rows, 1, context - 1, CONTEXT_STEPS)
-                )
-                for rows, context in itertools.product(SEQUENCES, CONTEXTS)
-            }
-        return {
-            f"{rows}-at-{position}": stage.seconds(1, rows, position, 1)[0]
-            for rows, position in itertools.product(CHUNKS, POSITIONS)
-        }
+        return {step.name: layers.seconds(step) for step in steps}
 
     gauge = RoundsGauge(node, DTYPE)
     told = predict(gauge.measure())
