@@ -2,8 +2,9 @@
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 
 def gigabytes(num_bytes: int) -> str:
@@ -31,24 +32,43 @@ def id_ranges(ids: Sequence[int]) -> str:
 
 
 def names_text(names: Iterable[str]) -> str:
-    """Names in order of their last number, three and more in a row as ``t4-0 to t4-7``."""
-    split = [(match[1], match[2], name) for name in names if (match := _NUMBERED.fullmatch(name))]
-    keyed = sorted(split, key=lambda each: (each[0], int(each[1] or -1), each[1]))
-    found: list[str] = []
-    for _, run in groupby(enumerate(keyed), key=lambda each: (each[1][0], _rank(*each))):
-        row = [name for _, (_, _, name) in run]
-        found += [f"{row[0]} to {row[-1]}"] if len(row) > 2 else row
-    return ", ".join(found)
+    """Names in order of their last number, three and more in a row as ``t4-0 to t4-7``; devices of
+    three and more such nodes first, as ``t4-0 to t4-7 cpu``."""
+    rows = list(_rows(names, _NODE))
+    long = [row for row in rows if len(row) > 2 and row[0].device]
+    rest = ["".join(each) for row in rows if row not in long for each in row]
+    told = [f"{row[0].head}{row[0].number} to {''.join(row[-1])}" for row in long]
+    for row in _rows(rest, _LAST):
+        texts = ["".join(each) for each in row]
+        told += [f"{texts[0]} to {texts[-1]}"] if len(row) > 2 else texts
+    return ", ".join(told)
 
 
-_NUMBERED = re.compile(r"(.*?)(\d{0,9})", re.DOTALL)
+class _Name(NamedTuple):
+    """The parts of a name; a number may be missing."""
+
+    head: str
+    number: str
+    device: str = ""
+    """With the space before it."""
 
 
-def _rank(place: int, named: tuple[str, str, str]) -> object:
+_NODE = re.compile(r"([^ ]*?)(\d{0,9})((?: .*)?)", re.DOTALL)
+_LAST = re.compile(r"(.*?)(\d{0,9})", re.DOTALL)
+
+
+def _rows(names: Iterable[str], parts: re.Pattern[str]) -> Iterator[list[_Name]]:
+    """In order, those together whose numbers follow each other and whose other parts are alike."""
+    split = [_Name(*match.groups()) for name in names if (match := parts.fullmatch(name))]
+    split.sort(key=lambda name: (name.head, name.device, int(name.number or -1), name.number))
+    for _, run in groupby(enumerate(split), key=lambda each: _rank(*each)):
+        yield [name for _, name in run]
+
+
+def _rank(place: int, name: _Name) -> object:
     """The same for names whose numbers follow each other; of others their own."""
-    number = named[1]
-    is_plain = number == "0" or (number != "" and number[0] != "0")
-    return int(number) - place if is_plain else named[2]
+    is_plain = name.number == "0" or (name.number != "" and name.number[0] != "0")
+    return (name.head, name.device, int(name.number) - place) if is_plain else name
 
 
 def layers_text(first_layer: int, end_layer: int) -> str:

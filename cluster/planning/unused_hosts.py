@@ -1,6 +1,7 @@
 """Why the search left nodes out, by what using them would do."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import combinations
 
 from ..search.cost import device_speed
 from ..search.place import Place
@@ -12,7 +13,8 @@ from ..units import gigabytes, milliseconds
 
 MAX_EXPLAINED = 8
 """Unused nodes of different kinds that are each planned with, to say what using them would do."""
-
+_FEW = 4
+"""Stages up to which any of them may make room for an unused node."""
 
 Seat = tuple[str, str]
 """Host and device."""
@@ -48,8 +50,9 @@ def unused_hosts(
                 f"{gigabytes(smallest_bytes)}"
             )
             continue
+        # Neighbours of different stages are alike if their ways are: what is told is of the first.
         links = tuple(
-            (problem.hop_s[number, site], problem.hop_s[site, number]) for site in now.sites
+            sorted((problem.hop_s[number, site], problem.hop_s[site, number]) for site in now.sites)
         )
         speed = device_speed(place.device, placing.dtypes[number])
         kind = (speed, place.usable_bytes, links)
@@ -64,26 +67,49 @@ def unused_hosts(
 
 
 def _with(number: int, stages: list[Stage], search: Search, now: Route, *, is_busy: bool) -> str:
-    alone = Stage.alone(number)
-    orders = [(*stages[:at], alone, *stages[at:]) for at in range(len(stages) + 1)]
+    """The best of a few routes with it; a whole search would take as long as that of the plan."""
+    orders = list(_orders_with(search.alone[number], stages, search.alone))
     if is_busy:
-        best = 0.0
-        for order in orders:
-            if not best or search.may_beat(best, order):
-                route = search.best_in_order(order, throughput=True)
-                best = max(best, route.tokens_per_s(search.problem) if route else 0.0)
-        told = (
-            f"with it at best {best:.1f} tokens/s in place of "
-            f"{now.tokens_per_s(search.problem):.1f}"
-        )
+        best, was = _most_tokens(search, orders), f"{now.tokens_per_s(search.problem):.1f}"
+        told, then = f"{best:.1f} tokens/s", f"{best:.1f}"
     else:
         routes = [search.best_in_order(order) for order in orders]
         best = min((route.round_trip_s for route in routes if route is not None), default=0.0)
-        told = (
-            f"with it a token takes {milliseconds(best)} in place of "
-            f"{milliseconds(now.round_trip_s)}"
-        )
-    return f"not needed: {told if best else 'no split with one layer or more on it fits'}"
+        was, then = milliseconds(now.round_trip_s), milliseconds(best)
+        told = f"a token takes {then}"
+    if not best:
+        return "not needed: no split with one layer or more on it fits"
+    return f"not needed: tried with it, {told}{' too' if then == was else f' in place of {was}'}"
+
+
+def _most_tokens(search: Search, orders: Iterable[Sequence[Stage]]) -> float:
+    """Per second in the best of these orders; 0 where none fits."""
+    best = 0.0
+    for order in orders:
+        if not best or search.may_beat(best, order):
+            route = search.best_in_order(order, throughput=True)
+            best = max(best, route.tokens_per_s(search.problem) if route else 0.0)
+    return best
+
+
+def _orders_with(
+    stage: Stage, others: Sequence[Stage], every: Sequence[Stage]
+) -> Iterator[tuple[Stage, ...]]:
+    """A stage beside others, in place of some of them, of any where they are few, and beside one
+    of `every` alone."""
+    for partner in every:
+        if partner.home != stage.home:
+            yield from ((stage, partner), (partner, stage))
+    if len(others) <= _FEW:
+        counts = range(len(others) + 1)
+        kept = [rest for count in counts for rest in combinations(others, count)]
+    else:
+        kept = [(), tuple(others)]
+        for at in range(len(others)):
+            yield (*others[:at], stage, *others[at + 1 :])
+    for rest in kept:
+        for at in range(len(rest) + 1):
+            yield (*rest[:at], stage, *rest[at:])
 
 
 def _slower(number: int, sites: Sequence[int], problem: Problem) -> str:

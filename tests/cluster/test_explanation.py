@@ -132,6 +132,8 @@ def test_nodes_unused_for_one_reason_share_a_line() -> None:
         (["b", "a"], "a, b"),
         (["n1", "n0"], "n0, n1"),
         (["box cuda:1", "box cuda:2", "box cuda:3"], "box cuda:1 to box cuda:3"),
+        (["a-10 cpu", "a-8 cpu", "b cpu", "a-9 cpu"], "a-8 to a-10 cpu, b cpu"),
+        (["a0 cuda:0", "a1 cuda:0", "a0 cuda:1"], "a0 cuda:0, a0 cuda:1, a1 cuda:0"),
         (["x07", "x08", "x09"], "x07, x08, x09"),
         (["1", "2", "3", ""], ", 1 to 3"),
         ([], ""),

@@ -136,7 +136,7 @@ def test_two_continents_share_only_what_one_cannot_hold() -> None:
     assert found.prediction.round_trip_s > 0.14  # the ocean is crossed twice for every token
     assert len(planned("two-continents", dtype="int8").stages) == 1
     (idle,) = planned("two-continents", dtype="int8").unused
-    assert "with it a token takes" in idle.reason
+    assert "tried with it, a token takes" in idle.reason
 
 
 def test_weak_devices_of_a_home_are_left_out_for_a_small_model() -> None:

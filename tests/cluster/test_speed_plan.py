@@ -12,6 +12,8 @@ from magnetar.cluster.plan import Plan, Workload
 from magnetar.cluster.planning.plan_picture import plan_svg
 from magnetar.cluster.planning.plan_view import plan_json, plan_table
 from magnetar.cluster.planning.planner import plan
+from magnetar.cluster.planning.unused_hosts import MAX_EXPLAINED
+from magnetar.cluster.units import milliseconds
 from magnetar.tests.planning import GB, MIXTRAL, SMALL
 
 
@@ -65,7 +67,7 @@ def test_one_stream_stays_on_the_fastest_node_that_holds_the_model() -> None:
     assert layers(found) == {"quick": 32}
     (idle,) = found.unused
     assert idle.host == "big"
-    assert "with it a token takes" in idle.reason
+    assert "tried with it, a token takes" in idle.reason
 
 
 def test_throughput_spreads_over_nodes_in_proportion_to_speed() -> None:
@@ -226,3 +228,24 @@ def test_steps_are_small_where_prompts_would_hold_up_the_others() -> None:
     assert steps(500, "throughput") == 16
     assert steps(1e6, "throughput") == 512
     assert steps(500, "latency") is None
+
+
+def test_what_an_unused_node_would_do_is_the_best_of_several_places_for_it() -> None:
+    # Beside the fast node it would wait for the slow link; by itself it does not.
+    fast, slow = node("fast", 140, 400), node("slow", 140, 100)
+    nodes = linked(fast, slow, rtt_s=0.5, gbps=0.01)
+    alone = plan(*MIXTRAL, linked(slow), asked())
+    (idle,) = plan(*MIXTRAL, nodes, asked()).unused
+    assert alone.prediction is not None
+    assert milliseconds(alone.prediction.round_trip_s) in idle.reason
+
+
+def test_devices_that_are_alike_are_told_the_same_whatever_their_nodes_do() -> None:
+    card = Device(kind="cuda", memory_bytes=12 * GB, read_gbps=700)
+    slow = Device(kind="cpu", memory_bytes=12 * GB, read_gbps=20)
+    names = [f"n{number:02}" for number in range(12)]
+    nodes = [Node(host=name, address="", num_cpus=8, devices=(card, slow)) for name in names]
+    found = plan(*MIXTRAL, Inventory(nodes=tuple(nodes)), asked(max_concurrency=1))
+    idle = [each for each in found.unused if each.device == "cpu"]
+    assert len(idle) > MAX_EXPLAINED
+    assert len({each.reason for each in idle}) == 1
