@@ -134,7 +134,7 @@ def _wishes(inventory: Inventory, workload: Workload, dtype: ComputeDtype) -> It
         most=blocks,
         request=lambda n: (inventory, replace(workload, max_context_tokens=tokens(n))),
         change=lambda n: Change(
-            knob="context", amount=tokens(n), text=f"a context of {tokens(n)} tokens"
+            knob="context", amount=tokens(n), text=f"--max-context {tokens(n)}"
         ),
     )
     yield from _fewer(inventory, workload)
@@ -148,7 +148,7 @@ def _fewer(inventory: Inventory, workload: Workload) -> Iterator[_Turn]:
         change=lambda n: Change(
             knob="concurrency",
             amount=sequences - n,
-            text=f"{sequences - n} sequence{'s' * (sequences - n > 1)} at once",
+            text=f"--max-concurrency {sequences - n}",
         ),
     )
     yield _Turn(

@@ -101,7 +101,7 @@ def explained(
     improvements = (
         *_narrower(place, model, inventory, workload, plan),
         *_better_links(model, inventory, workload, plan),
-        *_memory(model, inventory, workload, plan),
+        *_whole(model, inventory, workload, plan),
         *_faster_device(model, inventory, workload, plan),
     )
     return Explanation(
@@ -203,10 +203,10 @@ def _better_links(
     yield from _gain(f"10 Gbit/s between {between}", plan, then)
 
 
-def _memory(
+def _whole(
     model: _Model, inventory: Inventory, workload: Workload, plan: Plan
 ) -> Iterator[Improvement]:
-    """What would make the concessions needless."""
+    """What would make the concessions needless: memory, or to ask for less of something else."""
     if not plan.concessions:
         return
     stored = workload.dtype or stored_dtype(model[1])
@@ -216,7 +216,8 @@ def _memory(
     allowed, wanted = without_limits(model[0], inventory, workload)
     enough = sufficient_changes(*model, allowed, wanted, stored, partial(can_plan, *model))
     for change in enough:
-        if change.knob in ("memory", "memory everywhere"):
+        # A lower dtype is what was conceded, or is told by what it gains.
+        if change.knob not in ("dtype", *conceded):
             yield Improvement(change=change.text, effect=effect)
 
 

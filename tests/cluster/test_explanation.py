@@ -66,6 +66,25 @@ def test_memory_that_makes_a_concession_needless_is_named_and_is_enough() -> Non
     assert not plan(*MIXTRAL, Inventory(nodes=(node("a", grown + 0.1, 100),)), asked()).concessions
 
 
+@pytest.mark.parametrize("gigabytes", [70, 110])
+def test_asking_for_less_that_makes_a_concession_needless_is_told_before_memory(
+    gigabytes: int,
+) -> None:
+    inventory = Inventory(nodes=(node("a", gigabytes, 100),))
+    wishes = replace(asked(), max_context_tokens=32768, max_concurrency=64)
+    wishes = replace(wishes, min_context_tokens=512, dtype="bf16" if gigabytes > 105 else "int8")
+    found, said = both(inventory, wishes)
+    assert [each.knob for each in found.concessions] == ["context"]
+    whole = [each.change for each in said.improvements if each.effect == "the whole context"]
+    fewer, more = whole
+    assert more.endswith("more on a (cpu)")
+    option, count = fewer.split()
+    assert option == "--max-concurrency"
+    for less, is_enough in ((0, True), (1, False)):
+        wanted = replace(wishes, max_concurrency=int(count) + less)
+        assert (not plan(*MIXTRAL, inventory, wanted).concessions) is is_enough
+
+
 def test_a_narrower_dtype_keeps_its_promise() -> None:
     inventory = Inventory(nodes=(node("a", 120, 100),))
     found, said = both(inventory, asked())
