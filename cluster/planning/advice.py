@@ -59,6 +59,8 @@ class _Turn:
     request: Callable[[int], Request]
     """What is then asked for."""
     change: Callable[[int], Change]
+    is_of_one_device: bool = False
+    """Whether it adds memory to one device alone, of which those are told that need least."""
 
 
 def sufficient_changes(
@@ -94,8 +96,16 @@ def sufficient_changes(
             return enough
         return _probed(turn, enough, can_plan, may_miss=has_pins)
 
-    turns = (*_wishes(inventory, asked, dtype), *_memory(inventory, asked, is_filled))
-    changes = [turn.change(count) for turn in turns if (count := steps(turn)) is not None]
+    changes: list[Change] = []
+    fewest: int | None = None
+    """Steps of memory on one device, so far."""
+    for turn in (*_wishes(inventory, asked, dtype), *_memory(inventory, asked, is_filled)):
+        if turn.is_of_one_device and fewest and can_plan and not can_plan(*turn.request(fewest)):
+            continue
+        if (count := steps(turn)) is not None:
+            changes.append(turn.change(count))
+            if turn.is_of_one_device:
+                fewest = min(count, fewest or count)
     alone = min((each.amount for each in changes if each.knob == "memory"), default=0)
     return tuple(each for each in changes if each.knob != "memory" or each.amount == alone)
 
@@ -103,14 +113,21 @@ def sufficient_changes(
 def _probed(turn: _Turn, enough: int | None, can_plan: CanPlan, *, may_miss: bool) -> int | None:
     """The least number of steps that the planner can do with, at most `enough` unless that `may`
     not be enough at all."""
+
+    def is_enough(steps: int) -> bool:
+        return can_plan(*turn.request(steps))
+
     high = min(enough or turn.most, turn.most)
-    if enough is None or may_miss:
-        tries = [each for n in range(_DOUBLINGS) if 0 < (each := high << n) <= turn.most]
-        high = next((each for each in tries if can_plan(*turn.request(each))), 0)
+    if (enough is None or may_miss) and not (high and is_enough(high)):
+        further = [each for n in range(1, _DOUBLINGS) if 0 < (each := high << n) <= turn.most]
+        # Where the last of them is in vain, so are all before it.
+        if not further or not is_enough(further[-1]):
+            return None
+        high = next(each for each in further if is_enough(each))
     low = 0
     while high - low > max(1, high // _FINENESS):
         middle = (low + high) // 2
-        low, high = (low, middle) if can_plan(*turn.request(middle)) else (middle, high)
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high or None
 
 
@@ -210,6 +227,7 @@ def _more(inventory: Inventory, workload: Workload, place: Place | None) -> _Tur
         most=_MOST_MEMORY // _MEMORY_STEP,
         request=lambda steps: (grown(inventory, place, steps * _MEMORY_STEP), workload),
         change=change,
+        is_of_one_device=place is not None,
     )
 
 
