@@ -194,7 +194,9 @@ class PipelinesPlanner:
         most = max(self._ceiling.most_in_all(), score)
         if self._workload.num_pipelines is not None:
             return most
-        return max(most, self._planner(self._every, floor=score).bound(score, enough=most))
+        # Above which floor a planner searched does not matter for its bound.
+        one = self._planners.get(self._every) or self._planner(self._every, floor=score)
+        return max(most, one.bound(score, enough=most))
 
     def unused(self, pipelines: Sequence[Pipeline], smallest_bytes: int) -> tuple[UnusedNode, ...]:
         """Why each node without a part in these has none, and each device of the others: what the

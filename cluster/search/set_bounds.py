@@ -18,7 +18,7 @@ second. With a grid of t, that is a bound for all t between two of them, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -89,7 +89,7 @@ class Outlook:
         self._is_busy = placing.workload.objective == "throughput"
         self._streams = placing.workload.max_concurrency if self._is_busy else 1
         self._tokens, self._gains = tokens, _Gains(placing, tokens)
-        self._trip_s = float(self._gains.trips(NO_LIMIT)[-1, 0])
+        self._trip_s = float(self._gains.trips_of_all(NO_LIMIT)[0])
 
     @cached_property
     def most(self) -> float:
@@ -97,7 +97,7 @@ class Outlook:
         if not self._is_busy or self._trip_s == math.inf:
             return 1 / self._trip_s
         limits = self._gains.limits(self._trip_s, slowest=1.0)
-        trip_ST = np.append(self._trip_s, self._gains.trips(limits)[-1])[None, :]
+        trip_ST = np.append(self._trip_s, self._gains.trips_of_all(limits))[None, :]
         most_S = _most(self._tokens, self._streams, np.append(NO_LIMIT, limits), trip_ST)
         return float(most_S[0])
 
@@ -164,7 +164,16 @@ class _Gains:
 
     def trips(self, limit_T: Array) -> Array:
         """[set, T]: seconds of a round trip at least; inf: it does not fit."""
-        found: Array = np.maximum(self._round(self._most(limit_T)), 1e-300)
+        found: Array = np.maximum(
+            self._round(self._most(limit_T, range(1, 1 << self._count))), 1e-300
+        )
+        return found
+
+    def trips_of_all(self, limit_T: Array) -> Array:
+        """[T]: the same of all devices. Its sets are without the first device, but for the last."""
+        last = (1 << self._count) - 1
+        most_STP = self._most(limit_T, (*range(2, last, 2), last))
+        found: Array = np.maximum(self._round(most_STP[-1]), 1e-300)
         return found
 
     def trip_s(self, stages: Sequence[tuple[int, int]], limit_s: float) -> float:
@@ -175,7 +184,7 @@ class _Gains:
 
     def stages_within(self, limit_s: float, trip_s: float) -> set[tuple[int, int]]:
         """Those with which a round trip may still be that short, the others being the best."""
-        others_MP = self._most(np.array([limit_s]))[::-1, 0]
+        others_MP = self._most(np.array([limit_s]), range(1, 1 << self._count))[::-1, 0]
         found = set()
         for home in range(self._count):
             own_MP = self._own(limit_s, home, slice(None))
@@ -195,13 +204,14 @@ class _Gains:
         found: Array = np.where(gain_P[..., -1] < self._num_layers, math.inf, trip)
         return found
 
-    def _most(self, limit_T: Array) -> Array:
-        """[set, T, P]: what disjoint stages gain at most that take no longer than the limits."""
+    def _most(self, limit_T: Array, sets: Iterable[int]) -> Array:
+        """[set, T, P]: what disjoint stages gain at most that take no longer than the limits; of
+        these sets, which are ascending, each after all that it is made of."""
         fits_MTK = self._floor_MK[:, None, :] <= limit_T[:, None]
         longest_MT = np.where(fits_MTK, self._layers, 0).max(axis=2)
         gain_MTP = self._gain_MKP[np.arange(len(fits_MTK))[:, None], longest_MT]
         most_STP: Array = np.zeros_like(gain_MTP)
-        for members in range(1, len(gain_MTP)):
+        for members in sets:
             low = members & -members
             rest = members ^ low
             subsets = subsets_of(rest)

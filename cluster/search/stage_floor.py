@@ -150,24 +150,22 @@ class _Sharing:
         home has no room for, or, if that is more, no time.
         """
         home_s = self._busy_N[self._home]
-        away_M1 = away_M[:, None]
         order = np.argsort(rooms_MN.max(axis=0) * each_N, kind="stable")
-        full_M1 = np.zeros((len(rooms_MN), 1))
-        speed_M1 = ((rooms_MN > 0) @ (1 / each_N))[:, None]
+        full_M = np.zeros(len(rooms_MN))
+        speed_M = (rooms_MN > 0) @ (1 / each_N)
         no_room_K = np.maximum(experts_K - room_K, 0.0)
         found = np.zeros((len(rooms_MN), len(room_K)))
         for host in order:
             with np.errstate(divide="ignore"):
-                inverse_M1 = np.where(speed_M1 > _TINY, 1 / speed_M1, 0.0)
-            no_room_s = away_M1 * no_room_K + (no_room_K - full_M1) * inverse_M1
-            no_time_s = (away_M1 * speed_M1 * experts_K + experts_K - full_M1) / (
-                speed_M1 + (1 + away_M1 * speed_M1) / home_s
-            )
-            np.maximum(found, np.maximum(no_room_s, no_time_s), out=found)
-            full_M1 = full_M1 + rooms_MN[:, host, None]
-            speed_M1 = np.maximum(speed_M1 - (rooms_MN[:, host, None] > 0) / each_N[host], 0.0)
+                inverse_M = np.where(speed_M > _TINY, 1 / speed_M, 0.0)
+            # Seconds with no room at home, and with no time.
+            _raise(found, away_M + inverse_M, no_room_K, full_M * inverse_M)
+            slower_M = 1 / (speed_M + (1 + away_M * speed_M) / home_s)
+            _raise(found, (1 + away_M * speed_M) * slower_M, experts_K, full_M * slower_M)
+            full_M = full_M + rooms_MN[:, host]
+            speed_M = np.maximum(speed_M - (rooms_MN[:, host] > 0) / each_N[host], 0.0)
         # With all of them full the rest is left to the home.
-        np.maximum(found, home_s * (experts_K - full_M1), out=found)
+        _raise(found, np.full(len(full_M), home_s), experts_K, home_s * full_M)
         return found
 
     def _at_home_MK(self, room_K: Array, present_MN: Array, layers: Array) -> Array:
@@ -229,6 +227,13 @@ class _Sharing:
             found += held * self._mean_N[host]
             left = left - held
         return found
+
+
+def _raise(found_MK: Array, slope_M: Array, numbers_K: Array, less_M: Array) -> None:
+    """To so much for each number, less something, where that is more."""
+    line_MK = slope_M[:, None] * numbers_K
+    line_MK -= less_M[:, None]
+    np.maximum(found_MK, line_MK, out=found_MK)
 
 
 def _convex(found_MH: Array) -> Array:
