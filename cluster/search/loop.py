@@ -21,8 +21,8 @@ from .mix import PROMPT_TOKENS
 
 _PROMPT = 256
 """Tokens of a prompt."""
-_WARM, _STEPS = 256, 768
-"""Steps that do not count, and all: two prompts of one sequence a step lie between."""
+_WARM, _STEPS = 128, 512
+"""Steps that do not count, and all: at least one prompt comes between."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +52,14 @@ def loop_tokens_per_s(runs: Sequence[Run]) -> list[float]:
         _padded([getattr(r, n) for r in runs], most, last=True)
         for n in ("calm_ways_s", "full_ways_s")
     )
-    more_CS, more_ways_CS = full_CS - calm_CS, full_ways_CS - ways_CS
+    # From the first stage on, were nobody in the way: when each is done, and when it begins.
+    done_CS, full_done_CS = (
+        np.cumsum(stages + ways, axis=1) - ways
+        for stages, ways in ((calm_CS, ways_CS), (full_CS, full_ways_CS))
+    )
+    begun_CS, more_done_CS = done_CS - calm_CS, full_done_CS - done_CS
+    more_begun_CS = full_done_CS - full_CS - begun_CS
+    way_C, more_way_C = ways_CS[:, -1], full_ways_CS[:, -1] - ways_CS[:, -1]
     streams_C = np.array([run.streams for run in runs], dtype=float)
     batches_C = np.array([run.micro_batches for run in runs])
     room_C = np.array([max(run.size - run.sequences, run.size // 4) for run in runs], dtype=float)
@@ -66,18 +73,18 @@ def loop_tokens_per_s(runs: Sequence[Run]) -> list[float]:
         made_C += decoded_C
         due_C += decoded_C * PROMPT_TOKENS
         comes_C = due_C >= _PROMPT
-        due_C[comes_C] -= _PROMPT
-        waiting_C[comes_C] += _PROMPT
+        if comes_C.any():
+            due_C[comes_C] -= _PROMPT
+            waiting_C[comes_C] += _PROMPT
         read_C = np.minimum(waiting_C, room_C)
         waiting_C -= read_C
-        share_C1 = (read_C / room_C)[:, None]
-        step_CS = calm_CS + share_C1 * more_CS
-        way_CS = ways_CS + share_C1 * more_ways_CS
-        # When a stage would begin if nobody were in the way: what comes before it takes so long.
-        before_CS = np.cumsum(step_CS + way_CS, axis=1) - step_CS - way_CS
+        share_C = read_C / room_C
+        share_C1 = share_C[:, None]
         ends_CS[:, 0] = np.maximum(ends_CS[:, 0], back_KC[step - batches_C, every_C])
-        ends_CS = np.maximum.accumulate(ends_CS - before_CS, axis=1) + before_CS + step_CS
-        back_KC[step] = ends_CS[:, -1] + way_CS[:, -1]
+        ends_CS -= begun_CS + share_C1 * more_begun_CS
+        np.maximum.accumulate(ends_CS, axis=1, out=ends_CS)
+        ends_CS += done_CS + share_C1 * more_done_CS
+        back_KC[step] = ends_CS[:, -1] + way_C + share_C * more_way_C
         if step == _WARM:
             began_C, first_C = back_KC[step].copy(), made_C.copy()
     found: list[float] = ((made_C - first_C) / (back_KC[_STEPS - 1] - began_C)).tolist()

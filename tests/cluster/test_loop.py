@@ -64,7 +64,7 @@ def plainly(run: Run) -> float:
     back: list[float] = []
     made, due, waiting, began, at_first = 0.0, 0.0, 0.0, 0.0, 0.0
     room = max(run.size - run.sequences, run.size // 4)
-    for number in range(768):
+    for number in range(512):
         decoded = max(0.0, run.streams - math.ceil(waiting / 256)) / run.micro_batches
         made, due = made + decoded, due + decoded
         if due >= 256:
@@ -80,7 +80,7 @@ def plainly(run: Run) -> float:
             calm, full = run.calm_ways_s[stage], run.full_ways_s[stage]
             at = free[stage] + calm + share * (full - calm)
         back.append(at)
-        if number == 256:
+        if number == 128:
             began, at_first = at, made
     return (made - at_first) / (back[-1] - began)
 
