@@ -1,15 +1,16 @@
 """Improve a route by small steps where an exact search would take too long. Deterministic.
 
-From the routes found without helpers for every number of micro-batches, and from each of the
-fastest devices alone with the helpers that pay, one change at a time is kept when it makes the
-score better: a helper or a stage more or less, another home, a stage merged into its neighbour. A
-budget of routes ends it.
+From the routes found without helpers for every number of micro-batches, and from the stages that
+their bound consists of (where there is none, from each of the fastest devices alone with the
+helpers that pay), one change at a time is kept when it makes the score better: a helper or a stage
+more or less, another home, a stage merged into its neighbour. A budget of routes ends it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise, permutations
 
 import numpy as np
 
@@ -22,6 +23,12 @@ Order = tuple[Stage, ...]
 MOST_ROUTES = 120
 """Routes that are tried from one start."""
 _MOST_STARTS = 3
+_NEAR = 0.9
+"""Of what is known, which a route must have to be a start."""
+_MOST_ORDERS = 120
+"""Of stages that a bound consists of, all of five of them."""
+_RISE = 0.01
+"""What the bound of a number of micro-batches must promise, for steps to go from its stages."""
 _MOST_MEMBERS = 8
 _NEAREST = 4
 """Free devices that a stage may get: so many of the fastest, and of those reached soonest."""
@@ -45,18 +52,26 @@ def improved(
     """
     if searches[0].is_exact:
         return list(starts)
-    most_routes = MOST_ROUTES // (3 if floor else 1)
+    is_bounded = throughput and searches[0].outlook is not None
+    most_routes = MOST_ROUTES // (3 if floor else 1) // (2 if is_bounded else 1)
     climbs = {
         search: _Climb(
             search, throughput=throughput, num_stages=num_stages, most_routes=most_routes
         )
         for search in searches
     }
-    for search in searches[:1] if starts or floor else searches:
+    seeded = searches[: 0 if is_bounded else 1] if starts or floor else searches
+    for search in seeded:
         for order in climbs[search].seeds() if num_stages in (None, 1) else ():
             climbs[search].climb(order)
     for search, route in starts:
         climbs[search].climb(_order(route))
+    if is_bounded:
+        best = max((each.score(each.best) for each in climbs.values() if each.best), default=0.0)
+        for search, climb in climbs.items():
+            ideal = climb.ideal() if search.most > best * (1 + _RISE) else None
+            if ideal is not None:
+                climb.climb(ideal)
     # What one number of micro-batches found may be better still with another.
     orders = dict.fromkeys(_order(each.best) for each in climbs.values() if each.best is not None)
     for climb in climbs.values() if throughput else ():
@@ -113,6 +128,28 @@ class _Climb:
             if self._fits(stage):
                 yield (stage,)
 
+    def ideal(self) -> Order | None:
+        """The best order of stages that would have the most, were they as quick as a bound takes
+        them to be, if it comes near to what is known."""
+        near = _NEAR * self.score(self.best) if self.best and self._throughput else 0.0
+        best: Route | None = None
+        for stages in self._search.outlook.ideals() if self._search.outlook else ():
+            if self._num_stages not in (None, len(stages)):
+                continue
+            route: Route | None = None
+            orders = islice(permutations([Stage(*each) for each in stages]), _MOST_ORDERS)
+            for order in sorted(orders, key=self._ways_s)[:_NEAREST]:
+                route = self._better_than(route, order, floor=near) or route
+            if route is not None and (best is None or self.score(route) > self.score(best)):
+                best = route
+        return None if best is None else _order(best)
+
+    def _ways_s(self, order: Order) -> float:
+        """Seconds between stages, and back."""
+        homes, problem = [stage.home for stage in order], self.problem
+        back_s = float(problem.return_s[homes[-1], homes[0]])
+        return back_s + sum(float(problem.hop_s[a, b]) for a, b in pairwise(homes))
+
     def _fits(self, stage: Stage) -> bool:
         return bool(np.isfinite(self._search.times.stage_LL(stage)[0, -1]))
 
@@ -136,12 +173,14 @@ class _Climb:
         if now is not None and (self.best is None or self.score(now) > self.score(self.best)):
             self.best = now
 
-    def _better_than(self, route: Route | None, order: Order) -> Route | None:
-        """The best cut of an order, if it is better than a route."""
+    def _better_than(
+        self, route: Route | None, order: Order, *, floor: float = 0.0
+    ) -> Route | None:
+        """The best cut of an order, if it is better than a route and has more than `floor`."""
         least = -math.inf
         if route is not None:
             least = self.score(route) + 1e-9 * abs(self.score(route))
-        floor = max(0.0, least)
+        floor = max(floor, least)
         found = self._search.best_in_order(order, throughput=self._throughput, floor=floor)
         return found if found is not None and self.score(found) > least else None
 

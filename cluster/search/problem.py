@@ -185,6 +185,11 @@ class Outlook(Protocol):
         """Whether a route of just these stages may have so many tokens per second."""
         ...
 
+    def ideals(self) -> list[tuple[tuple[int, int], ...]]:
+        """Homes and members of the stages that would have the most, were they as quick as it takes
+        them to be: some sets of them, in no order. Real routes of them are good starts."""
+        ...
+
 
 def evaluate(
     problem: Problem,

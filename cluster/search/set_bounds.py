@@ -18,7 +18,7 @@ second. With a grid of t, that is a bound for all t between two of them, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -38,6 +38,8 @@ _WORK = 1_500_000
 _FEWEST_LIMITS, _MOST_LIMITS = 16, 48
 _SLOWEST = 8.0
 """Times the round trip of all devices, up to which bottlenecks are told apart."""
+_NEARLY = 0.9
+"""Share of the layers that stages have to gain with, to be thought of together."""
 _SAFE = 1 - 1e-9
 """Off every bound on seconds, for sums of another order."""
 
@@ -79,7 +81,8 @@ class SetBounds:
         if not self._is_busy:
             alone: Array = 1 / trip_ST[:, 0]
             return alone
-        return _most(self.steps[at].high, streams, limit_T, trip_ST)
+        found: Array = _rates(self.steps[at].high, streams, limit_T, trip_ST).max(axis=1)
+        return found
 
 
 class Outlook:
@@ -89,17 +92,42 @@ class Outlook:
         self._is_busy = placing.workload.objective == "throughput"
         self._streams = placing.workload.max_concurrency if self._is_busy else 1
         self._tokens, self._gains = tokens, _Gains(placing, tokens)
-        self._trip_s = float(self._gains.trips_of_all(NO_LIMIT)[0])
+        self._trip_s = float(self._gains.round(self._gains.most_of_all(NO_LIMIT)[-1, 0]))
 
     @cached_property
     def most(self) -> float:
         """Tokens per second, of all streams or of one alone; 0: it does not fit."""
+        return float(self._rate_T.max())
+
+    @cached_property
+    def _limit_T(self) -> Array:
+        """Bottlenecks that are told apart."""
         if not self._is_busy or self._trip_s == math.inf:
-            return 1 / self._trip_s
-        limits = self._gains.limits(self._trip_s, slowest=1.0)
-        trip_ST = np.append(self._trip_s, self._gains.trips_of_all(limits))[None, :]
-        most_S = _most(self._tokens, self._streams, np.append(NO_LIMIT, limits), trip_ST)
-        return float(most_S[0])
+            return NO_LIMIT
+        return np.append(NO_LIMIT, self._gains.limits(self._trip_s, slowest=1.0))
+
+    @cached_property
+    def _most_STP(self) -> Array:
+        return self._gains.most_of_all(self._limit_T)
+
+    @cached_property
+    def _rate_T(self) -> Array:
+        """Tokens per second at most with a bottleneck between one and the next."""
+        trip_T = self._gains.round(self._most_STP[-1])
+        if not self._is_busy:
+            found: Array = 1 / trip_T
+            return found
+        return _rates(self._tokens, self._streams, self._limit_T, trip_T)
+
+    def ideals(self) -> list[tuple[tuple[int, int], ...]]:
+        """As `problem.Outlook.ideals`: for the bottleneck at which the bound lies and those beside
+        it, and for every price."""
+        top = int(self._rate_T.argmax())
+        found: dict[tuple[tuple[int, int], ...], None] = {}
+        for at in range(max(0, top - 1), min(len(self._limit_T), top + 2)) if self.most else ():
+            most_SP, limit_s = self._most_STP[:, at], float(self._limit_T[at])
+            found |= dict.fromkeys(self._gains.best_parts(most_SP, limit_s))
+        return list(found)
 
     def hopeful(self, least: float) -> set[tuple[int, int]]:
         """Home and members of all stages of pipelines with at least so many tokens per second."""
@@ -119,12 +147,12 @@ class Outlook:
 NO_LIMIT = np.array([math.inf])
 
 
-def _most(tokens: int, streams: int, limit_T: Array, trip_ST: Array) -> Array:
-    """[set]: tokens per second, by the round trips within limits that descend from none at all.
+def _rates(tokens: int, streams: int, limit_T: Array, trip_T: Array) -> Array:
+    """[..., T]: tokens per second, by the round trips within limits that descend from none at all.
     Between two of them a bottleneck is no shorter than the lower one, and a round trip no shorter
     than within the upper one."""
     most_T = np.append(tokens / limit_T[1:], math.inf)
-    found: Array = np.minimum(streams / trip_ST, most_T).max(axis=1)
+    found: Array = np.minimum(streams / trip_T, most_T)
     return found
 
 
@@ -164,23 +192,19 @@ class _Gains:
 
     def trips(self, limit_T: Array) -> Array:
         """[set, T]: seconds of a round trip at least; inf: it does not fit."""
-        found: Array = np.maximum(
-            self._round(self._most(limit_T, range(1, 1 << self._count))), 1e-300
-        )
-        return found
+        return self.round(self._most(limit_T, range(1, 1 << self._count)))
 
-    def trips_of_all(self, limit_T: Array) -> Array:
-        """[T]: the same of all devices. Its sets are without the first device, but for the last."""
+    def most_of_all(self, limit_T: Array) -> Array:
+        """[set, T, P]: as `_most`, of all devices and of the sets that these are parted into: those
+        without the first one."""
         last = (1 << self._count) - 1
-        most_STP = self._most(limit_T, (*range(2, last, 2), last))
-        found: Array = np.maximum(self._round(most_STP[-1]), 1e-300)
-        return found
+        return self._most(limit_T, (*range(2, last, 2), last))
 
     def trip_s(self, stages: Sequence[tuple[int, int]], limit_s: float) -> float:
         """Seconds at least of a round trip through these stages, none of which takes longer than
         the limit; inf: they do not hold the model."""
         gain_P = np.sum([self._own(limit_s, *stage) for stage in stages], axis=0)
-        return float(self._round(gain_P))
+        return float(self.round(gain_P))
 
     def stages_within(self, limit_s: float, trip_s: float) -> set[tuple[int, int]]:
         """Those with which a round trip may still be that short, the others being the best."""
@@ -188,7 +212,7 @@ class _Gains:
         found = set()
         for home in range(self._count):
             own_MP = self._own(limit_s, home, slice(None))
-            is_hopeful_M = (self._round(own_MP + others_MP) <= trip_s) & (own_MP[:, -1] > 0)
+            is_hopeful_M = (self.round(own_MP + others_MP) <= trip_s) & (own_MP[:, -1] > 0)
             found |= {(home, int(members)) for members in is_hopeful_M.nonzero()[0]}
         return found
 
@@ -198,11 +222,36 @@ class _Gains:
         found: Array = self._gains(np.where(fits_K, self._cost_NMK[home, members], math.inf))
         return found[..., -1, :]
 
-    def _round(self, gain_P: Array) -> Array:
+    def round(self, gain_P: Array) -> Array:
         """[...]: seconds of a round trip at least by what its stages gain."""
         trip = (self._price_P * self._num_layers - gain_P[..., :-1]).max(axis=-1)
         found: Array = np.where(gain_P[..., -1] < self._num_layers, math.inf, trip)
-        return found
+        return np.maximum(found, 1e-300)
+
+    def best_parts(self, most_SP: Array, limit_s: float) -> Iterator[tuple[tuple[int, int], ...]]:
+        """Homes and members of the disjoint stages by which `most_of_all` came to ``most_SP``
+        within a limit, for each price at which they have nearly all layers or more."""
+        cost_NMK = np.where(self._floor_NMK <= limit_s, self._cost_NMK, math.inf)
+        cost_MK = cost_NMK.min(axis=0)
+        for price_s, most_S in zip(self._price_P, most_SP.T, strict=False):
+            gain_M = (price_s * self._layers - cost_MK).max(axis=1)
+            stages, layers, left = [], 0, len(most_S) - 1
+            while left:
+                low = left & -left
+                rest = left ^ low
+                subsets = subsets_of(rest)
+                together = gain_M[low | subsets] + most_S[rest ^ subsets]
+                at = int(together.argmax())
+                left = rest
+                if together[at] > most_S[rest]:
+                    members = int(low | subsets[at])
+                    gain_NK = price_s * self._layers - cost_NMK[:, members]
+                    home, count = divmod(int(gain_NK.argmax()), len(self._layers))
+                    stages.append((home, members))
+                    layers += count
+                    left = rest ^ int(subsets[at])
+            if layers >= _NEARLY * self._num_layers:
+                yield tuple(sorted(stages))
 
     def _most(self, limit_T: Array, sets: Iterable[int]) -> Array:
         """[set, T, P]: what disjoint stages gain at most that take no longer than the limits; of

@@ -1,16 +1,19 @@
 """Bounds for sets of devices: no stage is quicker, and no plan of all is better."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 
 from magnetar.cluster.plan import Objective
-from magnetar.cluster.search.ceiling import Ceiling
+from magnetar.cluster.search.ceiling import Ceiling, numbers
 from magnetar.cluster.search.contest import busiest, contenders
 from magnetar.cluster.search.division import Share
 from magnetar.cluster.search.placing import Placing
 from magnetar.cluster.search.search import Search
 from magnetar.cluster.search.set_bounds import Outlook, subsets_of
 from magnetar.cluster.search.stage_floor import stage_floors
+from magnetar.cluster.search.stage_times import Stage
 from magnetar.tests.shared_experts import (
     cluster_of_pipelines,
     every_plan,
@@ -115,3 +118,20 @@ def test_stages_of_the_best_pipeline_are_hopeful(seed: int, objective: Objective
 
 def test_subsets_of_a_set_are_all_of_them() -> None:
     assert sorted(subsets_of(0b1011).tolist()) == [0, 1, 2, 3, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stages_that_a_bound_consists_of_are_disjoint_and_near_the_best(seed: int) -> None:
+    placing = small_cluster(seed, num_nodes=4, num_layers=6, num_experts=4, objective="throughput")
+    problem, outlook = placing.problem(2), Outlook(placing, 2)
+    most, best = 0.0, busiest([problem])
+    assert best is not None
+    search = Search(problem)
+    for stages in outlook.ideals():
+        together = [site for _, members in stages for site in numbers(members)]
+        assert len(together) == len(set(together))
+        assert all(members >> home & 1 for home, members in stages)
+        for order in permutations(Stage(*each) for each in stages):
+            route = search.best_in_order(order, throughput=True)
+            most = max(most, route.tokens_per_s(problem) if route else 0.0)
+    assert 0.8 * best[1].tokens_per_s(problem) < most <= best[1].tokens_per_s(problem) * (1 + 1e-9)
