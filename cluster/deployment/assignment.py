@@ -166,6 +166,10 @@ class GatewayRole(Protocol):
         """The port; raises PortInUseError or UsageError where it cannot be had."""
         ...
 
+    def run(self) -> None:
+        """Stay until `stop`; whoever called hears when the process dies."""
+        ...
+
     def brief(self, assignment: GatewayAssignment) -> None:
         """Read what is needed besides the pipelines; blocks."""
         ...
@@ -192,10 +196,6 @@ class GatewayRole(Protocol):
 
     def admit(self, pipeline: int) -> None:
         """Let requests go to a pipeline that is warm again."""
-        ...
-
-    def run(self) -> None:
-        """Stay until `stop`; whoever called hears when the process dies."""
         ...
 
     def expert_tokens(self) -> Mapping[int, Sequence[int]]:

@@ -241,7 +241,7 @@ class Controller:
                 raise InterruptedByUserError("the deployment was stopped")
         finally:
             keepers.stop()
-        # Nobody answers any more, and no pipeline helps: that is left to whoever started it.
+        # Nobody answers any more, and no pipeline helps: the rest is for whoever started it.
         failure = Failure.of(death)
         self._record.hold("EndpointReady", "GatewayLost", str(death), status=False, failure=failure)
         self._stop.wait()

@@ -40,7 +40,6 @@ class Front:
         self.host = node.host
         self._stop = stop
         self._briefing: Any = None
-        self._running: Any = None
         self.actor: Any = (
             ray.remote(role)
             .options(
@@ -53,6 +52,7 @@ class Front:
             .remote(*listen, api_key)
         )
         gather([self.actor.bind.remote()], who="the gateway", stop=stop)
+        self._running: Any = self.actor.run.remote()
 
     def brief(self, plan: Plan, spec: DeploymentSpec, *, folder: str, facts_json: str) -> None:
         """Tell it what it will serve; it reads the tokenizer until `briefing` is over."""
@@ -83,9 +83,7 @@ class Front:
 
     def serve(self) -> str:
         """Open the API; its URL on the gateway's node."""
-        url = str(call(self.actor.serve.remote(), who="the gateway"))
-        self._running = self.actor.run.remote()
-        return url
+        return str(call(self.actor.serve.remote(), who="the gateway"))
 
     def admit(self, number: int) -> None:
         """Let requests go to a pipeline that was started again."""
@@ -97,7 +95,7 @@ class Front:
         return {int(layer): tuple(counts) for layer, counts in told.items()}
 
     def death(self) -> MagnetarError | None:
-        """What ended its process; None while it lives. After `serve`."""
+        """What ended its process; None while it lives."""
         (ended,) = endings([self._running], ["the gateway"], timeout_s=0) or (None,)
         return None if ended is None else ended.error
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from ...errors import MagnetarError, StageLostError
+from ...errors import InterruptedByUserError, MagnetarError, StageLostError
 from ...fetcher.progress import ProgressSink
 from ..plan import Plan
 from ..runtime.ray_calls import any_ended, gather
@@ -161,18 +161,25 @@ class PipelineGroup:
         return self._gateway.expert_tokens()
 
     def gateway_death(self) -> MagnetarError | None:
-        """What ended the gateway's process; None while it lives. After `serve`."""
+        """What ended the gateway's process; None while it lives."""
         return self._gateway.death()
 
     def lost(self, number: int, timeout_s: float) -> MagnetarError | None:
-        """Wait up to `timeout_s` for a pipeline to end by itself; what ended it."""
+        """Wait up to `timeout_s` for a pipeline to end by itself; what ended it.
+
+        Raises:
+            InterruptedByUserError: the gateway died, and all pipelines with it.
+        """
         pipeline = self._pipelines[number]
         if not any_ended(pipeline.running, timeout_s=timeout_s):
             return None
-        return pipeline.cause(self._gateway.actor.ending.remote(number))
+        cause = pipeline.cause(self._gateway.actor.ending.remote(number))
+        if (death := self.gateway_death()) is not None:
+            raise InterruptedByUserError(str(death))
+        return cause
 
     def clear(self, number: int) -> None:
-        """End what is left of a pipeline at once, and wait until its memory is free."""
+        """End what is left of a pipeline at once."""
         self._pipelines[number].kill()
 
     def missing(self, number: int) -> tuple[str, ...]:
@@ -193,7 +200,7 @@ class PipelineGroup:
             [member.load.remote() for member in pipeline.members],
             who=f"pipeline {number}",
             stop=self._stop,
-            meanwhile=partial(self._check_nodes, number),
+            meanwhile=partial(self._check, number),
         )
         self._connect([number])
         self._gateway.warm([number])
@@ -270,7 +277,10 @@ class PipelineGroup:
     def _together(self, refs: list[Any]) -> list[Any]:
         return gather(refs, who="the pipeline", stop=self._stop, timeout_s=CONNECT_TIMEOUT_S)
 
-    def _check_nodes(self, number: int) -> None:
+    def _check(self, number: int) -> None:
+        """Raise what makes it useless to go on with a start."""
+        if (death := self.gateway_death()) is not None:
+            raise InterruptedByUserError(str(death))
         if missing := self.missing(number):
             raise StageLostError(f"{', '.join(missing)} left the cluster")
 

@@ -1,6 +1,7 @@
 """The API over two pipelines of which one breaks in the middle: no client sees a difference."""
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,7 @@ BODIES: tuple[dict[str, Any], ...] = (
         "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}},
     },
 )
+NUM_ANSWERS = sum(body.get("n", 1) for body in BODIES)
 
 
 class BreakingStage:
@@ -74,6 +76,17 @@ def pipelines(*failing_steps: int | None) -> Iterator[tuple[httpx.Client, Router
         router = Router(routed)
         server = stack.enter_context(listening(router, max_context_tokens=256))
         yield stack.enter_context(http_client(server)), router
+
+
+@contextmanager
+def another(source: MemorySource) -> Iterator[Routed]:
+    """A pipeline that does not fail, in the place of one that did."""
+    stages = Pipeline(CONFIG, source, bounds=(0, 1, 3), batch_invariant=True).stages
+    with running_engine(stages, num_kv_blocks=64, config=CONFIG, eos_token_ids=MISTRAL.eos_ids) as (
+        engine,
+        _,
+    ):
+        yield Routed(engine=engine, speed=1.0, max_running=8)
 
 
 def choices(client: httpx.Client, body: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -120,6 +133,32 @@ def test_streams_of_a_pipeline_that_breaks_are_those_of_one_that_does_not() -> N
     assert stats.num_moved > 0
     assert f'magnetar:requests_moved_total{{model_name="{MODEL}"}} {stats.num_moved}' in page
     assert f'magnetar:pipeline_up{{model_name="{MODEL}",pipeline="0"}} 0' in page
+
+
+def test_streams_of_the_only_pipeline_are_the_same_when_it_breaks_and_comes_back() -> None:
+    with pipelines(None) as (client, _):
+        expected = [choices(client, body) for body in BODIES]
+    with (
+        pipelines(8) as (client, router),
+        another(MemorySource(random_tensors(CONFIG))) as back,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert client.get("/readyz").status_code == 200
+        answering = pool.submit(all_at_once, client, BODIES)
+        deadline = time.monotonic() + 60
+        while not (router.stats().is_over and router.stats().waiting == NUM_ANSWERS):
+            assert time.monotonic() < deadline, router.stats()
+            time.sleep(0.01)
+        refused = client.post("/v1/completions", json={"model": MODEL, "prompt": [1]})
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) > 0
+        assert client.get("/readyz").status_code == 503
+        router.replace(0, back)
+        assert client.get("/readyz").status_code == 200
+        assert answering.result(60) == expected
+        page = client.get("/metrics").text
+    labels = f'model_name="{MODEL}",pipeline="0"'
+    assert f"magnetar:pipeline_restarts_total{{{labels}}} 1" in page
 
 
 def test_embeddings_and_scored_prompts_come_from_whichever_pipeline_lives() -> None:
