@@ -94,7 +94,7 @@ def plan_only(
         inventory=inventory,
         plan=plan,
         explanation=explained(*model, plan, place=place),
-        running=None if running is None else predicted(running.plan, *model),
+        running=None if running is None else _as_it_runs(running.plan, model),
     )
 
 
@@ -137,8 +137,13 @@ def _placed(
     """A plan with experts where a user wants them; times go by how often each is needed."""
     plan = place_model(config, index, inventory, workload)
     plan = pin_experts(plan, pins, config, index, inventory)
-    popularity = workload.popularity or popularity_of({}, config)
-    return predicted(plan, config, index, inventory, replace(workload, popularity=popularity))
+    return predicted(plan, config, index, inventory, workload)
+
+
+def _as_it_runs(plan: Plan, model: tuple[ModelConfig, TensorIndex, Inventory, Workload]) -> Plan:
+    """With its times for the same streams; it need not do what is wished of nodes now."""
+    config, index, inventory, workload = model
+    return predicted(plan, config, index, inventory, replace(workload, nodes=()))
 
 
 def _popularity(running: Running, config: ModelConfig) -> tuple[tuple[float, ...], ...]:

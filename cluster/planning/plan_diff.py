@@ -13,8 +13,18 @@ from typing import Any
 from ...fetcher.tensors import TensorEntry, TensorIndex
 from ..machines import Device, Inventory
 from ..plan import Plan
-from ..units import gigabytes, layers_text
+from ..units import gigabytes, id_ranges, layers_text
 
+_LABELS = {
+    "num_pipelines": "pipelines",
+    "num_stages": "stages",
+    "max_context_tokens": "tokens of context",
+    "max_concurrency": "sequences at once",
+    "num_kv_blocks": "KV blocks",
+    "tokens_per_s": "tokens/s in all",
+    "stream_tokens_per_s": "tokens/s for one stream alone",
+}
+"""Settings and what is predicted, for people."""
 _Place = tuple[str, str, str]
 """Host, device and dtype."""
 _Unit = tuple[int, int | None]
@@ -107,9 +117,9 @@ def diff_table(diff: PlanDiff, notes: Sequence[str] = ()) -> str:
     lines = []
     for move in diff.moves:
         layers = layers_text(move.first_layer, move.end_layer)
-        what = "" if move.experts is None else f" experts {','.join(map(str, move.experts))}"
+        what = "" if move.experts is None else f" experts {id_ranges(move.experts)}"
         lines.append(f"~ {layers}{what}: {_said(move.before)} -> {_said(move.after)}")
-    lines += [f"~ {name}: {was} -> {now}" for name, was, now in diff.settings]
+    lines += [f"~ {_LABELS[name]}: {was} -> {now}" for name, was, now in diff.settings]
     for node in diff.nodes:
         if node.gained_bytes:
             lines.append(
@@ -122,7 +132,7 @@ def diff_table(diff: PlanDiff, notes: Sequence[str] = ()) -> str:
     if len(diff.nodes) > 1:
         lines.append(f"= {gained} to load and {dropped} no longer, in all")
     lines += [
-        f"predicted {name}: {was:.1f} -> {now:.1f} ({now / was - 1:+.0%})"
+        f"predicted {_LABELS[name]}: {was:.1f} -> {now:.1f} ({now / was - 1:+.0%})"
         for name, was, now in diff.predicted
         if was > 0
     ]

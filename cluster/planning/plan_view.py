@@ -260,6 +260,8 @@ def explained_lines(explanation: Explanation) -> Iterator[str]:
 
 def _to_fetch(fetches: Sequence[NodeFetch]) -> str:
     """The whole, and of several nodes each; those with the same to fetch together."""
+    if not any(fetch.missing_bytes for fetch in fetches):
+        return "to fetch: nothing, for all is there"
     alike: dict[str, list[str]] = {}
     for fetch in fetches:
         of = f" of {gigabytes(fetch.needed_bytes)}" if fetch.held_bytes else ""

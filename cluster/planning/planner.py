@@ -22,6 +22,7 @@ from .dtype_ladder import lower_dtypes
 from .memory_plan import shorten
 from .node_wishes import without_limits
 from .placement import Placement, without_times
+from .popularity import popularity_of
 from .refusal import pins_refused, refused
 from .soundness import check_inventory
 from .speed_plan import speeds_known
@@ -98,6 +99,9 @@ def predicted(
 
     It comes back without times where a speed is not known.
     """
+    if workload.popularity is None and any(stage.helpers for stage in plan.stages):
+        # Its experts need not lie as they would in a plan that was made here.
+        workload = replace(workload, popularity=popularity_of({}, config))
     dtype = workload.dtype or stored_dtype(index)
     if not speeds_known(inventory, dtype):
         return without_times(plan)

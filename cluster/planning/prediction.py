@@ -14,7 +14,7 @@ from ..search.mix import PROMPT_TOKENS, mean
 from ..search.placing import Placing
 from ..search.problem import Problem, evaluate, sites_of
 from ..units import milliseconds
-from .popular_times import popular_stage_s
+from .popular_times import Popularity, popular_chunk_s, popular_stage_s
 
 PREFILL_TOKENS = 1024
 """Length of the prompt whose time to the first token is predicted."""
@@ -61,6 +61,12 @@ def predicted(placing: Placing, pipeline: Pipeline) -> Pipeline:
             )
         )
     prompt = min(PREFILL_TOKENS, placing.workload.max_context_tokens)
+    popularity = placing.workload.popularity or _all_alike(placing)
+
+    def chunk_s(number: int, position: int, count: int) -> float:
+        stage, there = pipeline.stages[number], places[number]
+        return popular_chunk_s(placing, stage, there, position, count, popularity)
+
     prediction = Prediction(
         objective=objective,
         step_tokens=shown.step_tokens,
@@ -68,7 +74,11 @@ def predicted(placing: Placing, pipeline: Pipeline) -> Pipeline:
         tokens_per_s=together.tokens_per_s(crowd),
         stream_tokens_per_s=1 / single.round_trip_s,
         prefill_s=placing.prefill_s(
-            sites, ends, prompt, step_tokens=pipeline.max_step_tokens or STEP_TOKENS
+            sites,
+            ends,
+            prompt,
+            step_tokens=pipeline.max_step_tokens or STEP_TOKENS,
+            chunk_s=chunk_s if any(stage.helpers for stage in pipeline.stages) else None,
         ),
         prefill_tokens=prompt,
         assumed=_assumed(placing, sites, members),
@@ -80,6 +90,12 @@ def predicted(placing: Placing, pipeline: Pipeline) -> Pipeline:
         prediction=prediction,
         num_micro_batches=micro_batches,
     )
+
+
+def _all_alike(placing: Placing) -> Popularity:
+    cost = placing.cost(0)
+    share = cost.experts_per_token / max(1, cost.num_experts)
+    return ((share,) * cost.num_experts,) * len(cost.expert_bytes)
 
 
 def _stages_s(

@@ -13,8 +13,13 @@ def workload_of(spec: DeploymentSpec, config: ModelConfig) -> Workload:
     """The wishes of `spec` with the model's own context where it names none.
 
     Raises:
-        UsageError: a longer context than the model has.
+        UsageError: a longer context than the model has, or experts on a node that is excluded.
     """
+    excluded = {wish.host for wish in spec.node_wishes if wish.exclude}
+    if both := sorted(excluded.intersection(pin.host for pin in spec.expert_pins)):
+        raise UsageError(
+            f"{both[0]} is excluded, and experts are to be on it (placement.experts): leave out one"
+        )
     asked = spec.max_context_tokens
     if asked is not None and asked > config.max_context_tokens:
         raise UsageError(

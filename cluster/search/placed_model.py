@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cache, partial
@@ -245,9 +245,14 @@ class PlacedModel:
         tokens: int,
         *,
         step_tokens: int = STEP_TOKENS,
+        chunk_s: Callable[[int, int, int], float] | None = None,
     ) -> float:
-        """A prompt alone to its first token, every stage by its home alone: in chunks of so many
-        tokens, as many at a time as the engine has steps under way."""
+        """A prompt alone to its first token: in chunks of so many tokens, as many at a time as the
+        engine has steps under way.
+
+        `chunk_s` says how long a stage, by its number, takes for a chunk from a position on of so
+        many tokens; without it each holds all of its experts itself.
+        """
         spans = list(zip(sites, (0, *ends[:-1]), ends, strict=True))
         chunks = [(at, min(step_tokens, tokens - at)) for at in range(0, tokens, step_tokens)]
         at_once = len(set(sites)) + 1
@@ -259,7 +264,11 @@ class PlacedModel:
                 if at:
                     link = self.link(sites[at - 1], site)
                     now_s += hop_s(count * self.cost(site).hidden_bytes, link)
-                now_s = max(now_s, free_s[site]) + self._chunk_s(site, start, end, position, count)
+                now_s = max(now_s, free_s[site])
+                if chunk_s is None:
+                    now_s += self._chunk_s(site, start, end, position, count)
+                else:
+                    now_s += chunk_s(at, position, count)
                 free_s[site] = now_s
             done_s.append(now_s)
         last, speed = self.cost(sites[-1]), self.speed(sites[-1])

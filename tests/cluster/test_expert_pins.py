@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magnetar.cluster.footprint import footprint
-from magnetar.cluster.machines import Device, Inventory, Node
+from magnetar.cluster.machines import Device, Inventory, Link, Node
 from magnetar.cluster.plan import Plan, Workload, check_experts
 from magnetar.cluster.planning.expert_pins import ExpertPin, pin_experts
-from magnetar.cluster.planning.planner import plan
+from magnetar.cluster.planning.planner import plan, predicted
 from magnetar.cluster.search.place import MARGIN
 from magnetar.errors import InfeasiblePlanError, UsageError
 from magnetar.tests.planning import GB, model
@@ -131,3 +131,26 @@ def test_a_node_without_the_memory_is_named() -> None:
     small = Inventory(nodes=(node("a", 5 * GB), node("b", HELPER_BYTES + EXPERT_BYTES)))
     with pytest.raises(InfeasiblePlanError, match=rf"pinned to b .*{MARGIN:.0%} stays free"):
         pin_experts(placed(), [ExpertPin(host="b", layers=(0,))], CONFIG, INDEX, small)
+
+
+def test_what_a_pinned_helper_takes_is_in_the_times_of_steps_and_of_prompts() -> None:
+    def times(rtt_s: float) -> tuple[float, float]:
+        nodes = tuple(
+            replace(each, devices=(replace(each.devices[0], read_gbps=50.0, gemm_gflops=500.0),))
+            for each in INVENTORY.nodes
+        )
+        pairs = ((a.host, b.host) for a in nodes for b in nodes if a is not b)
+        links = tuple(Link(source=a, target=b, rtt_s=rtt_s, gbps=1.0) for a, b in pairs)
+        inventory = Inventory(nodes=nodes, links=links)
+        workload = replace(WORKLOAD, separate_experts=True)
+        found = plan(CONFIG, INDEX, inventory, workload)
+        pin = ExpertPin(host="b", layers=(0, 1, 2, 3), experts=(4, 5, 6, 7))
+        apart = pin_experts(found, (pin,), CONFIG, INDEX, inventory)
+        told = predicted(apart, CONFIG, INDEX, inventory, workload).prediction
+        assert told is not None
+        return told.round_trip_s, told.prefill_s
+
+    near, far = times(0.0), times(0.1)
+    # Four layers, and of two experts of a token one is mostly there; a prompt needs all.
+    assert far[0] - near[0] == pytest.approx(4 * 0.1 * (1 - 6 / 28), rel=0.01)
+    assert far[1] - near[1] == pytest.approx(4 * 0.1, rel=0.01)

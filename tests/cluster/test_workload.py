@@ -70,3 +70,13 @@ def test_experts_that_a_user_places_are_those_of_one_pipeline() -> None:
     assert workload_of(pinned, CONFIG).num_pipelines == 1
     asked = dataclasses.replace(pinned, num_pipelines=2)
     assert workload_of(asked, CONFIG).num_pipelines == 2
+
+
+def test_experts_on_a_node_that_is_excluded_contradict() -> None:
+    spec = dataclasses.replace(
+        SPEC,
+        expert_pins=(ExpertPin(host="h", layers=(0,)),),
+        node_wishes=(NodeWish(host="h", exclude=True),),
+    )
+    with pytest.raises(UsageError, match="h is excluded, and experts are to be on it"):
+        workload_of(spec, CONFIG)

@@ -8,11 +8,14 @@ from typing import NoReturn
 import pytest
 
 from magnetar.cluster.journal import deployment_record
+from magnetar.cluster.machines import Device, Inventory, Node
+from magnetar.cluster.plan import NodeWish
 from magnetar.cluster.runtime.process_mark import ProcessMark
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.errors import InfeasiblePlanError, NotFoundError, UsageError
 from magnetar.serve import launch
-from magnetar.serve.launch import down, plan_only, status, up
+from magnetar.serve.launch import PlanPreview, Running, down, plan_only, status, up
+from magnetar.tests.planning import SMALL
 from magnetar.tests.releases import write_release
 
 
@@ -102,3 +105,27 @@ def test_a_plan_of_this_machine_needs_no_ray(spec: DeploymentSpec, tmp_path: Pat
             on_progress=lambda progress: None,
             stop=threading.Event(),
         )
+
+
+def test_what_runs_has_its_times_though_it_is_not_what_is_wished_now(spec: DeploymentSpec) -> None:
+    device = Device(kind="cpu", memory_bytes=4 * 10**9, read_gbps=50.0)
+    nodes = tuple(Node(host=h, address="", num_cpus=2, devices=(device,)) for h in ("a", "b"))
+
+    def preview(running: Running | None, *wishes: NodeWish) -> PlanPreview:
+        return plan_only(
+            replace(spec, node_wishes=wishes),
+            inventory=Inventory(nodes=nodes),
+            described=SMALL,
+            running=running,
+            on_progress=lambda progress: None,
+            stop=threading.Event(),
+        )
+
+    runs = preview(None).plan
+    (host,) = runs.hosts
+    then = preview(Running(plan=runs, expert_tokens={}), NodeWish(host=host, layers=(0, 2)))
+    assert then.plan.hosts != runs.hosts
+    assert then.running is not None
+    assert then.running.prediction is not None
+    assert runs.prediction is not None
+    assert then.running.prediction.tokens_per_s == pytest.approx(runs.prediction.tokens_per_s)
