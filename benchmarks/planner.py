@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from magnetar.benchmarks.brute_force import against_brute_force
-from magnetar.benchmarks.other_planners import against_other_planners, helix, summary
+from magnetar.benchmarks.other_planners import HELD_OUT, against_other_planners, helix, summary
 from magnetar.benchmarks.published_plans import first_deployment, five_macs, layers_or_experts
 from magnetar.benchmarks.random_clusters import Cluster, profile_inventory
 from magnetar.benchmarks.rows import row
@@ -178,7 +178,10 @@ def cases_of(group: str, *, quick: bool, seeds: range | None) -> Iterator[dict[s
         yield from helix(120 if quick else 360)
     elif group == "others":
         clusters = []
-        for each in against_other_planners(seeds or range(1, 36 if quick else 231)):
+        held_out = range(HELD_OUT, HELD_OUT + (12 if quick else 100))
+        known = range(1, 36 if quick else 231)
+        parts = [known, held_out] if seeds is None else [seeds]
+        for each in itertools.chain.from_iterable(map(against_other_planners, parts)):
             clusters.append(each)
             yield each
         yield from summary(clusters) if seeds is None else ()
