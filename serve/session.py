@@ -126,7 +126,11 @@ def find_controller(name: str) -> Any:
     try:
         return ray.get_actor(f"{name}/controller", namespace=NAMESPACE)
     except ValueError as error:
-        raise NotFoundError(f"the Ray cluster has no deployment {name!r}") from error
+        there = ", ".join(deployments())
+        raise NotFoundError(
+            f"the Ray cluster has no deployment {name!r}; "
+            + (f"it has {there}" if there else "nothing is deployed there")
+        ) from error
 
 
 def already_up(name: str) -> UsageError:

@@ -25,6 +25,8 @@ _LAYER_HEIGHT = 9
 _LINE = 16
 _OWN = "#5b7fc7"
 _HELPERS = ("#5aa469", "#d08a3c", "#a05ba8", "#4aa3a8", "#b5564f", "#8a8f3c")
+_DENSE = "every row is a layer; the bar below shows weights, keys and values, and free memory"
+_LEGEND = f"every cell is an expert in the colour of the device that holds it, {_DENSE}"
 _INK, _FAINT, _LINES, _HOT = "#1f2a3a", "#7a8699", "#44546a", "#b5322a"
 
 
@@ -68,6 +70,14 @@ def plan_svg(
         f'<path d="M0 0 8 4 0 8z" fill="{_LINES}"/></marker></defs>',
         f'<rect width="{width:.0f}" height="{height:.0f}" fill="#fbfcfe"/>',
         _text(_MARGIN, _MARGIN + 6, head, size=16, bold=True),
+        _text(
+            _MARGIN,
+            _MARGIN + 24,
+            _LEGEND if num_experts else _DENSE,
+            size=10.5,
+            fill=_FAINT,
+            room=width - 2 * _MARGIN,
+        ),
     ]
     for number, (pipeline, own) in enumerate(zip(plan.pipelines, placed, strict=True)):
         parts += _links(pipeline, own)
@@ -91,7 +101,7 @@ def plan_svg(
 def _boxes(plan: Plan) -> list[list[_Box]]:
     """Of each pipeline, in rows from left to right, each as high as its highest stage."""
     placed: list[list[_Box]] = []
-    y = float(_MARGIN + 28)
+    y = float(_MARGIN + 42)
     for pipeline in plan.pipelines:
         y += 20 * (len(plan.pipelines) > 1)  # for the line that names it
         boxes: list[_Box] = []

@@ -1,5 +1,5 @@
 """How good a plan can be at all: a bound from a relaxation, by HiGHS, the solver that
-`scipy.optimize.milp` calls, too; SciPy takes half a second to import.
+`scipy.optimize.milp` calls, too (docs/adr/0024-bounds-come-from-highs-itself.md).
 
 First without whole numbers, which takes a moment; then with them, for as many nodes of the search
 tree as are worth it. Both limits are counts, not seconds, so that the bound is the same everywhere.

@@ -31,6 +31,14 @@ def test_a_layer_is_a_row_and_an_expert_a_cell(num_experts: int, num_cells: int)
     assert len(cells) == num_cells
 
 
+def test_what_rows_and_cells_mean_is_written_above_them() -> None:
+    sparse, dense = texts(drawn(BEFORE)), texts(drawn(BEFORE, 0))
+    assert "every cell is an expert" in sparse
+    assert "every cell" not in dense
+    for text in (sparse, dense):
+        assert "every row is a layer" in text
+
+
 def test_experts_on_helpers_have_another_colour_and_replicas_both() -> None:
     helper = ExpertHost(
         host="<helper>",

@@ -13,7 +13,7 @@ from magnetar.cluster.plan import NodeWish
 from magnetar.cluster.runtime.process_mark import ProcessMark
 from magnetar.cluster.spec import DeploymentSpec, SourceSpec
 from magnetar.errors import InfeasiblePlanError, NotFoundError, UsageError
-from magnetar.serve import launch
+from magnetar.serve import launch, session
 from magnetar.serve.launch import PlanPreview, Running, down, plan_only, status, up
 from magnetar.tests.planning import SMALL
 from magnetar.tests.releases import write_release
@@ -129,3 +129,19 @@ def test_what_runs_has_its_times_though_it_is_not_what_is_wished_now(spec: Deplo
     assert then.running.prediction is not None
     assert runs.prediction is not None
     assert then.running.prediction.tokens_per_s == pytest.approx(runs.prediction.tokens_per_s)
+
+
+def test_whoever_names_no_deployment_of_a_cluster_is_told_those_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def get_actor(name: str, namespace: str) -> NoReturn:
+        raise ValueError(name)
+
+    monkeypatch.setattr("ray.get_actor", get_actor)
+    for there, said in (
+        (["a", "b"], "no deployment 'c'; it has a, b"),
+        ([], "nothing is deployed"),
+    ):
+        monkeypatch.setattr(session, "deployments", lambda there=there: there)
+        with pytest.raises(NotFoundError, match=said):
+            session.find_controller("c")
