@@ -114,7 +114,8 @@ def shown_plan(preview: "PlanPreview", *, name: str, output: PlanOutput) -> str:
     Raises:
         UsageError: a picture of a difference.
     """
-    from ..cluster.planning.plan_diff import diff_json, diff_table, plan_diff
+    from ..cluster.planning.diff_view import diff_json, diff_table
+    from ..cluster.planning.plan_diff import plan_diff
     from ..cluster.planning.plan_picture import plan_svg
     from ..cluster.planning.plan_view import plan_json, plan_table
 

@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape, quoteattr
 from ..plan import Pipeline, Plan, StagePlan
 from ..units import gigabytes, layers_text, milliseconds, wrapped
 from .explanation import Explanation
-from .plan_view import bound_text, explained_lines, headline, pipeline_text, unused_lines
+from .plan_lines import explained_lines, headline, pipeline_text, plan_lines
 
 _STAGE_WIDTH = 220
 _LETTER = 0.53
@@ -50,7 +50,7 @@ def plan_svg(
     longest = max(len(each) for each in placed)
     width = 2 * _MARGIN + min(longest, _STAGES_PER_ROW) * (_STAGE_WIDTH + _GAP) - _GAP
     width = max(width, 640)
-    said = [*_totals(plan), *unused_lines(plan)]
+    said = list(plan_lines(plan))
     if explanation is not None:
         above = [headline(plan, explanation, title)] if title else []
         said = [*above, *said, *explained_lines(explanation)]
@@ -219,25 +219,6 @@ def _way_back(first: _Box, last: _Box, label: str) -> Iterator[str]:
         end = first.x - _MARGIN / 2
         yield _arrow(f"{leave}H{end}V{first.y + 34}H{first.x - 3}", dashed=True)
     yield _text((start + end) / 2, low + 13, label, anchor="middle", fill=_FAINT)
-
-
-def _totals(plan: Plan) -> list[str]:
-    said = []
-    if plan.prediction is not None:
-        told = plan.prediction
-        said.append(
-            f"predicted for {told.objective}: {told.tokens_per_s:.1f} tokens/s in all, "
-            f"{told.stream_tokens_per_s:.1f} for one stream, a first token after "
-            f"{milliseconds(told.prefill_s)}"
-        )
-    if bound := bound_text(plan):
-        said.append(f"bound: {bound}")
-    said.append(
-        f"context {plan.max_context_tokens} tokens, {plan.max_concurrency} sequences at once"
-    )
-    said += [f"conceded: {each.text}" for each in plan.concessions]
-    assumed = () if plan.prediction is None else plan.prediction.assumed
-    return said + [f"assumed: {each}" for each in assumed]
 
 
 def _colour(holder: int) -> str:

@@ -10,9 +10,10 @@ from magnetar.cluster.footprint import footprint
 from magnetar.cluster.machines import Device, Inventory, Link, Node
 from magnetar.cluster.plan import Plan, Workload, check_experts
 from magnetar.cluster.planning.advice import sufficient_changes
+from magnetar.cluster.planning.diff_view import diff_table
 from magnetar.cluster.planning.expert_pins import ExpertPin, pin_experts
 from magnetar.cluster.planning.explanation import explained
-from magnetar.cluster.planning.plan_diff import diff_table, needed_bytes, plan_diff
+from magnetar.cluster.planning.plan_diff import needed_bytes, plan_diff
 from magnetar.cluster.planning.plan_picture import plan_svg
 from magnetar.cluster.planning.plan_view import plan_json, plan_table
 from magnetar.cluster.planning.planner import plan, predicted

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from magnetar.cluster.machines import Device, Inventory, Node
 from magnetar.cluster.plan import ExpertHost, Pipeline, Plan, StagePlan, Workload
+from magnetar.cluster.planning.diff_view import diff_table
 from magnetar.cluster.planning.placement import without_times
-from magnetar.cluster.planning.plan_diff import diff_table, plan_diff, with_memory_of
+from magnetar.cluster.planning.plan_diff import plan_diff, with_memory_of
 from magnetar.cluster.planning.planner import plan, predicted
 from magnetar.tests.planning import GB, MIXTRAL
 
