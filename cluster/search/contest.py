@@ -66,9 +66,11 @@ def contenders(
             search, low = searches[number], max(level, least(number))
             if low > level:
                 left.remove(number)
-            if search.most > low:
+            if min(search.most, search.proven_most) > low:
                 search.keep_hopeful(low)
                 offer(number, search.improvements(low, over(search)))
+                if search.is_exact:
+                    search.proven_most = max(low, best[number][0] if number in best else 0.0)
     order = sorted(best, key=lambda number: -best[number][0])
     return [
         (searches[number], best[number][1])

@@ -125,14 +125,7 @@ def least_hosts_s(
     that suit it best, they would be done at the d-th of all moments at which a host is done with
     one more. Rows of one expert travel at least.
     """
-    speeds = [seat.speed for seat in seats]
-    per_expert = tokens * model.experts_per_token / model.num_experts
-    each_H = np.maximum(
-        model.expert_bytes[layer] / (np.array([each.read_gbps for each in speeds]) * 1e9),
-        per_expert
-        * expert_flops(model, layer)
-        / (np.array([each.gemm_gflops for each in speeds]) * 1e9),
-    )
+    each_H = one_expert_H(model, layer, seats, tokens=tokens)
     away_H = np.array([_least_away_s(model, seat.link, tokens=tokens) for seat in seats])
     is_exact = model.num_experts <= MOST_EXACT_EXPERTS
     if not is_exact:
@@ -158,6 +151,18 @@ def one_expert_s(model: ModelCost, layer: int, speed: Speed, *, tokens: int) -> 
     """One expert that a step needs: its bytes, or the operations of its share of the tokens."""
     share = tokens * model.experts_per_token / model.num_experts
     return roofline_s(model.expert_bytes[layer], share * expert_flops(model, layer), speed)
+
+
+def one_expert_H(model: ModelCost, layer: int, seats: Sequence[Seat], *, tokens: int) -> Array:
+    """The same on each seat."""
+    share = tokens * model.experts_per_token / model.num_experts
+    read_gbps = np.array([seat.speed.read_gbps for seat in seats])
+    gemm_gflops = np.array([seat.speed.gemm_gflops for seat in seats])
+    found: Array = np.maximum(
+        model.expert_bytes[layer] / (read_gbps * 1e9),
+        share * expert_flops(model, layer) / (gemm_gflops * 1e9),
+    )
+    return found
 
 
 def asked_host_s(home: Speed, link: Link) -> float:

@@ -189,10 +189,16 @@ class Placing(PlacedModel):
             solo = partial(self._solo_HN, cost, layer, seats, tokens)
             counts_OH = spreads(cost.num_experts, len(seats), solo)
             held_OHE = in_turn(counts_OH, cost.num_experts)
-            seconds_O = mean(
-                self.mixes(tokens),
-                lambda count: hosts_s(cost, layer, seats, held_OHE, tokens=count),
-            )
+            shared = self.sharing_key(home, members), counts_OH.tobytes()
+
+            def seconds_of(count: int) -> Array:
+                if (*shared, count) not in self.known:
+                    found = hosts_s(cost, layer, seats, held_OHE, tokens=count)
+                    self.known[*shared, count] = found
+                known: Array = self.known[*shared, count]
+                return known
+
+            seconds_O = mean(self.mixes(tokens), seconds_of)
             self.known[key] = seconds_O, counts_OH
         found: tuple[Array, Array] = self.known[key]
         return found

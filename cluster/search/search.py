@@ -56,6 +56,8 @@ class Search:
         elif count <= EXACT_PLACES:
             self.exact_stages = self.alone
         self._all_stages = self.exact_stages
+        self.proven_most = math.inf
+        """Tokens per second that no route exceeds, as an exact search has found."""
 
     @property
     def most(self) -> float:

@@ -58,6 +58,7 @@ class Sketch:
             dtype=float,
         )
         self.yields = cache(self._yields)
+        self._layer_s = cache(self._layers_s)
 
     def room_N(self, streams: int) -> Matrix:
         """Layers that fit on each site, with the keys and values of so many streams."""
@@ -113,22 +114,35 @@ class Sketch:
         order = np.argsort(self.layer_s_BN[-1, sites], kind="stable")
         sites, room_N = sites[order], room_N[order]
         lengths = [n for n in _LENGTHS if n < len(sites)] + [len(sites)]
-        return max(
-            self._chain(sites[:length], room_N[:length], share.streams)
-            for length in lengths
-            if room_N[:length].sum() >= self._num_layers
-        )
+        lengths = [n for n in lengths if room_N[:n].sum() >= self._num_layers]
+        tokens = [self._steps(length, share.streams) for length in lengths]
+        # All chains at once, each with no room on the sites behind it.
+        layer_s_RN = np.array([self._layer_s(each)[sites] for row in tokens for each in row])
+        length_R = np.repeat(lengths, [len(row) for row in tokens])
+        room_RN = np.where(np.arange(len(sites)) < length_R[:, None], room_N, 0.0)
+        filled_RN = self._filled(layer_s_RN, room_RN)
+        best, at = 0.0, 0
+        for length, row in zip(lengths, tokens, strict=True):
+            some = slice(at, at := at + len(row)), slice(length)
+            chain = sites[:length], np.array(row), layer_s_RN[some], filled_RN[some]
+            best = max(best, self._chain(*chain, share.streams))
+        return best
 
-    def _chain(self, sites: Matrix, room_N: Matrix, streams: int) -> float:
+    def _steps(self, length: int, streams: int) -> list[int]:
+        """Sequences of a step that a chain is tried with."""
+        steps = {1, length, length + 1, max(1, length // 2)} if self.is_busy else {streams}
+        return sorted({-(-streams // n) for n in steps if n <= streams})
+
+    def _layers_s(self, tokens: int) -> Matrix:
+        """[N]: seconds of a layer in a step of so many sequences."""
+        each = (np.interp(tokens, self._tokens_B, layer_s_B) for layer_s_B in self.layer_s_BN.T)
+        return np.array(list(each))
+
+    def _chain(
+        self, sites: Matrix, tokens_B: Matrix, layer_s_BN: Matrix, filled_BN: Matrix, streams: int
+    ) -> float:
         count = len(sites)
-        steps = {1, count, count + 1, max(1, count // 2)} if self.is_busy else {streams}
-        tokens_B = np.array(sorted({-(-streams // n) for n in steps if n <= streams}))
-        layer_s_BN = np.stack(
-            [np.interp(tokens_B, self._tokens_B, self.layer_s_BN[:, site]) for site in sites],
-            axis=1,
-        )
         ends_B = np.interp(tokens_B, self._tokens_B, self._ends_BN[:, sites[-1]])
-        filled_BN = self._filled(layer_s_BN, room_N)
         stage_s_BN = filled_BN * layer_s_BN
         stage_s_BN[:, -1] += ends_B
         slowest_B = stage_s_BN.max(axis=1)
@@ -144,18 +158,18 @@ class Sketch:
             return float(1 / trip_B[0])
         return float(np.minimum(tokens_B / slowest_B, streams / trip_B).max())
 
-    def _filled(self, layer_s_BN: Matrix, room_N: Matrix) -> Matrix:
+    def _filled(self, layer_s_BN: Matrix, room_BN: Matrix) -> Matrix:
         """[B, N]: whole layers of each site, filled to the least common time that holds all."""
-        high_B = (np.minimum(room_N, self._num_layers) * layer_s_BN).max(axis=1)
+        high_B = (np.minimum(room_BN, self._num_layers) * layer_s_BN).max(axis=1)
         low_B = np.zeros_like(high_B)
         for _ in range(_HALVINGS):
             middle_B = (low_B + high_B) / 2
-            held_B = self._within(layer_s_BN, room_N, middle_B).sum(axis=1)
+            held_B = self._within(layer_s_BN, room_BN, middle_B).sum(axis=1)
             enough = held_B >= self._num_layers
             high_B, low_B = np.where(enough, middle_B, high_B), np.where(enough, low_B, middle_B)
-        return self._within(layer_s_BN, room_N, high_B)
+        return self._within(layer_s_BN, room_BN, high_B)
 
     @staticmethod
-    def _within(layer_s_BN: Matrix, room_N: Matrix, limit_B: Matrix) -> Matrix:
-        found: Matrix = np.minimum(np.floor(limit_B[:, None] / layer_s_BN + 1e-9), room_N)
+    def _within(layer_s_BN: Matrix, room_BN: Matrix, limit_B: Matrix) -> Matrix:
+        found: Matrix = np.minimum(np.floor(limit_B[:, None] / layer_s_BN + 1e-9), room_BN)
         return found

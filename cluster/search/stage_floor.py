@@ -14,6 +14,7 @@ be the cheapest of all, and how the experts of a stage are spread over its membe
 
 from __future__ import annotations
 
+from functools import partial
 from math import comb
 
 import numpy as np
@@ -26,7 +27,7 @@ from .expert_cost import (
     expert_rows_s,
     hit_chance,
     least_hosts_s,
-    one_expert_s,
+    one_expert_H,
 )
 from .mix import mean
 from .placing import Placing
@@ -73,7 +74,7 @@ class _Sharing:
         asked = np.array([self._asked_s(seat) for seat in self._seats])
 
         def one_N(n: int) -> Array:
-            return np.array([one_expert_s(cost, layer, s.speed, tokens=n) for s in self._seats])
+            return one_expert_H(cost, layer, self._seats, tokens=n)
 
         one = mean(self._mixes, one_N)
         busy = mean(self._mixes, lambda n: hit_chance(cost, n) * one_N(n))
@@ -101,10 +102,7 @@ class _Sharing:
         room_K, rooms_MN = self._rooms(layers, present_MN)
         fits_MK = (room_K >= 0) & (room_K + rooms_MN.sum(axis=1)[:, None] >= experts_K)
         room_K = np.maximum(room_K, 0.0)
-        help_M = mean(
-            self._mixes,
-            lambda n: least_hosts_s(cost, self._layer, self._seats, present_MN, tokens=n),
-        )
+        help_M = mean(self._mixes, partial(self._help_M, masks, present_MN))
         shared_MK = help_M[:, None] * layers
         # Rows to one helper pass its link; those to all of them, the one network card of the home.
         alone_M = np.zeros(len(masks))
@@ -118,6 +116,16 @@ class _Sharing:
             np.maximum(shared_MK, found_MK, out=shared_MK)
         own_s = min(placing.attention_L(home, self._tokens))
         found: Array = np.where(fits_MK, shared_MK + own_s * layers, np.inf)
+        return found
+
+    def _help_M(self, masks: Array, present_MN: Array, tokens: int) -> Array:
+        """Of a layer's experts with the best help; whatever else the memory is for."""
+        known, members = self._placing.known, int(masks[-1])
+        key = ("help", self._placing.sharing_key(self._home, members), masks.tobytes(), tokens)
+        if key not in known:
+            cost, layer = self._cost, self._layer
+            known[key] = least_hosts_s(cost, layer, self._seats, present_MN, tokens=tokens)
+        found: Array = known[key]
         return found
 
     def _least_away(self, present_MN: Array, each_N: Array) -> Array:

@@ -1,6 +1,8 @@
 """An infeasible request is told what would be enough, and that is both enough and least."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -194,3 +196,58 @@ def test_a_context_may_shrink_where_whole_layers_fit_at_no_length() -> None:
     assert plan(*lean, machines, least).max_context_tokens == 1024
     longer = dataclasses.replace(least, max_context_tokens=8192, min_context_tokens=1024)
     assert plan(*lean, machines, longer).max_context_tokens >= 1024
+
+
+def changed(
+    inventory: Inventory, workload: Workload, change: Mapping[str, Any]
+) -> tuple[Inventory, Workload]:
+    """The request with one of the changes that a refusal tells."""
+    amount = change["amount"]
+    if change["knob"] in ("memory", "memory everywhere"):
+        return grown(inventory, change["host"], amount), workload
+    wish = {
+        "dtype": {"dtype": change["text"].split()[-1]},
+        "context": {"max_context_tokens": amount},
+        "concurrency": {"max_concurrency": amount},
+        "pipelines": {"num_pipelines": amount},
+    }[change["knob"]]
+    return inventory, dataclasses.replace(workload, **wish)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    memories=st.lists(st.integers(560, 800), min_size=2, max_size=3),
+    concurrency=st.integers(2, 16),
+    pin=st.sampled_from([None, (0, 3), (2, 6)]),
+    separate=st.booleans(),
+    num_pipelines=st.sampled_from([None, 2]),
+)
+def test_what_is_enough_holds_for_throughput_and_a_little_less_memory_does_not(
+    memories: list[int],
+    concurrency: int,
+    pin: tuple[int, int] | None,
+    separate: bool,
+    num_pipelines: int | None,
+) -> None:
+    inventory = timed(cluster(*(size / 1000 for size in memories)))
+    workload = dataclasses.replace(
+        asked(8192, concurrency),
+        objective="throughput",
+        separate_experts=separate,
+        num_pipelines=num_pipelines,
+        nodes=() if pin is None else (NodeWish(host="n1", layers=pin),),
+    )
+    try:
+        plan(*SMALL, inventory, workload)
+    except InfeasiblePlanError as refused:
+        changes = refused.changes
+    else:
+        return
+    for change in changes:
+        plan(*SMALL, *changed(inventory, workload, change))
+        # Several pipelines are asked for with even shares of the streams, and planned with any.
+        if change["knob"].startswith("memory") and num_pipelines is None:
+            # It is told in tenths of a GB.
+            less = change["amount"] - max(GB // 10, change["amount"] // 8)
+            with pytest.raises(InfeasiblePlanError):
+                plan(*SMALL, *changed(inventory, workload, {**change, "amount": less}))
