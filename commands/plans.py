@@ -67,6 +67,9 @@ def add_plan(verbs: Verbs) -> None:
 
 def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> None:
     """Prints where a model would run; fetches no more than what describes it."""
+    compares = args.diff is not None or args.from_traffic
+    if compares and args.output == "svg":
+        raise UsageError("there is no picture of a difference; leave out -o svg, or --diff")
     spec, ray_address = wanted(args, console)
     inventory = described = None
     if args.inventory is not None:
@@ -79,7 +82,7 @@ def plan(args: argparse.Namespace, console: Console, stop: threading.Event) -> N
     from ..serve.launch import plan_only, running
 
     before = None
-    if args.diff is not None or args.from_traffic:
+    if compares:
         before = running(args.diff or spec.name, ray_address=ray_address)
     preview = plan_only(
         spec,
@@ -109,19 +112,13 @@ def _described(source: "SourceSpec") -> "tuple[ModelConfig, TensorIndex] | None"
 
 
 def shown_plan(preview: "PlanPreview", *, name: str, output: PlanOutput) -> str:
-    """The plan itself, or what it would change of what runs.
-
-    Raises:
-        UsageError: a picture of a difference.
-    """
+    """The plan itself, or what it would change of what runs, of which there is no picture."""
     from ..cluster.planning.diff_view import diff_json, diff_table
     from ..cluster.planning.plan_diff import plan_diff
     from ..cluster.planning.plan_picture import plan_svg
     from ..cluster.planning.plan_view import plan_json, plan_table
 
     if preview.running is not None:
-        if output == "svg":
-            raise UsageError("there is no picture of a difference; leave out --diff or -o svg")
         diff = plan_diff(preview.running, preview.plan, preview.index)
         notes = preview.explanation.notes
         if output == "table":

@@ -71,6 +71,8 @@ def test_version() -> None:
         (["up", "x", "--dtype", "fp33"], "did you mean 'fp32'?"),
         (["up", "x", "--timeout", "nan"], "no number above 0"),
         (["up", "x", "--sliding-window", "-1"], "no whole number above 0"),
+        (["plan", "x", "--diff", "-o", "svg"], "no picture of a difference"),
+        (["plan", "x", "--from-traffic", "-o", "svg"], "no picture of a difference"),
         (["inspect"], "required: SOURCE"),
         (["fetch", "magnet:?dn=nothing"], "magnet"),
         (["fetch", "magnet:?xt=urn:btih:xyz"], "magnet"),
