@@ -48,9 +48,11 @@ class Placement:
         if has_pins and not are_known:
             return self._with_pins_alone(inventory, workload)
         if workload.objective != "fit" and are_known:
-            for dtypes in self._choices(inventory, workload):
+            choices = list(self._choices(inventory, workload))
+            for dtypes in choices:
                 fast = self.planner(inventory, workload, dtypes)
-                if fast.found:
+                # Of many choices most do not fit, which is soon seen.
+                if (len(choices) == 1 or fast.is_possible) and fast.found:
                     return self._by_speed(fast, inventory, workload)
             if has_pins:
                 return None

@@ -80,11 +80,15 @@ class SpeedPlanner:
 
     @property
     def is_possible(self) -> bool:
-        """Whether any route is found, in steps of one sequence."""
+        """Whether any route is found."""
         if not Ceiling(self.placing).fits((1 << len(self.places)) - 1, self.streams):
             return False
-        asked, search = self._workload.num_stages, Search(self.placing.problem(1))
-        return search.is_possible(asked) or has_seed(search, asked)
+        asked, is_busy = self._workload.num_stages, self._workload.objective == "throughput"
+        searches = [Search(self.placing.problem(n)) for n in (self._batches() if is_busy else [1])]
+        if is_busy and self._is_small and not searches[0].is_exact:
+            # Bounds lead small steps to stages that nothing else does.
+            return self.found is not None
+        return any(each.is_possible(asked) or has_seed(each, asked) for each in searches)
 
     @cached_property
     def score(self) -> float:

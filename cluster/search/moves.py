@@ -117,7 +117,9 @@ class _Climb:
 
     def seeds(self) -> Iterator[Order]:
         """Each of the fastest devices alone, with helpers until the model fits."""
-        if self.problem.shared is None:
+        whole = (0, self.problem.num_layers)
+        is_pinned = any(site.span not in (None, whole) for site in self.problem.sites)
+        if self.problem.shared is None or is_pinned:  # which leaves no stage all layers
             return
         for home in self._by_speed[:_MOST_STARTS]:
             stage = Stage.alone(home)
