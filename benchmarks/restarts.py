@@ -29,8 +29,8 @@ from magnetar.benchmarks.up import OPENER, PROMPT, Run, fresh_store, machine
 NUM_TOKENS = 96
 KILL_AFTER_TOKENS = 16
 POLL_S = 0.02
-GOAL_S = 10.0
-"""The longest pause of a stream that a fault may cost."""
+GOAL = 0.75
+"""Of a new start: Ray, the gateway, the plan and the hashes are there still, the rest is not."""
 
 
 @dataclass
@@ -114,8 +114,8 @@ def row(case: str, ours: list[float], reference: float, **more: Any) -> dict[str
         "reference": round(reference, 3),
         "ratio": round(median / reference, 3),
         "worst": round(max(ours), 3),
-        "goal": f"worst <= {GOAL_S:.0f} s",
-        "holds": max(ours) <= GOAL_S and all(more.values()),
+        "goal": f"<= {GOAL:g}",
+        "holds": median <= GOAL * reference and all(more.values()),
         **more,
     }
 

@@ -219,6 +219,32 @@ def test_a_stage_that_dies_makes_it_unready_with_the_reason_until_it_is_started_
         assert {"/g1/r1/s0", "/g1/r1/s1"} < actor_names(ray, spec)
 
 
+def test_an_agent_that_died_is_there_again_when_a_pipeline_is_started_again(
+    ray: Any, spec: DeploymentSpec, release: Path
+) -> None:
+    def agent() -> Any:
+        host = ray_nodes()[0].host
+        return ray.get_actor(f"{spec.name}/agent/{host}", namespace=NAMESPACE)
+
+    with (
+        seeding(release) as seed,
+        controlled(
+            ray, replace(spec, source=SourceSpec(kind="magnet", location=seed.magnet))
+        ) as controller,
+    ):
+        status = status_when(controller, lambda status: status.ready or status.finished)
+        assert status.failure is None
+        (before,) = status.fetched
+        assert before.received_bytes > 0
+        ray.kill(agent())
+        ray.get_actor(f"{spec.name}/g1/s0", namespace=NAMESPACE).crash.remote()
+        status_when(controller, lambda status: status.pipelines[0].num_restarts == 1)
+        # It has what there is to load again, and brought none of it from anywhere.
+        assert ray.get(agent().wait.remote((), 1.0))
+        assert ray.get(agent().load_checks.remote()).metainfo is not None
+        assert ray.get(agent().traffic.remote())["received_bytes"] == 0
+
+
 def test_a_gateway_that_dies_is_a_failure(ray: Any, spec: DeploymentSpec) -> None:
     with controlled(ray, spec) as controller:
         status_when(controller, lambda status: status.ready)
