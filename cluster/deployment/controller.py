@@ -1,5 +1,6 @@
 """One deployment, from its spec to serving and to its end: a Ray actor with a thread of its own."""
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ from .status import ConditionType, Failure, Report, StageLoad
 from .status_record import StatusRecord
 
 WATCH_S: Final = 0.5
+logger = logging.getLogger(__name__)
 _CONDITION_OF: Final[dict[Phase, ConditionType]] = {
     "metadata": "SourceVerified",
     "plan": "PipelinePlaced",
@@ -142,7 +144,10 @@ class Controller:
         self._record.change(url=url)
         self._leave("serving", url)
         self._record.hold("EndpointReady", "Listening", url)
-        self._agents.end_fetches()
+        try:
+            self._agents.end_fetches()
+        except StageLostError as error:  # it serves without that agent; a restart brings another
+            logger.warning("%s", error)
 
     def _find_place(self) -> tuple[ReleaseFacts, Plan]:
         """Metadata and plan. The port is taken first: on the node where it was asked for."""
