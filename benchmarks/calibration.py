@@ -157,6 +157,7 @@ def calibrate_steps(model: str, kind: str, node: Node, enough: int) -> Iterator[
         return {step.name: NUM_LAYERS * step.layer_s(layers.cost, speed) for step in steps}
 
     def measure() -> dict[str, float]:
+        layers.seconds(steps[0])  # wakes who slept while the gauge paused
         return {step.name: layers.seconds(step) for step in steps}
 
     gauge = RoundsGauge(node, DTYPE)
