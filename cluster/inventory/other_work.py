@@ -9,7 +9,7 @@ import psutil
 class OtherWork:
     """The work of others from now on: other processes, and other guests of the same host.
 
-    The children of this process are not others, as long as they live.
+    The children of this process are not others, be it a compiler that has ended since.
     """
 
     def __init__(self) -> None:
@@ -37,4 +37,4 @@ def _own_seconds() -> Iterator[float]:
     for process in (this, *this.children(recursive=True)):
         with suppress(psutil.Error):  # it has just ended
             times = process.cpu_times()
-            yield times.user + times.system
+            yield times.user + times.system + times.children_user + times.children_system

@@ -84,15 +84,15 @@ def test_speeds_are_measured_once_and_known_to_every_later_probe(home: Path) -> 
 
 def test_other_work_is_what_neither_idles_nor_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     every = namedtuple("every", "user system idle iowait steal guest")
-    own = namedtuple("own", "user system")
-    now = [every(100.0, 10.0, 50.0, 5.0, 1.0, 40.0), own(3.0, 1.0)]
+    own = namedtuple("own", "user system children_user children_system")
+    now = [every(100.0, 10.0, 50.0, 5.0, 1.0, 40.0), own(2.5, 1.0, 0.5, 0.0)]
     process = SimpleNamespace(cpu_times=lambda: now[1], children=lambda recursive: [])
     monkeypatch.setattr(psutil, "cpu_times", lambda: now[0])
     monkeypatch.setattr(psutil, "Process", lambda: process)
     others = OtherWork()
     assert others.share() == 0.0
-    # Of 10 s more on all processors we had 3, nobody had 2, and 1 was stolen.
-    now[:] = [every(106.0, 11.0, 51.0, 6.0, 2.0, 44.0), own(5.5, 1.5)]
+    # Of 10 s more on all processors we had 1, children that have ended 2, nobody 2; 1 was stolen.
+    now[:] = [every(106.0, 11.0, 51.0, 6.0, 2.0, 44.0), own(3.0, 1.5, 2.0, 0.5)]
     assert others.share() == pytest.approx(0.5)
 
 
