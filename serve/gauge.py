@@ -22,7 +22,7 @@ from ..cluster.footprint import form_bytes
 from ..cluster.inventory.caches import last_level_cache_bytes
 from ..cluster.inventory.link_probe import PAUSE_S, loopback_s
 from ..cluster.inventory.measure import AttentionSpeed, Overheads
-from ..cluster.inventory.pieces import Piece, timed_pieces, undisturbed_s
+from ..cluster.inventory.pieces import SLICE_S, Piece, timed_pieces, undisturbed_s
 from ..cluster.machines import ComputeDtype
 from .model.threads import end_team, prepare_threads
 from .small_attention import SmallAttention
@@ -71,7 +71,7 @@ class ModelGauge:
         (product,) = _products(dtype, device, (width, width), 1)
         with _threads(num_threads), torch.inference_mode():
             rows = torch.ones(num_rows, width, dtype=_compute_dtype(dtype), device=device)
-            seconds = _seconds([partial(product, rows)], device)
+            seconds = undisturbed_s(_timed([partial(product, rows)], device, slice_s=SLICE_S / 2))
         return 2 * num_rows * width**2 / seconds / 1e9
 
     def attention(self, device: str, num_threads: int) -> AttentionSpeed:
@@ -80,8 +80,10 @@ class ModelGauge:
 
         parts = SmallAttention(device, num_threads)
         with _threads(num_threads), torch.inference_mode():
-            deep_s = _seconds([parts.deep_chunk], device)
-            first_s = _seconds([parts.first_chunk], device)
+            # In turns, so that both see the same machine; the first of two calls does not count.
+            turns = [chunk for chunk in (parts.first_chunk, parts.deep_chunk) for _ in range(2)]
+            found = _timed(turns, device, counted=1)
+        deep_s, first_s = undisturbed_s(found[::2]), undisturbed_s(found[1::2])
         return AttentionSpeed(
             kv_read_gbps=kv_read_gbps(parts, device, num_threads),
             gflops=parts.score_flops / max(deep_s - first_s, deep_s / 10) / 1e9,
@@ -223,7 +225,13 @@ def _seconds(calls: Sequence[Callable[[], object]], device: str) -> float:
     return undisturbed_s(_timed(calls, device))
 
 
-def _timed(calls: Sequence[Callable[[], object]], device: str, *, counted: int = 2) -> list[Piece]:
+def _timed(
+    calls: Sequence[Callable[[], object]],
+    device: str,
+    *,
+    counted: int = 2,
+    slice_s: float = SLICE_S,
+) -> list[Piece]:
     """Calls that take turns, after every pause one that does not count and some that do."""
     import torch
 
@@ -235,5 +243,10 @@ def _timed(calls: Sequence[Callable[[], object]], device: str, *, counted: int =
             torch.cuda.synchronize(device)
 
     return timed_pieces(
-        work, pause_s=PAUSE_S, warm=1, counted=counted, num_threads=torch.get_num_threads()
+        work,
+        pause_s=PAUSE_S,
+        warm=1,
+        counted=counted,
+        num_threads=torch.get_num_threads(),
+        slice_s=slice_s,
     )

@@ -45,12 +45,14 @@ def timed_pieces(
     counted: int = 1,
     num_threads: int = 0,
     less_s: Callable[[], float] | None = None,
+    slice_s: float = SLICE_S,
 ) -> list[Piece]:
     """Do `work` again and again, and time it: after every pause `counted` pieces, `warm` before.
 
     The first round counts for nothing: it wakes threads or makes them. So many of them as compute,
     `num_threads`, then stay on processors of their own. `less_s` says how much of the piece that is
-    just over does not count. Takes `LONGEST_S` at most, beside `FEWEST` pieces.
+    just over does not count. Takes `slice_s` if that brings enough pieces that were undisturbed,
+    and `LONGEST_S` at most, beside `FEWEST` pieces.
     """
     found: list[Piece] = []
     before = computed_ns()
@@ -59,7 +61,7 @@ def timed_pieces(
         work()
     with Waits() as waits, apart(busiest(before, num_threads)):
         began = time.perf_counter()
-        while len(found) < FEWEST or _goes_on(found, time.perf_counter() - began):
+        while len(found) < FEWEST or _goes_on(found, time.perf_counter() - began, slice_s):
             time.sleep(pause_s)
             for _ in range(warm):
                 work()
@@ -72,9 +74,9 @@ def timed_pieces(
     return found
 
 
-def _goes_on(found: Sequence[Piece], passed_s: float) -> bool:
+def _goes_on(found: Sequence[Piece], passed_s: float, slice_s: float) -> bool:
     num_calm = sum(piece.waited_share <= DISTURBED for piece in found)
-    return passed_s < (SLICE_S if num_calm >= ENOUGH else LONGEST_S)
+    return passed_s < (slice_s if num_calm >= ENOUGH else LONGEST_S)
 
 
 def undisturbed_s(pieces: Sequence[Piece]) -> float:

@@ -109,6 +109,16 @@ def test_a_node_that_was_busy_when_it_was_measured_is_told(
     assert "busy" not in nodes_table(Inventory(nodes=(node,)))
 
 
+def test_a_guest_that_computes_for_a_moment_does_not_show(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauge, rates = FixedGauge(), iter([50.0, 40.0, 60.0, 70.0, 25.0, 80.0, 60.0, 70.0])
+    monkeypatch.setattr(gauge, "gemm_gflops", lambda *_: next(rates))
+    device = measure_speeds(probe_node("h", "", home), gauge).devices[0]
+    assert device.gemm_gflops == 50.0
+    assert dict(device.dtype_gemm_gflops) == {"fp32": 80.0, "int8": 60.0, "int4": 70.0}
+
+
 def test_again_measures_again(home: Path) -> None:
     node, gauge = probe_node("h", "", home), FixedGauge()
     measure_speeds(node, gauge)
