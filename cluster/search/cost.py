@@ -165,23 +165,23 @@ def kv_touch_bytes(model: ModelCost, *, tokens: int, context_tokens: float) -> f
 
 def decode_scores_s(model: ModelCost, speed: Speed, *, tokens: int, context_tokens: float) -> float:
     """One layer's attention in a decode step: every sequence reads keys and values of its own."""
-    touched = kv_touch_bytes(model, tokens=tokens, context_tokens=context_tokens)
-    scores_s = _scores_s(model, speed, tokens=tokens, context_tokens=context_tokens)
-    return max(touched / (speed.kv_read_gbps * 1e9), scores_s)
+    return _scores_s(model, speed, contexts=tokens, tokens=tokens, context_tokens=context_tokens)
 
 
 def prompt_scores_s(model: ModelCost, speed: Speed, *, tokens: int, context_tokens: float) -> float:
     """One layer's attention in a chunk of a prompt, of which a token sees so many keys on average:
     all read the same ones."""
-    touched = kv_touch_bytes(model, tokens=1, context_tokens=context_tokens)
-    scores_s = _scores_s(model, speed, tokens=tokens, context_tokens=context_tokens)
-    return max(touched / (speed.kv_read_gbps * 1e9), scores_s)
+    return _scores_s(model, speed, contexts=1, tokens=tokens, context_tokens=context_tokens)
 
 
-def _scores_s(model: ModelCost, speed: Speed, *, tokens: int, context_tokens: float) -> float:
+def _scores_s(
+    model: ModelCost, speed: Speed, *, contexts: int, tokens: int, context_tokens: float
+) -> float:
+    """The longer of reading so many contexts and scoring one for each token."""
+    touched = kv_touch_bytes(model, tokens=contexts, context_tokens=context_tokens)
     scores = tokens * _seen(model, context_tokens) * model.num_heads
     products_s = _score_flops(model.head_dim) / (speed.score_gflops * 1e9)
-    return scores * (products_s + speed.score_s)
+    return max(touched / (speed.kv_read_gbps * 1e9), scores * (products_s + speed.score_s))
 
 
 def _seen(model: ModelCost, context_tokens: float) -> float:
