@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from magnetar.fetcher.checkpoint.release import FolderReader, read_release
 from magnetar.fetcher.checkpoint.source import FileTensorSource
 from magnetar.fetcher.config import ReleaseHints
 from magnetar.serve.engine.step import SamplingParams
-from magnetar.tests.command import magnetar
+from magnetar.tests.command import Command, magnetar
 from magnetar.tests.ray_cluster import cluster_of_commands
 from magnetar.tests.releases import write_release
 from magnetar.tests.stages import Pipeline
@@ -117,52 +118,58 @@ def show(release: Path) -> None:
         path.rename(path.with_suffix(".safetensors"))
 
 
+@contextmanager
+def serving(release: Path, address: str, layout: str) -> Iterator[tuple[Command, httpx.Client]]:
+    """The command that serves a release in pipelines or stages as `layout` says, and a client."""
+    with magnetar(
+        *("up", str(release), f"--ray-address={address}", f"--store={release.parent}/{{host}}"),
+        *(layout, "--batch-invariant", "--name=tiny", "--port=0", "--max-concurrency=16"),
+    ) as up:
+        url = up.until("ready")["url"]
+        with httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client:
+            yield up, client
+
+
 def test_streams_go_on_in_the_other_pipeline_when_one_dies(address: str, tmp_path: Path) -> None:
     release = tmp_path / "tiny"
     write_release(release, layout="huggingface")
     right = expected(release)
     with (
-        magnetar(
-            *("up", str(release), f"--ray-address={address}", f"--store={tmp_path}/{{host}}"),
-            *("--pipelines=2", "--batch-invariant", "--name=tiny", "--port=0"),
-            "--max-concurrency=16",
-        ) as up,
         ThreadPoolExecutor(NUM_STREAMS) as pool,
+        serving(release, address, "--pipelines=2") as (up, client),
     ):
-        url = up.until("ready")["url"]
-        with httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client:
-            stages = stage_processes()
-            assert len(stages) == 2
-            reading = read_all(client, pool)
-            for reader, _ in reading:
-                assert reader.well_begun.wait(WAIT_S)
-            told = metrics(client)
-            assert [told[f'pipeline_up{{pipeline="{n}"}}'] for n in (0, 1)] == [1, 1]
-            running = [told[f'pipeline_requests_running{{pipeline="{n}"}}'] for n in (0, 1)]
-            assert sum(running) == NUM_STREAMS
-            assert min(running) >= NUM_STREAMS / 2 - 1
+        stages = stage_processes()
+        assert len(stages) == 2
+        reading = read_all(client, pool)
+        for reader, _ in reading:
+            assert reader.well_begun.wait(WAIT_S)
+        told = metrics(client)
+        assert [told[f'pipeline_up{{pipeline="{n}"}}'] for n in (0, 1)] == [1, 1]
+        running = [told[f'pipeline_requests_running{{pipeline="{n}"}}'] for n in (0, 1)]
+        assert sum(running) == NUM_STREAMS
+        assert min(running) >= NUM_STREAMS / 2 - 1
 
-            stages[0].kill()
-            for reader, _ in reading:
-                reader.goes_on.set()
-            answers = [answer.result(WAIT_S) for _, answer in reading]
-            assert answers[:NUM_COMPUTED] == right
+        stages[0].kill()
+        for reader, _ in reading:
+            reader.goes_on.set()
+        answers = [answer.result(WAIT_S) for _, answer in reading]
+        assert answers[:NUM_COMPUTED] == right
 
-            assert "stage 0 of pipeline" in up.until("note")["message"]
-            assert client.get("/readyz").status_code == 200
-            assert len(stage_processes()) == 2
-            told = metrics(client)
-            assert [told[f'pipeline_up{{pipeline="{n}"}}'] for n in (0, 1)] == [1, 1]
-            restarts = [told[f'pipeline_restarts_total{{pipeline="{n}"}}'] for n in (0, 1)]
-            assert sorted(restarts) == [0, 1]
-            assert told["requests_moved_total"] >= NUM_STREAMS / 2 - 1
+        assert "stage 0 of pipeline" in up.until("note")["message"]
+        assert client.get("/readyz").status_code == 200
+        assert len(stage_processes()) == 2
+        told = metrics(client)
+        assert [told[f'pipeline_up{{pipeline="{n}"}}'] for n in (0, 1)] == [1, 1]
+        restarts = [told[f'pipeline_restarts_total{{pipeline="{n}"}}'] for n in (0, 1)]
+        assert sorted(restarts) == [0, 1]
+        assert told["requests_moved_total"] >= NUM_STREAMS / 2 - 1
 
-            # Without the one that lived, all goes to the one that came back.
-            stages[1].kill()
-            reading = read_all(client, pool)
-            for reader, _ in reading:
-                reader.goes_on.set()
-            assert [answer.result(WAIT_S) for _, answer in reading] == answers
+        # Without the one that lived, all goes to the one that came back.
+        stages[1].kill()
+        reading = read_all(client, pool)
+        for reader, _ in reading:
+            reader.goes_on.set()
+        assert [answer.result(WAIT_S) for _, answer in reading] == answers
 
 
 def test_streams_of_the_only_pipeline_wait_until_it_is_back(address: str, tmp_path: Path) -> None:
@@ -170,51 +177,45 @@ def test_streams_of_the_only_pipeline_wait_until_it_is_back(address: str, tmp_pa
     write_release(release, layout="huggingface")
     right = expected(release)
     with (
-        magnetar(
-            *("up", str(release), f"--ray-address={address}", f"--store={tmp_path}/{{host}}"),
-            *("--stages=2", "--batch-invariant", "--name=tiny", "--port=0"),
-            "--max-concurrency=16",
-        ) as up,
         ThreadPoolExecutor(NUM_STREAMS) as pool,
+        serving(release, address, "--stages=2") as (up, client),
     ):
-        url = up.until("ready")["url"]
-        with httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client:
-            assert client.get("/readyz").status_code == 200
-            stages = stage_processes()
-            assert len(stages) == 2
-            reading = read_all(client, pool)
-            for reader, _ in reading:
-                assert reader.well_begun.wait(WAIT_S)
+        assert client.get("/readyz").status_code == 200
+        stages = stage_processes()
+        assert len(stages) == 2
+        reading = read_all(client, pool)
+        for reader, _ in reading:
+            assert reader.well_begun.wait(WAIT_S)
 
-            hide(release)
-            stages[0].kill()
-            for reader, _ in reading:
-                reader.goes_on.set()
-            warned = up.until("warning")["message"]
-            assert "died" in warned
-            assert warned.endswith("; it is being started again")
-            refused = client.post("/v1/completions", json={"model": "tiny", "prompt": [1]})
-            assert refused.status_code == 503, refused.text
-            assert int(refused.headers["Retry-After"]) > 0
-            assert client.get("/readyz").status_code == 503
-            (found,) = status()
-            assert not found["ready"]
-            amiss = {each["type"]: each["status"] for each in found["conditions"]}
-            assert not amiss["AllPipelinesUp"]
-            assert found["pipelines"][0]["num_failures"] >= 1
-            assert not any(answer.done() for _, answer in reading)
+        hide(release)
+        stages[0].kill()
+        for reader, _ in reading:
+            reader.goes_on.set()
+        warned = up.until("warning")["message"]
+        assert "died" in warned
+        assert warned.endswith("; it is being started again")
+        refused = client.post("/v1/completions", json={"model": "tiny", "prompt": [1]})
+        assert refused.status_code == 503, refused.text
+        assert int(refused.headers["Retry-After"]) > 0
+        assert client.get("/readyz").status_code == 503
+        (found,) = status()
+        assert not found["ready"]
+        amiss = {each["type"]: each["status"] for each in found["conditions"]}
+        assert not amiss["AllPipelinesUp"]
+        assert found["pipelines"][0]["num_failures"] >= 1
+        assert not any(answer.done() for _, answer in reading)
 
-            show(release)
-            answers = [answer.result(WAIT_S) for _, answer in reading]
-            assert answers[:NUM_COMPUTED] == right
-            assert "(started again once so far)" in up.until("note")["message"]
-            assert client.get("/readyz").status_code == 200
-            told = metrics(client)
-            assert told['pipeline_restarts_total{pipeline="0"}'] == 1
-            assert told["requests_moved_total"] == NUM_STREAMS
-            (found,) = status()
-            assert found["ready"]
-            assert found["pipelines"][0]["num_restarts"] == 1
+        show(release)
+        answers = [answer.result(WAIT_S) for _, answer in reading]
+        assert answers[:NUM_COMPUTED] == right
+        assert "(started again once so far)" in up.until("note")["message"]
+        assert client.get("/readyz").status_code == 200
+        told = metrics(client)
+        assert told['pipeline_restarts_total{pipeline="0"}'] == 1
+        assert told["requests_moved_total"] == NUM_STREAMS
+        (found,) = status()
+        assert found["ready"]
+        assert found["pipelines"][0]["num_restarts"] == 1
 
 
 def status() -> list[dict[str, Any]]:
